@@ -1,0 +1,111 @@
+"""The command line: `fedapp <command> [hydra overrides]`."""
+
+import time
+
+_STARTED = time.perf_counter()
+
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+USAGE = """\
+usage: fedapp <command> [GROUP=CHOICE ...] [KEY=VALUE ...]
+
+commands:
+  simulate   train one model over simulated clients on this machine
+             (fedapp simulate --help lists all settings; -m KEY=A,B sweeps)
+  report     make report.html of a run folder anew: fedapp report RUN_DIR
+
+Settings are Hydra overrides of the YAML in conf/. On real machines the same app runs by `flwr run`.
+"""
+
+
+def main() -> None:
+    """Entry of the console script; exits 0, 1 (an error, told in one line), 2 (usage) or 130 (Ctrl-C)."""
+    commands = {"simulate": simulate, "report": report}
+    if len(sys.argv) > 1 and sys.argv[1] in ("-h", "--help"):
+        print(USAGE, end="")
+        return
+    if len(sys.argv) < 2 or sys.argv[1] not in commands:
+        said = f"fedapp: no command {sys.argv[1]!r}\n" if len(sys.argv) > 1 else ""
+        sys.exit(_usage(said))
+    command = commands[sys.argv.pop(1)]  # Hydra reads what is left
+    signal.signal(signal.SIGTERM, _interrupt)
+    with _told():
+        command()
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    """End the program with one line for an error that the user can mend."""
+    from fedapp.errors import FedappError
+
+    try:
+        yield
+    except FedappError as error:
+        print(f"fedapp: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("fedapp: interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def simulate() -> None:
+    """Run the job that the settings describe, or a sweep of them, on the local engine."""
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come to us, not to Hydra's printer
+    import hydra
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.errors import HydraException
+    from omegaconf import DictConfig
+    from omegaconf.errors import OmegaConfBaseException
+
+    from fedapp import config
+    from fedapp.errors import ConfigError
+
+    @hydra.main(config_path=str(config.CONF), config_name="config", version_base="1.3")
+    def job(tree: DictConfig) -> None:
+        import torch
+        from rich.console import Console
+
+        from fedapp import server_app
+
+        torch.set_num_threads(1)
+        runtime = HydraConfig.get().runtime
+        path = Path(runtime.output_dir)
+        try:
+            with _told():  # here already, or Hydra adds a line of its own
+                server_app.simulate(config.with_choices(tree, runtime.choices), path, Console(), _STARTED)
+        finally:
+            if path.is_dir() and not any(path.iterdir()):  # Hydra made it, but nothing ran
+                path.rmdir()
+
+    try:
+        job()
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(config.one_line(error)) from error
+
+
+def report() -> None:
+    """Write report.html of a run folder again, from the files in it."""
+    from fedapp.report.page import write_page
+
+    if len(sys.argv) != 2:
+        sys.exit(_usage("fedapp: report takes one run folder\n"))
+    print(write_page(Path(sys.argv[1])))
+
+
+def _usage(said: str) -> int:
+    sys.stderr.write(said + USAGE)
+    return 2
+
+
+def _interrupt(signum: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    main()

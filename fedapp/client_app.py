@@ -1,0 +1,100 @@
+"""The Flower ClientApp: what a client answers to train, evaluate and query messages."""
+
+import logging
+from collections.abc import Callable
+
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.common.constant import ErrorCode
+
+from fedapp import config
+from fedapp.job import Job
+from fedapp.tasks import Data
+from fedapp.training import Sgd
+from fedapp.wire import ARRAYS, CONFIG, METRICS, WEIGHT, compress, load_state, store_state
+
+FAILED = "the client failed; its own log says why"
+_log = logging.getLogger("fedapp.client")
+
+
+def client_app(job_of: Callable[[Context], Job]) -> ClientApp:
+    """The app of a run; `job_of` finds the job from the context (deployment) or knows it (local engine)."""
+    app = ClientApp(mods=[])
+
+    def wire(message: Message, context: Context, call_next: Callable[[Message, Context], Message]) -> Message:
+        codec = job_of(context).wire_codec
+        if codec is None:
+            return call_next(message, context)
+        rng = job_of(context).public_rng(_round(message), partition_of(context), use=1)
+        return compress(codec, rng)(message, context, call_next)
+
+    @app.train(mods=[guard, wire])
+    def train(message: Message, context: Context) -> Message:
+        """Load, fit, reply with the trained weights; the mod `wire` then encodes the update."""
+        job = job_of(context)
+        load(job, message.content[ARRAYS])
+        trainer = job.trainer
+        if isinstance(trainer, Sgd) and "proximal-mu" in message.content[CONFIG]:
+            trainer = trainer.pulled(float(message.content[CONFIG]["proximal-mu"]))
+        rng = job.public_rng(_round(message), partition_of(context), use=0)
+        data = _on(job, job.task.client_data(context.node_config))
+        metrics, state = trainer.fit(job.task, job.model, data, load_state(context, "trainer"), rng)
+        store_state(context, "trainer", state)
+        content = {ARRAYS: ArrayRecord(job.model.state_dict()), METRICS: MetricRecord(metrics)}
+        return Message(RecordDict(content), reply_to=message)
+
+    @app.evaluate(mods=[guard])
+    def evaluate(message: Message, context: Context) -> Message:
+        """Test the received weights on the client's own data; refused under differential privacy."""
+        job = job_of(context)
+        if job.privacy.unit is not None:
+            raise PermissionError("metrics of private data do not leave the client")
+        load(job, message.content[ARRAYS])
+        data = _on(job, job.task.client_data(context.node_config))
+        metrics = job.task.evaluate(job.model, data) if len(data) else {"accuracy": 0.0, "loss": 0.0}
+        return Message(RecordDict({METRICS: MetricRecord({**metrics, WEIGHT: len(data)})}), reply_to=message)
+
+    @app.query(mods=[guard])
+    def query(message: Message, context: Context) -> Message:
+        """Say which partition this node holds; -1 where it brings its own data."""
+        return Message(RecordDict({CONFIG: ConfigRecord({"partition-id": partition_of(context, -1)})}),
+                       reply_to=message)  # fmt: skip
+
+    return app
+
+
+def guard(message: Message, context: Context, call_next: Callable[[Message, Context], Message]) -> Message:
+    """Flower sends `str(exception)`, which may quote private data: the log gets it, the server a fixed text."""
+    try:
+        return call_next(message, context)
+    except Exception:
+        _log.exception("node %s failed on a %s message", context.node_id, message.metadata.message_type)
+        return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, FAILED), reply_to=message)
+
+
+def load(job: Job, arrays: ArrayRecord) -> None:
+    """Copy received weights into the resident model, in place."""
+    received = arrays.to_torch_state_dict()
+    own = job.model.state_dict()
+    if received.keys() != own.keys():
+        raise ValueError("received weights are not of this model")
+    with torch.no_grad():
+        for name, tensor in own.items():
+            tensor.copy_(received[name])
+
+
+def partition_of(context: Context, default: int = 0) -> int:
+    """The partition that a node holds, by its configuration."""
+    return int(context.node_config.get("partition-id", default))
+
+
+def _round(message: Message) -> int:
+    return int(message.content[CONFIG]["server-round"])
+
+
+def _on(job: Job, data: Data) -> Data:
+    return Data(data.x.to(job.torch_device), data.y.to(job.torch_device))
+
+
+app = client_app(lambda context: config.job_of(str(context.run_config["overrides"])))

@@ -1,0 +1,93 @@
+"""Stages in a row, and the memory that makes a lossy codec lose nothing in the long run."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedapp.codec import Codec, Layout, Packet, State
+from fedapp.codec.entropy import Ans
+from fedapp.codec.prune import TopK
+from fedapp.codec.quantize import DeadZone
+from fedapp.codec.varint import Reader, varint
+from fedapp.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Identity:
+    """No compression: the update itself, float32."""
+
+    def encode(
+        self, x: NDArray[Any], layout: Layout, state: State, rng: np.random.Generator
+    ) -> tuple[Packet, State]:
+        return Packet(x), {}
+
+    def decode(self, packet: Packet, layout: Layout) -> NDArray[Any]:
+        return packet.body
+
+
+@dataclass(frozen=True)
+class Chain:
+    """Codecs applied one after the other, each to the body of the one before; undone in reverse order."""
+
+    stages: tuple[Codec, ...]
+
+    def __post_init__(self) -> None:
+        if not self.stages:
+            raise ConfigError("codec.stages must name at least one stage, got none: use codec=identity")
+        object.__setattr__(self, "stages", tuple(self.stages))
+
+    def encode(
+        self, x: NDArray[Any], layout: Layout, state: State, rng: np.random.Generator
+    ) -> tuple[Packet, State]:
+        header, after = b"", {}
+        for index, stage in enumerate(self.stages):
+            own = {key.partition(".")[2]: v for key, v in state.items() if key.startswith(f"{index}.")}
+            packet, own_after = stage.encode(x, layout, own, rng)
+            header += varint(len(packet.header)) + packet.header
+            after |= {f"{index}.{key}": v for key, v in own_after.items()}
+            x = packet.body
+        return Packet(x, header), after
+
+    def decode(self, packet: Packet, layout: Layout) -> NDArray[Any]:
+        reader = Reader(packet.header)
+        headers = [reader.take(reader.varint(len(packet.header))) for _ in self.stages]
+        reader.end()
+        body = packet.body
+        for stage, header in zip(reversed(self.stages), reversed(headers), strict=True):
+            body = stage.decode(Packet(body, header), layout)
+        return body
+
+
+@dataclass(frozen=True)
+class ErrorFeedback:
+    """Adds what earlier rounds lost to the update before encoding, and remembers what this one loses.
+
+    State: `residual`, float32 (size,). Source: Karimireddy et al. 2019, "Error feedback fixes SignSGD",
+    Algorithm 2. Under differential privacy the residual holds noised values only, so sending it later is
+    post-processing.
+    """
+
+    codec: Codec
+
+    def encode(
+        self, x: NDArray[Any], layout: Layout, state: State, rng: np.random.Generator
+    ) -> tuple[Packet, State]:
+        owed = x + state["residual"] if "residual" in state else x
+        inner = {key.partition(".")[2]: v for key, v in state.items() if key.startswith("codec.")}
+        packet, inner = self.codec.encode(owed, layout, inner, rng)
+        residual = owed - self.codec.decode(packet, layout)
+        return packet, {"residual": residual, **{f"codec.{key}": v for key, v in inner.items()}}
+
+    def decode(self, packet: Packet, layout: Layout) -> NDArray[Any]:
+        return self.codec.decode(packet, layout)
+
+
+def pipeline(
+    keep: float = 1.0, step: float = 2.0, offset: float = 0.38, error_feedback: bool = True
+) -> Codec:
+    """Prune, quantize, entropy-code: the stages behind `codec=default` and `codec=topk`."""
+    prune = (TopK(keep),) if keep != 1.0 else ()
+    chain = Chain((*prune, DeadZone(step, offset), Ans()))
+    return ErrorFeedback(chain) if error_feedback else chain

@@ -1,0 +1,155 @@
+"""Composes the YAML in conf/ and builds a `Job` of it; the only place that knows Hydra."""
+
+import re
+import shlex
+from collections.abc import Callable, Mapping
+from functools import cache
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
+
+from fedapp.errors import ConfigError
+from fedapp.job import Job
+
+_HERE = Path(__file__).parent
+CONF = _HERE / "conf" if (_HERE / "conf").is_dir() else _HERE.parent / "conf"  # wheel; checkout and bundle
+
+_STRATEGIES = (
+    "FedAvg FedAvgM FedAdam FedYogi FedAdagrad FedProx QFedAvg FedMedian FedTrimmedAvg Krum MultiKrum Bulyan"
+)
+TARGETS = frozenset(
+    [f"flwr.serverapp.strategy.{name}" for name in _STRATEGIES.split()]
+    + [f"fedapp.models.{name}" for name in ("Logistic", "Mlp", "SmallCnn", "Cnn", "Resnet18")]
+    + [f"fedapp.tasks.images.{name}" for name in ("FashionMnist", "Digits")]
+    + ["fedapp.tasks.tables.Csv", "fedapp.tasks.folders.ImageFolder"]
+    + [f"fedapp.tasks.partition.{n}" for n in ("Iid", "Dirichlet", "Shard", "Pathological", "Natural")]
+    + ["fedapp.training.Sgd", "fedapp.training.DpSgd"]
+    + [f"fedapp.codec.chain.{name}" for name in ("Identity", "Chain", "ErrorFeedback", "pipeline")]
+    + ["fedapp.codec.prune.TopK", "fedapp.codec.quantize.DeadZone", "fedapp.codec.entropy.Ans"]
+    + ["fedapp.engine.local.Local"]
+    + ["fedapp.privacy.none.NoPrivacy", "fedapp.privacy.example.ExamplePrivacy"]
+)
+"""Everything a `_target_` may name, exactly: an override string comes over the network."""
+
+
+_KEYS = ("clients", "cohort", "rounds", "seed", "sampling", "evaluate", "device", "round_timeout")
+_GROUPS = (
+    "task", "partition", "model", "trainer", "codec", "strategy", "engine", "privacy", "experiment",
+)  # fmt: skip
+
+
+def compose(overrides: str) -> DictConfig:
+    """The settings that a Hydra override string makes of the YAML; cached. Raises ConfigError.
+
+    `overrides` comes from the network in a deployment: only plain `key=value` pairs of our own keys.
+    """
+    return _compose(tuple(split(overrides)))
+
+
+@cache
+def job_of(overrides: str) -> Job:
+    """The job of an override string; cached, so that a process builds its model once."""
+    return job(compose(overrides))
+
+
+def split(overrides: str) -> list[str]:
+    """Split as a shell would; refuse all but plain overrides of our own keys."""
+    try:
+        parts = shlex.split(overrides)
+    except ValueError as error:
+        raise ConfigError(f"overrides {overrides!r} cannot be read: {error}") from error
+    for part in parts:
+        if "=" not in part or part[0] in "+~" or part.startswith("hydra") or "${" in part:
+            raise ConfigError(
+                f"{part!r} is no plain override: write key=value without +, ~, interpolation or hydra keys"
+            )
+    return parts
+
+
+@cache
+def _compose(overrides: tuple[str, ...]) -> DictConfig:
+    try:
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            config = hydra_compose("config", list(overrides), return_hydra_config=True)
+            return with_choices(config, config.hydra.runtime.choices)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(one_line(error)) from error
+
+
+def one_line(error: Exception) -> str:
+    """What Hydra says, on one line, without its advice to append with +."""
+    text = re.sub(r"\s*(To append to your config use.*|Set the environment variable.*)", "", str(error))
+    text = re.sub(r"\s*(full_key|object_type|reference_type)[:=].*", "", text)
+    return "; ".join(line.strip() for line in text.splitlines() if line.strip())
+
+
+def with_choices(config: DictConfig, choices: Mapping[str, Any]) -> DictConfig:
+    """Our own keys, and under `choices` which YAML of each group was chosen."""
+    own = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
+    with open_dict(own):
+        own.choices = {group: choices.get(group) for group in _GROUPS}
+    return own
+
+
+def job(config: DictConfig) -> Job:
+    """Build everything a run is made of. Raises ConfigError naming the key, the value and the bound."""
+    try:
+        tree = OmegaConf.to_container(config, resolve=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(one_line(error)) from error
+    assert isinstance(tree, dict)
+    for key in tree.keys() - {*_KEYS, *_GROUPS, "run_dir", "choices"}:
+        raise ConfigError(f"{key} is no setting of fedapp: see `fedapp simulate --help` for those there are")
+    shared = {
+        "build": build(tree["model"], "model"),
+        "partition": build(tree["partition"], "partition"),
+        "clients": tree["clients"],
+        "seed": tree["seed"],
+    }
+    everyone = {  # our loop draws the cohort, and shows a strategy nobody else
+        "fraction_train": 1.0, "fraction_evaluate": 1.0,
+        "min_train_nodes": 1, "min_evaluate_nodes": 1, "min_available_nodes": 1,
+    }  # fmt: skip
+    return Job(
+        **{key: tree[key] for key in _KEYS},
+        task=build(tree["task"], "task", **shared),
+        trainer=build(tree["trainer"], "trainer"),
+        codec=build(tree["codec"], "codec"),
+        strategy=build(tree["strategy"], "strategy", **everyone),
+        privacy=build(tree["privacy"], "privacy"),
+        engine=build(tree["engine"], "engine"),
+        choices=tree["choices"],
+    )
+
+
+def build(node: Any, path: str, **extra: Any) -> Any:
+    """Make the object that a node's `_target_` names, its children first."""
+    if isinstance(node, list):
+        return [build(item, f"{path}[{i}]") for i, item in enumerate(node)]
+    if not isinstance(node, Mapping):
+        return node
+    fields = {str(key): build(value, f"{path}.{key}") for key, value in node.items() if key != "_target_"}
+    if "_target_" not in node:
+        return fields
+    target = resolve(node["_target_"], path)
+    try:
+        return target(**fields, **extra)
+    except TypeError as error:
+        raise ConfigError(f"{path} does not fit {node['_target_']}: {error}") from error
+
+
+def resolve(name: object, path: str) -> Callable[..., Any]:
+    """The object of an allowed target name."""
+    if name not in TARGETS:
+        raise ConfigError(f"{path}._target_={name!r} is not allowed: choose one of conf/{path.split('.')[0]}/")
+    module, _, attribute = str(name).rpartition(".")
+    found: Callable[..., Any] = getattr(import_module(module), attribute)
+    if found.__qualname__ != attribute or not found.__module__.startswith(module):
+        raise ConfigError(f"{name} is not what it seems: it resolves to {found.__module__}.{found.__qualname__}")
+    return found

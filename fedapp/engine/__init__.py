@@ -1,0 +1,1 @@
+"""How rounds are executed: which processes train, and how messages reach them."""

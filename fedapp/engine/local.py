@@ -1,0 +1,183 @@
+"""The local engine: a Flower Grid whose nodes live in resident worker processes on this machine."""
+
+import multiprocessing
+import multiprocessing.connection
+import os
+import signal
+import traceback
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from logging import ERROR
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from typing import Any
+from uuid import uuid4
+
+import torch
+from flwr.app import Context, Error, Message, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.common.constant import SUPERLINK_NODE_ID, ErrorCode
+from flwr.serverapp import Grid
+from flwr.supercore import log
+from flwr.supercore.run import Run
+from flwr.supercore.task_identity import TaskIdentity
+
+from fedapp import check
+from fedapp.engine.grid import stream
+
+_WAIT = 0.05  # seconds that a pull waits for a reply before it returns with none
+
+
+@dataclass(frozen=True)
+class Local:
+    """Workers are forked once, with torch imported and data loaded; each trains one client at a time."""
+
+    workers: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.workers is not None:
+            check.whole("engine.workers", self.workers, 1, 1024)
+
+    @contextmanager
+    def grid(self, app: ClientApp, sizes: Sequence[int], at_once: int) -> Iterator["LocalGrid"]:
+        """A running grid; node i + 2 holds partition i, of sizes[i] examples. Ends its processes."""
+        cores = len(os.sched_getaffinity(0))
+        grid = LocalGrid(app, sizes, min(self.workers or cores, at_once))
+        try:
+            yield grid
+        finally:
+            grid.close()
+
+
+class _Worker:
+    """One resident process and the message it works on."""
+
+    def __init__(self, app: ClientApp) -> None:
+        # Forked, so that modules and data are shared pages. CUDA does not survive a fork: the parent
+        # touches it only after the workers are there.
+        context = multiprocessing.get_context("fork")
+        self.pipe, theirs = context.Pipe()
+        self.process: BaseProcess = context.Process(target=_work, args=(theirs, app), daemon=True)
+        self.process.start()
+        theirs.close()
+        self.message: Message | None = None
+        self.content: RecordDict | None = None  # what this worker received last, so that it is sent once
+
+
+class LocalGrid(Grid):
+    """Pushes messages to idle workers, largest client first; each node's Context lives here."""
+
+    def __init__(self, app: ClientApp, sizes: Sequence[int], workers: int) -> None:
+        # Message() reads the run from here, process-wide, outside Flower's own runtimes.
+        TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, SUPERLINK_NODE_ID, 1
+        self.partitions = {SUPERLINK_NODE_ID + 1 + i: i for i in range(len(sizes))}
+        self._app, self._sizes = app, sizes
+        self._contexts = {node: self._context(node) for node in self.partitions}
+        self._queue: list[Message] = []
+        self._workers = [_Worker(app) for _ in range(workers)]
+
+    def _context(self, node: int) -> Context:
+        config: dict[str, bool | float | int | str] = {
+            "partition-id": self.partitions[node],
+            "num-partitions": len(self._sizes),
+        }
+        return Context(1, node, config, RecordDict(), {})
+
+    def get_node_ids(self) -> Iterable[int]:
+        return list(self.partitions)
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        ids = []
+        for message in messages:
+            ids.append(uuid4().hex)
+            message.metadata.__dict__["_message_id"] = ids[-1]
+            self._queue.append(message)
+        self._queue.sort(key=lambda m: -self._sizes[self.partitions[m.metadata.dst_node_id]])
+        self._dispatch()
+        return ids
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """Replies that are there; waits a moment for the first one."""
+        busy = {worker.pipe: worker for worker in self._workers if worker.message is not None}
+        replies = [self._receive(busy[pipe]) for pipe in multiprocessing.connection.wait(list(busy), _WAIT)]
+        self._dispatch()
+        return replies
+
+    def _dispatch(self) -> None:
+        for index, worker in enumerate(self._workers):
+            if worker.message is None and self._queue:
+                if not worker.process.is_alive():
+                    worker = self._workers[index] = _Worker(self._app)
+                worker.message = self._queue.pop(0)
+                content = worker.message.content
+                known = content is worker.content
+                worker.content = content
+                context = self._contexts[worker.message.metadata.dst_node_id]
+                worker.pipe.send((worker.message.metadata, None if known else content, context))
+
+    def _receive(self, worker: _Worker) -> Message:
+        asked, worker.message = worker.message, None
+        assert asked is not None
+        try:
+            metadata, answer, context = worker.pipe.recv()
+        except (EOFError, ConnectionError):  # killed, for memory perhaps; the next dispatch replaces it
+            worker.process.join()
+            log(ERROR, "a worker process died with exit code %s", worker.process.exitcode)
+            return Message(Error(ErrorCode.CLIENT_APP_CRASHED, "its worker process died"), reply_to=asked)
+        self._contexts[asked.metadata.dst_node_id] = context
+        if isinstance(answer, Error):
+            return Message(error=answer, metadata=metadata)
+        return Message(content=answer, metadata=metadata)
+
+    def close(self) -> None:
+        """End the worker processes."""
+        for worker in self._workers:
+            worker.process.kill()
+        for worker in self._workers:
+            worker.process.join()
+            worker.pipe.close()
+
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> Iterable[Message]:
+        return list(stream(self, messages, timeout if timeout is not None else float("inf")))
+
+    def create_message(
+        self,
+        content: RecordDict,
+        message_type: str,
+        dst_node_id: int,
+        group_id: str,
+        ttl: float | None = None,
+    ) -> Message:
+        return Message(content, dst_node_id, message_type, group_id=group_id, ttl=ttl)
+
+    def set_run(self, run: Run) -> None:
+        self._run = run
+
+    @property
+    def run(self) -> Run:
+        return self._run
+
+
+def _work(pipe: Connection, app: ClientApp) -> None:
+    """A worker's life: take a message, let the app answer it, send the reply with the node's Context."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends us
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    torch.set_num_threads(1)
+    content: Any = None
+    while True:
+        try:
+            metadata, fresh, context = pipe.recv()
+        except (EOFError, OSError):  # the parent is gone
+            return
+        content = content if fresh is None else fresh
+        message = Message(content=content, metadata=metadata)
+        try:
+            reply = app(message, context)
+        except Exception:
+            traceback.print_exc()
+            reply = Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, "see the log"), reply_to=message)
+        answer = reply.error if reply.has_error() else reply.content
+        pipe.send((reply.metadata, answer, context))

@@ -1,0 +1,143 @@
+"""Everything one run is made of, checked before anything starts."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from flwr.serverapp.strategy import Strategy
+from torch import nn
+
+from fedapp import check
+from fedapp.codec import Codec
+from fedapp.codec.chain import Identity
+from fedapp.errors import ConfigError
+from fedapp.privacy.example import ExamplePrivacy
+from fedapp.privacy.none import NoPrivacy
+from fedapp.tasks import Task
+from fedapp.training import DpSgd, Trainer
+
+if TYPE_CHECKING:
+    from fedapp.engine.local import Local
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run: the same on the server and on every client, since each composes it from the same YAML."""
+
+    clients: int
+    cohort: int | None
+    rounds: int
+    seed: int
+    sampling: str
+    evaluate: str
+    device: str
+    round_timeout: float
+    task: Task
+    trainer: Trainer
+    codec: Codec
+    strategy: Strategy
+    privacy: NoPrivacy | ExamplePrivacy
+    engine: "Local"
+    choices: Mapping[str, str | None]
+
+    def __post_init__(self) -> None:
+        check.whole("clients", self.clients, 1)
+        if self.cohort is not None:
+            check.whole("cohort", self.cohort, 1, self.clients)
+        check.whole("rounds", self.rounds, 0)
+        check.whole("seed", self.seed, 0, 2**32 - 1)
+        check.choice("sampling", self.sampling, ("fixed",))
+        check.choice("evaluate", self.evaluate, ("server", "clients", "none"))
+        check.choice("device", self.device, ("auto", "cpu", "cuda"))
+        check.real("round_timeout", self.round_timeout, above=0.0)
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise ConfigError("device=cuda, but torch sees no CUDA device: set device=cpu or device=auto")
+        self._check_privacy()
+
+    def _check_privacy(self) -> None:
+        """What would leak beside a private update, and trainers without their privacy, are refused."""
+        private = isinstance(self.privacy, ExamplePrivacy)
+        if isinstance(self.trainer, DpSgd) != private:
+            fitting = "privacy=none" if private else "privacy=example"
+            raise ConfigError(
+                f"trainer={self.choices['trainer']} does not go with privacy={self.choices['privacy']}: "
+                f"choose {fitting}, or leave trainer to the privacy choice"
+            )
+        if not isinstance(self.trainer, DpSgd):
+            return
+        object.__setattr__(
+            self, "trainer", replace(self.trainer, privacy=self.privacy, rounds=max(1, self.rounds))
+        )
+        if type(self.strategy).__name__ == "QFedAvg":
+            raise ConfigError("strategy=qfedavg needs the clients' losses, which privacy=example keeps: "
+                              "choose another strategy, or privacy=none")  # fmt: skip
+        if type(self.strategy).__name__ == "FedProx":
+            raise ConfigError("strategy=fedprox adds a term that DP-SGD does not clip: "
+                              "choose strategy=fedavg, or privacy=none")  # fmt: skip
+        if self.evaluate == "clients":
+            raise ConfigError("evaluate=clients would send accuracies of private data: "
+                              "set evaluate=server or evaluate=none, or privacy=none")  # fmt: skip
+        if self.task.private_preprocessing:
+            raise ConfigError("task.standardize=true takes statistics from private data, which privacy=example "
+                              "does not cover: give public task.mean and task.std")  # fmt: skip
+
+    @property
+    def in_round(self) -> int:
+        """How many clients train in a round."""
+        return self.cohort or self.clients
+
+    @property
+    def wire_codec(self) -> Codec | None:
+        """None where updates travel as plain Flower sends weights."""
+        return None if isinstance(self.codec, Identity) else self.codec
+
+    @cached_property
+    def torch_device(self) -> torch.device:
+        """Where models train."""
+        chosen = self.device
+        if chosen == "auto":
+            chosen = "cuda" if torch.cuda.is_available() else "cpu"
+        return torch.device(chosen)
+
+    @cached_property
+    def model(self) -> nn.Module:
+        """The one resident model of this process; weights are copied into it in place."""
+        return self.task.model(self.seed).to(self.torch_device)
+
+    def prepare(self) -> None:
+        """Do once what every worker would do again, and refuse a model that the trainer cannot train."""
+        if isinstance(self.trainer, DpSgd):
+            _check_private_model(self.task.model(self.seed))
+            self.epsilon(self.rounds)  # finds the noise, and imports Opacus
+
+    def epsilon(self, participations: int) -> float | None:
+        """Epsilon of a client that took part in so many rounds; None where nothing is private."""
+        if not isinstance(self.trainer, DpSgd) or self.note:
+            return None
+        assert isinstance(self.privacy, ExamplePrivacy)
+        return self.privacy.spent(self.trainer.history(participations)) if participations else 0.0
+
+    @property
+    def note(self) -> str | None:
+        """What a reader of the results must know."""
+        if isinstance(self.privacy, ExamplePrivacy) and self.privacy.test_seed is not None:
+            return "privacy.test_seed fixes the noise, so nothing is private and epsilon is null"
+        return None
+
+    def public_rng(self, server_round: int, partition: int, use: int) -> np.random.Generator:
+        """Public randomness of one client in one round; `use` tells its consumers apart."""
+        return np.random.default_rng([self.seed, server_round, partition, use])
+
+
+def _check_private_model(model: nn.Module) -> None:
+    from opacus.validators import ModuleValidator
+
+    errors: list[Any] = ModuleValidator.validate(model, strict=False)
+    if errors:
+        raise ConfigError(
+            f"this model cannot be trained under privacy=example ({str(errors[0]).splitlines()[0]}): use group "
+            f"normalisation (model.norm=group for resnet18), or privacy=none"
+        )

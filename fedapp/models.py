@@ -1,0 +1,208 @@
+"""The models: builders that are given (input_shape, classes) and return a fresh network."""
+
+import math
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from fedapp.errors import ConfigError
+
+ACTIVATIONS: dict[str, type[nn.Module]] = {"tanh": nn.Tanh, "relu": nn.ReLU}
+
+
+@dataclass(frozen=True)
+class Logistic:
+    """Multinomial logistic regression on any input: 7,850 parameters on 28 x 28 pixels and ten classes."""
+
+    def __call__(self, input_shape: tuple[int, ...], classes: int) -> nn.Module:
+        """Logits (n, classes) from (n, *input_shape)."""
+        return _stack(flatten=nn.Flatten(), linear=nn.Linear(math.prod(input_shape), classes))
+
+
+@dataclass(frozen=True)
+class Mlp:
+    """Fully connected layers on any input.
+
+    hidden: the widths of the hidden layers. activation: tanh or relu.
+    """
+
+    hidden: Sequence[int] = (64, 64)
+    activation: str = "relu"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "hidden", tuple(self.hidden))
+        if not self.hidden or not all(isinstance(width, int) and width > 0 for width in self.hidden):
+            raise ConfigError(
+                f"model.hidden must list widths of at least 1, got {self.hidden}: set model.hidden=[64]"
+            )
+        _check_activation(self.activation)
+
+    def __call__(self, input_shape: tuple[int, ...], classes: int) -> nn.Module:
+        """Logits (n, classes) from (n, *input_shape)."""
+        widths = [math.prod(input_shape), *self.hidden]
+        layers: dict[str, nn.Module] = {"flatten": nn.Flatten()}
+        for number, (width, following) in enumerate(zip(widths, self.hidden, strict=False), start=1):
+            layers[f"linear{number}"] = nn.Linear(width, following)
+            layers[f"activation{number}"] = ACTIVATIONS[self.activation]()
+        return _stack(**layers, output=nn.Linear(widths[-1], classes))
+
+
+@dataclass(frozen=True)
+class SmallCnn:
+    """The small network of the DP-SGD literature: 26,010 parameters on 28 x 28 grey pixels.
+
+    Images under 20 pixels get 3 x 3 kernels, since the large ones would leave nothing. activation: tanh
+    (better under clipping; Papernot et al., 2021) or relu.
+    """
+
+    activation: str = "tanh"
+
+    def __post_init__(self) -> None:
+        _check_activation(self.activation)
+
+    def __call__(self, input_shape: tuple[int, ...], classes: int) -> nn.Module:
+        """Logits (n, classes) from (n, channels, height, width). Raises ConfigError under 6 pixels."""
+        channels, side = _image(input_shape, "small_cnn", smallest=6)
+        activation = ACTIVATIONS[self.activation]
+        if side >= 20:
+            first: nn.Module = nn.Conv2d(channels, 16, kernel_size=8, stride=2, padding=3)
+            second: nn.Module = nn.Conv2d(16, 32, kernel_size=4, stride=2)
+        else:
+            first = nn.Conv2d(channels, 16, kernel_size=3, padding=1)
+            second = nn.Conv2d(16, 32, kernel_size=3, stride=2)
+        features = _stack(
+            conv1=first,
+            activation1=activation(),
+            pool1=nn.MaxPool2d(2, 1),
+            conv2=second,
+            activation2=activation(),
+            pool2=nn.MaxPool2d(2, 1),
+            flatten=nn.Flatten(),
+        )
+        head = _stack(
+            linear=nn.Linear(_width(features, input_shape), 32),
+            activation3=activation(),
+            output=nn.Linear(32, classes),
+        )
+        return _joined(features, head)
+
+
+@dataclass(frozen=True)
+class Cnn:
+    """The network of PyTorch's MNIST example: 1,199,882 parameters on 28 x 28 grey pixels.
+
+    dropout: the shares of values dropped after the convolutions and after the dense layer.
+    """
+
+    dropout: Sequence[float] = (0.25, 0.5)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "dropout", tuple(self.dropout))
+        if len(self.dropout) != 2 or not all(0 <= share < 1 for share in self.dropout):
+            raise ConfigError(
+                f"model.dropout must be two shares from 0 to below 1, got {self.dropout}: "
+                "set model.dropout=[0.25,0.5]"
+            )
+
+    def __call__(self, input_shape: tuple[int, ...], classes: int) -> nn.Module:
+        """Logits (n, classes) from (n, channels, height, width). Raises ConfigError under 6 pixels."""
+        channels, _ = _image(input_shape, "cnn", smallest=6)
+        features = _stack(
+            conv1=nn.Conv2d(channels, 32, kernel_size=3),
+            relu1=nn.ReLU(),
+            conv2=nn.Conv2d(32, 64, kernel_size=3),
+            relu2=nn.ReLU(),
+            pool=nn.MaxPool2d(2),
+            flatten=nn.Flatten(),
+        )
+        head = _stack(
+            dropout1=nn.Dropout(self.dropout[0]),
+            linear=nn.Linear(_width(features, input_shape), 128),
+            relu3=nn.ReLU(),
+            dropout2=nn.Dropout(self.dropout[1]),
+            output=nn.Linear(128, classes),
+        )
+        return _joined(features, head)
+
+
+@dataclass(frozen=True)
+class Resnet18:
+    """torchvision's ResNet-18, not pretrained: 11.2 million parameters with ten classes.
+
+    norm: group (statistics of one example, as DP-SGD needs) or batch (statistics of the batch).
+    """
+
+    norm: str = "group"
+
+    def __post_init__(self) -> None:
+        if self.norm not in ("group", "batch"):
+            raise ConfigError(f"model.norm must be group or batch, got {self.norm}: set model.norm=group")
+
+    def __call__(self, input_shape: tuple[int, ...], classes: int) -> nn.Module:
+        """Logits (n, classes) from (n, channels, height, width). Raises ConfigError for no image."""
+        from torchvision.models.resnet import ResNet
+
+        channels, _ = _image(input_shape, "resnet18", smallest=1)
+        norm = nn.BatchNorm2d if self.norm == "batch" else _group_norm
+        model: nn.Module = ResNet(_residual_block(), [2, 2, 2, 2], num_classes=classes, norm_layer=norm)
+        if channels != 3:
+            model.conv1 = nn.Conv2d(channels, 64, kernel_size=7, stride=2, padding=3, bias=False)
+        for module in model.modules():
+            if isinstance(module, nn.ReLU):
+                module.inplace = False  # Opacus hooks need the values that would be overwritten
+        return model
+
+
+def _residual_block() -> type[nn.Module]:
+    """torchvision's basic block with a sum that overwrites nothing, which Opacus hooks forbid."""
+    from torchvision.models.resnet import BasicBlock
+
+    class ResidualBlock(BasicBlock):  # type: ignore[misc]
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            identity = x if self.downsample is None else self.downsample(x)
+            out = self.relu(self.bn1(self.conv1(x)))
+            return torch.relu(self.bn2(self.conv2(out)) + identity)
+
+    return ResidualBlock
+
+
+def _group_norm(channels: int) -> nn.Module:
+    return nn.GroupNorm(math.gcd(32, channels), channels)
+
+
+def _stack(**layers: nn.Module) -> nn.Sequential:
+    """A sequence with named layers: the names are the first half of each parameter's name."""
+    return nn.Sequential(OrderedDict(layers))
+
+
+def _joined(*stacks: nn.Sequential) -> nn.Sequential:
+    return _stack(**{name: layer for stack in stacks for name, layer in stack.named_children()})
+
+
+def _width(features: nn.Module, input_shape: tuple[int, ...]) -> int:
+    """How many values `features` makes of one example."""
+    with torch.no_grad():
+        return int(features(torch.zeros(1, *input_shape)).shape[1])
+
+
+def _image(input_shape: tuple[int, ...], model: str, smallest: int) -> tuple[int, int]:
+    """Channels and shorter side of an image. ConfigError for other or smaller inputs."""
+    if len(input_shape) != 3:
+        raise ConfigError(f"model={model} needs images, got examples of shape {input_shape}: set model=mlp")
+    side = min(input_shape[1:])
+    if side < smallest:
+        raise ConfigError(
+            f"model={model} needs images of at least {smallest} pixels, got {side}: "
+            "set a larger task.size, or model=mlp"
+        )
+    return input_shape[0], side
+
+
+def _check_activation(activation: str) -> None:
+    if activation not in ACTIVATIONS:
+        raise ConfigError(
+            f"model.activation must be tanh or relu, got {activation}: set model.activation=tanh"
+        )

@@ -1,0 +1,154 @@
+"""Charts as pieces of HTML: lines stretch as SVG, words stay HTML text, so both read well at any width."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from html import escape
+
+POINTS = 150  # drawn in a line at most; more cannot be told apart and only make the page heavy
+ROWS = 24  # clients drawn at most
+BINS = 10  # label colours that can be told apart
+
+
+@dataclass(frozen=True)
+class Series:
+    """One line: its name, its (round, value) points, and how a value is written out."""
+
+    name: str
+    points: Sequence[tuple[int, float]]
+    text: Callable[[float], str]
+
+
+def line_chart(
+    title: str, unit: str, series: Sequence[Series], *, scale: float = 1, zero: bool = False
+) -> str:
+    """Values over rounds, at least one. The axis shows value / scale in `unit`, and begins at 0 if `zero`."""
+    rounds = [x for one in series for x, _ in one.points]
+    values = [y / scale for one in series for _, y in one.points]
+    left, right = min(rounds), max(rounds)
+    y_ticks = _ticks(min(0.0, *values) if zero else min(values), max(values))
+    bottom, top = y_ticks[0], y_ticks[-1]
+
+    def across(x: float) -> float:
+        return 50 if left == right else 100 * (x - left) / (right - left)
+
+    def down(y: float) -> float:
+        return 100 * (top - y) / (top - bottom)
+
+    places = max(0, -math.floor(math.log10(y_ticks[1] - y_ticks[0]) + 1e-9))
+    if not math.isclose(round(y_ticks[1], places), y_ticks[1]):  # steps of 2.5
+        places += 1
+    grid = "".join(
+        f'<line class="grid" x2="1000" y1="{10 * down(y):.0f}" y2="{10 * down(y):.0f}"/>' for y in y_ticks
+    )
+    words = "".join(f'<i class="y" style="top:{down(y):.1f}%">{y:.{places}f}</i>' for y in y_ticks)
+    words += "".join(f'<i class="x" style="left:{across(x):.1f}%">{x}</i>' for x in _round_ticks(left, right))
+    lines = "".join(
+        _line(i, one, lambda x: 10 * across(x), lambda y: 10 * down(y / scale))
+        for i, one in enumerate(series)
+    )
+    legend = "".join(
+        f'<span><b class="s{i}"></b>{escape(one.name)} '
+        f"<strong>{escape(one.text(one.points[-1][1]))}</strong></span>"
+        for i, one in enumerate(series)
+    )
+    longest = max(len(one.points) for one in series)
+    note = f" ({POINTS} of {longest} drawn)" if longest > POINTS else ""
+    return (
+        f'<figure class="card"><figcaption><h3>{escape(title)}</h3>'
+        f'<div class="legend">{legend}</div></figcaption>'
+        f'<div class="unit">{escape(unit)}</div><div class="plot">'
+        f'<svg viewBox="0 0 1000 1000" preserveAspectRatio="none" role="img" aria-label="{escape(title)}">'
+        f'{grid}{lines}</svg>{words}</div><div class="axis">round{note}</div></figure>'
+    )
+
+
+def split_chart(counts: Sequence[Sequence[int]]) -> str:
+    """How the labels lie over the clients: one bar a client, one colour a label (or a range of labels)."""
+    labels = max((len(row) for row in counts), default=0)
+    if not labels:
+        return ""
+    width = math.ceil(labels / BINS)
+    bins = [range(start, min(start + width, labels)) for start in range(0, labels, width)]
+    names = [str(b[0]) if len(b) == 1 else f"{b[0]}-{b[-1]}" for b in bins]
+    shown = _spread(len(counts), ROWS)
+    longest = max(max(sum(counts[client]) for client in shown), 1)
+    rows = "".join(
+        f'<div class="row"><i>{client}</i><div class="bar">'
+        + "".join(
+            f'<b class="c{i}" style="width:{100 * size / longest:.2f}%"'
+            f' title="client {client}, label {name}: {size}"></b>'
+            for i, (name, size) in enumerate(_binned(counts[client], bins, names))
+            if size
+        )
+        + f"</div><i>{sum(counts[client])}</i></div>"
+        for client in shown
+    )
+    legend = "".join(f'<span><b class="c{i}"></b>{name}</span>' for i, name in enumerate(names))
+    title, legend = (
+        ("Examples over clients", "") if labels == 1 else ("Labels over clients", f"label {legend}")
+    )
+    sizes = sorted(sum(row) for row in counts)
+    kinds = sorted(sum(count > 0 for count in row) for row in counts)
+    held = "" if labels == 1 else f" and {_range(kinds)} of {labels} labels"
+    note = f"All {len(counts)} clients: {_range(sizes)} examples{held} each."
+    if len(shown) < len(counts):
+        note += f" {len(shown)} of them drawn, evenly spaced by number."
+    return (
+        f'<figure class="card wide"><figcaption><h3>{title}</h3>'
+        f'<div class="legend">{legend}</div></figcaption><div class="ends"><span>client</span>'
+        f'<span>examples</span></div><div class="bars">{rows}</div><p class="note">{note}</p></figure>'
+    )
+
+
+def _line(
+    index: int, series: Series, across: Callable[[float], float], down: Callable[[float], float]
+) -> str:
+    drawn = [series.points[i] for i in _spread(len(series.points), POINTS)]
+    path = "L".join(f"{across(x):.0f} {down(y):.0f}" for x, y in drawn)
+    marks = "".join(
+        f'<g><path class="hit" d="M{across(x):.0f} 0v1000"/>'
+        f'<path class="dot" d="M{across(x):.0f} {down(y):.0f}h0"/>'
+        f"<title>round {x}: {escape(series.name)} {escape(series.text(y))}</title></g>"
+        for x, y in drawn
+    )
+    dotted = " dotted" if len(drawn) <= 30 else ""
+    return f'<g class="s{index}{dotted}"><path class="line" d="M{path}"/>{marks}</g>'
+
+
+def _spread(count: int, most: int) -> list[int]:
+    """At most `most` of 0 .. count - 1, evenly spaced, the first and the last among them."""
+    if count <= most:
+        return list(range(count))
+    return [round(i * (count - 1) / (most - 1)) for i in range(most)]
+
+
+def _step(rough: float) -> float:
+    power: float = 10.0 ** math.floor(math.log10(rough))
+    return next(step * power for step in (1, 2, 2.5, 5, 10) if step * power >= rough * (1 - 1e-9))
+
+
+def _ticks(low: float, high: float) -> list[float]:
+    """Round numbers around [low, high] in a few steps of 1, 2, 2.5 or 5; below 0 only if a value is."""
+    if high - low <= 1e-9 * max(abs(high), abs(low)):
+        spare = abs(high) / 10 or 1.0
+        low, high = (low - spare if low else low), high + spare
+    step = _step((high - low) / 4)
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return [i * step for i in range(first, last + 1)]
+
+
+def _round_ticks(left: int, right: int) -> list[int]:
+    step = max(1, round(_step(max(right - left, 1) / 6)))
+    return [x for x in range(left, right + 1) if x % step == 0] or [left]
+
+
+def _binned(row: Sequence[int], bins: Sequence[range], names: Sequence[str]) -> list[tuple[str, int]]:
+    return [(name, sum(row[i] for i in b if i < len(row))) for b, name in zip(bins, names, strict=True)]
+
+
+def _range(ordered: Sequence[int]) -> str:
+    low, middle, high = ordered[0], ordered[len(ordered) // 2], ordered[-1]
+    return f"{low}" if low == high else f"{low} to {high} (median {middle})"

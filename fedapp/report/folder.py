@@ -1,0 +1,154 @@
+"""The run folder: what a run leaves behind, written so that a crash never leaves half a file."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fedapp.errors import ConfigError
+from fedapp.report.summary import Summary, to_json
+
+if TYPE_CHECKING:
+    import torch
+
+PROBE_BYTES = 1 << 20  # enough that a full disk shows before training, little enough to cost nothing
+
+
+@dataclass(frozen=True)
+class Round:
+    """One round, one line of rounds.jsonl. Bytes are those of this round, epsilon is what is spent so far."""
+
+    round: int  # from 1
+    accuracy: float | None  # 0 to 1
+    loss: float | None
+    uplink_bytes: int
+    downlink_bytes: int
+    epsilon: float | None
+    seconds: float
+    replies: int
+    failures: int
+
+
+class RunFolder:
+    """One run's folder. Opening it proves that it can be written and holds no run yet (else ConfigError)."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        with _explained(path):
+            path.mkdir(parents=True, exist_ok=True)
+            for name in ("rounds.jsonl", "summary.json"):
+                if (path / name).exists():
+                    raise ConfigError(f"run_dir {path} already holds a run ({name}): choose another run_dir")
+            _probe(path / ".probe")
+
+    def write_config(self, text: str) -> None:
+        """config.yaml: the whole configuration of the run."""
+        write_text(self.path / "config.yaml", text)
+
+    def write_split(self, counts: list[list[int]]) -> None:
+        """labels.json: `counts[client][label]`, how many examples of each label each client holds."""
+        rows = [[int(count) for count in row] for row in counts]
+        write_text(self.path / "labels.json", json.dumps({"counts": rows}))
+
+    def append(self, r: Round) -> None:
+        """One more line of rounds.jsonl, on the disk when this returns; a failed write leaves nothing."""
+        path = self.path / "rounds.jsonl"
+        with _explained(path), path.open("ab", buffering=0) as file:
+            end = file.tell()
+            line = f"{to_json(r)}\n".encode()
+            try:
+                if file.write(line) != len(line):  # a disk about to be full takes part of a write
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                os.fsync(file.fileno())
+            except BaseException:
+                file.truncate(end)
+                raise
+
+    def write_summary(self, summary: Summary) -> None:
+        """summary.json, which also says that the run has ended."""
+        write_text(self.path / "summary.json", to_json(summary, indent=2) + "\n")
+
+    def write_model(self, state: Mapping[str, torch.Tensor]) -> None:
+        """model.safetensors: tensors of any shape and dtype, by name; tied tensors are written out each."""
+        import torch
+        from safetensors import SafetensorError
+        from safetensors.torch import save_file
+
+        own = {
+            name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+            for name, tensor in state.items()
+        }
+        with replacing(self.path / "model.safetensors") as partial:
+            try:
+                save_file(own, partial)
+            except SafetensorError as error:  # how it reports a full disk
+                raise OSError(str(error)) from error
+
+    def rounds(self) -> list[Round]:
+        """The rounds finished so far."""
+        return read_rounds(self.path)
+
+
+def read_rounds(folder: Path) -> list[Round]:
+    """The rounds in a run folder, without a last line that a crash cut off; ConfigError if it is damaged."""
+    path = folder / "rounds.jsonl"
+    if not path.exists():
+        return []
+    try:
+        *lines, _ = path.read_text(encoding="utf-8").split("\n")
+        return [Round(**json.loads(line)) for line in lines]
+    except (OSError, ValueError, TypeError) as error:
+        raise ConfigError(f"cannot read {path} ({error}): restore the file or name another run") from error
+
+
+def write_text(path: Path, text: str) -> None:
+    """Put `text` (UTF-8) in a file whole; ConfigError if the disk does not take it."""
+    with replacing(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Write the yielded file, and it becomes `path` at once; on any error it goes and `path` stays."""
+    partial = path.with_name(f".{path.name}.partial")
+    with _explained(path):
+        try:
+            yield partial
+            with partial.open("rb+") as file:
+                os.fsync(file.fileno())
+            os.replace(partial, path)
+            directory = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(directory)  # or the new name itself may be lost with the power
+            finally:
+                os.close(directory)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+
+
+def _probe(path: Path) -> None:
+    try:
+        with path.open("wb") as file:
+            file.write(bytes(PROBE_BYTES))
+            file.flush()
+            os.fsync(file.fileno())
+    finally:
+        path.unlink(missing_ok=True)
+
+
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(
+            f"cannot write {path} ({error.strerror or error}): "
+            "free space there or set run_dir to a folder you can write"
+        ) from error

@@ -1,0 +1,162 @@
+"""report.html: one run on one page that needs nothing else, neither the network nor a script."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from html import escape
+from pathlib import Path
+
+from fedapp.report.charts import Series, line_chart, split_chart
+from fedapp.report.folder import Round, read_rounds, write_text
+from fedapp.report.style import CSS
+from fedapp.report.summary import (
+    NONE,
+    Summary,
+    bytes_text,
+    digits,
+    guarantee_text,
+    percent_text,
+    ratio_text,
+    read_summary,
+    seconds_text,
+)
+
+
+def write_page(folder: Path) -> Path:
+    """Write report.html into a run folder, from the files in it; ConfigError if it is no finished run."""
+    summary = read_summary(folder / "summary.json")
+    config, labels = folder / "config.yaml", folder / "labels.json"
+    lines = _charts(read_rounds(folder))
+    split = split_chart(json.loads(labels.read_text(encoding="utf-8"))["counts"]) if labels.exists() else ""
+    charts = f'<section class="charts of{len(lines)}">{"".join(lines)}{split}</section>'
+    text = config.read_text(encoding="utf-8") if config.exists() else ""
+    page = folder / "report.html"
+    write_text(page, _page(summary, charts, text))
+    return page
+
+
+def _page(s: Summary, charts: str, config: str) -> str:
+    choices = f"{s.task} · {s.codec} · {s.privacy} · {s.engine}"
+    notes = [f"Interrupted; rounds finished: {s.rounds}."] if s.interrupted else []
+    notes += [s.note] if s.note else []
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta http-equiv="Content-Security-Policy" '
+        """content="default-src 'none';style-src 'unsafe-inline'">"""
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{escape(choices)}</title><style>{CSS}</style></head><body><main>"
+        f'<header><h1>{escape(s.task)}</h1><p class="choices">{_choices(s)}</p></header>'
+        + "".join(f'<p class="alert">{escape(note)}</p>' for note in notes)
+        + f'<section class="tiles">{_tiles(s)}</section>'
+        + charts
+        + f'<section class="tables">{_tables(s)}</section>'
+        + (
+            f'<details class="card"><summary>Configuration</summary><pre>{escape(config)}</pre></details>'
+            if config
+            else ""
+        )
+        + "</main></body></html>\n"
+    )
+
+
+def _choices(s: Summary) -> str:
+    pairs = (("codec", s.codec), ("privacy", s.privacy), ("engine", s.engine))
+    return "".join(f"<span>{name} <strong>{escape(value)}</strong></span>" for name, value in pairs)
+
+
+def _tiles(s: Summary) -> str:
+    float32 = s.float32_uplink_bytes
+    sent = bytes_text(s.uplink_bytes)
+    bits = s.uplink_bits_per_parameter
+    loss = "" if s.loss is None else digits(s.loss)
+    tiles = (
+        ("loss", loss, "")
+        if loss and s.accuracy is None
+        else ("accuracy", percent_text(s.accuracy), loss and f"loss {loss}"),
+        (
+            "uplink against float32",
+            ratio_text(s.uplink_ratio),
+            sent if float32 is None else f"{sent} instead of {bytes_text(float32)}",
+        ),
+        ("bits per parameter", NONE if bits is None else digits(bits), f"{s.parameters:,} parameters"),
+        ("epsilon", NONE if s.epsilon is None else digits(s.epsilon), guarantee_text(s)),
+        ("wall time", seconds_text(s.wall_s), f"start-up {seconds_text(s.startup_s)}"),
+    )
+    return "".join(
+        f'<div class="card tile"><h2>{name}</h2><p>{value}</p><small>{escape(beside)}</small></div>'
+        for name, value, beside in tiles
+    )
+
+
+def _charts(rounds: Sequence[Round]) -> list[str]:
+    if not rounds:
+        return ['<p class="card wide empty">No round was finished, so there is nothing to draw.</p>']
+    accuracy = [(r.round, r.accuracy) for r in rounds if r.accuracy is not None]
+    loss = [(r.round, r.loss) for r in rounds if r.loss is not None]
+    epsilon = [(r.round, r.epsilon) for r in rounds if r.epsilon is not None]
+    charts = []
+    if accuracy:
+        series = Series("last", accuracy, percent_text)
+        charts.append(line_chart("Accuracy", "% of test examples", [series], scale=0.01))
+    if loss:
+        charts.append(line_chart("Loss", "test loss", [Series("last", loss, digits)]))
+    scale, unit = _unit(max(max(r.uplink_bytes, r.downlink_bytes) for r in rounds))
+    traffic = [
+        Series("uplink", [(r.round, r.uplink_bytes) for r in rounds], bytes_text),
+        Series("downlink", [(r.round, r.downlink_bytes) for r in rounds], bytes_text),
+    ]
+    charts.append(line_chart("Traffic", f"{unit} a round, all clients", traffic, scale=scale, zero=True))
+    if epsilon:
+        series = Series("spent", epsilon, digits)
+        charts.append(line_chart("Privacy budget", "epsilon", [series], zero=True))
+    return charts
+
+
+def _unit(most: float) -> tuple[float, str]:
+    for scale, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if most >= scale:
+            return scale, unit
+    return 1, "bytes"
+
+
+def _tables(s: Summary) -> str:
+    run = (
+        ("rounds", f"{s.rounds}"),
+        ("clients", f"{s.clients}"),
+        ("cohort", f"{s.cohort}"),
+        ("seed", f"{s.seed}"),
+        ("accuracy", percent_text(s.accuracy)),
+        ("loss", NONE if s.loss is None else digits(s.loss)),
+        ("parameters", f"{s.parameters:,}"),
+    )
+    bits = s.uplink_bits_per_parameter
+    traffic = (
+        ("uplink", f"{s.uplink_bytes:,}"),
+        ("downlink", f"{s.downlink_bytes:,}"),
+        ("float32, both ways", f"{s.uncompressed_bytes:,}"),
+        ("float32 uplink / uplink", ratio_text(s.uplink_ratio)),
+        ("float32 / both ways", ratio_text(s.compression_ratio)),
+        ("uplink bits a parameter", NONE if bits is None else digits(bits)),
+    )
+    privacy = (
+        ("privacy", s.privacy),
+        ("epsilon", NONE if s.epsilon is None else digits(s.epsilon)),
+        ("delta", NONE if s.delta is None else f"{s.delta:.3g}"),
+        ("accountant", s.accountant or NONE),
+        ("unit", s.privacy_unit or NONE),
+    )
+    cost = (
+        ("wall time", seconds_text(s.wall_s)),
+        ("start-up", seconds_text(s.startup_s)),
+        ("a round", seconds_text(s.seconds_per_round)),
+        ("peak memory", bytes_text(s.peak_rss_mb * 1e6)),
+        *s.versions.items(),
+    )
+    groups = (("Run", run), ("Traffic, bytes", traffic), ("Privacy", privacy), ("Time and versions", cost))
+    return "".join(_table(title, rows) for title, rows in groups)
+
+
+def _table(title: str, rows: Iterable[tuple[str, str]]) -> str:
+    body = "".join(f"<tr><th>{escape(name)}</th><td>{escape(value)}</td></tr>" for name, value in rows)
+    return f'<div class="card"><h3>{title}</h3><table>{body}</table></div>'

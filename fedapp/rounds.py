@@ -1,0 +1,174 @@
+"""The rounds: draw a cohort, send the weights, take the updates, step, test. Works on any Flower Grid."""
+
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import cast
+
+from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
+from flwr.common.serde import recorddict_to_proto
+from flwr.serverapp import Grid
+
+from fedapp.client_app import load
+from fedapp.engine.grid import stream
+from fedapp.engine.local import LocalGrid
+from fedapp.errors import DataError, FedappError
+from fedapp.job import Job
+from fedapp.report.folder import Round
+from fedapp.report.progress import Progress
+from fedapp.wire import CONFIG, Wire, layout_of
+
+
+class Cohort:
+    """What a strategy sees of the grid when it samples: the clients of this round, and no others."""
+
+    def __init__(self, nodes: list[int]) -> None:
+        self._nodes = nodes
+
+    def get_node_ids(self) -> Iterable[int]:
+        return self._nodes
+
+
+@dataclass
+class Traffic:
+    """Bytes that crossed the wire: the serialized content of each message and each reply."""
+
+    uplink: int = 0
+    downlink: int = 0
+    messages: int = 0
+    replies: int = 0
+
+    def exchange(self, grid: Grid, messages: list[Message], timeout: float) -> Iterator[Message]:
+        """Send the messages, yield the replies, count both."""
+        sizes = {id(m.content): 0 for m in messages}  # a broadcast's one content is measured once
+        for message in messages:
+            sizes[id(message.content)] = sizes[id(message.content)] or size_of(message.content)
+            self.downlink += sizes[id(message.content)]
+        self.messages += len(messages)
+        for reply in stream(grid, messages, timeout):
+            self.replies += 1
+            self.uplink += size_of(reply.content) if reply.has_content() else 0
+            yield reply
+
+
+def size_of(content: RecordDict) -> int:
+    """Bytes of a message's content as Flower serializes it: arrays, names, metrics and configuration."""
+    return len(recorddict_to_proto(content).SerializeToString())
+
+
+@dataclass
+class Federation:
+    """A job on a grid, and what it has reached: weights after the last whole round, bytes, participations."""
+
+    job: Job
+    grid: Grid
+    arrays: ArrayRecord = field(init=False)
+    traffic: Traffic = field(default_factory=Traffic)
+    accepted: int = 0
+
+    def __post_init__(self) -> None:
+        self.arrays = ArrayRecord(self.job.task.model(self.job.seed).state_dict())
+        self.parameters = layout_of(self.arrays).size
+        self._wire = Wire(self.job.strategy, self.job.wire_codec)
+        self._partitions = partitions(self.grid, self.job.clients, self.job.round_timeout)
+        self._test = self.job.task.test_data() if self.job.evaluate == "server" else None
+        if self.job.evaluate == "server" and self._test is None:
+            raise DataError("evaluate=server needs a test set and the task has none: set evaluate=clients or none")
+        self._took_part: Counter[int] = Counter()
+
+    def run(self, progress: Progress) -> Iterator[Round]:
+        """All rounds, one record each. Raises FedappError when a whole cohort returned no update."""
+        for number in range(1, self.job.rounds + 1):
+            started, before, accepted = time.perf_counter(), replace(self.traffic), self.accepted
+            sent = self._train(number, progress)
+            accuracy, loss = self._evaluate(number)
+            yield Round(
+                round=number,
+                accuracy=accuracy,
+                loss=loss,
+                uplink_bytes=self.traffic.uplink - before.uplink,
+                downlink_bytes=self.traffic.downlink - before.downlink,
+                epsilon=self.epsilon,
+                seconds=time.perf_counter() - started,
+                replies=self.accepted - accepted,
+                failures=sent - (self.accepted - accepted),
+            )
+            if sent and self.accepted == accepted:
+                raise FedappError(f"round {number}: none of {sent} clients returned an update; the log says why")
+
+    @property
+    def epsilon(self) -> float | None:
+        """Epsilon of the client that took part most often."""
+        return self.job.epsilon(max(self._took_part.values(), default=0))
+
+    def _train(self, number: int, progress: Progress) -> int:
+        """One round of training; returns how many clients were asked."""
+        cohort = self._draw(number)
+        asked = self._wire.configure_train(number, self.arrays, ConfigRecord(), cast(Grid, Cohort(cohort)))
+        messages = sorted(asked, key=self._partition)
+        self._took_part.update(cohort)  # before anything is sent: a lost reply was released all the same
+        replies = self._watched(self.traffic.exchange(self.grid, messages, self.job.round_timeout),
+                                progress, len(messages))  # fmt: skip
+        if not self._wire.streams:  # then the order of summation is the order of arrival
+            replies = iter(sorted(replies, key=self._partition))
+        before = self.traffic.replies
+        arrays, _ = self._wire.aggregate_train(number, replies)
+        self.accepted += self.traffic.replies - before - self._wire.failures
+        self.arrays = self.arrays if arrays is None else arrays
+        return len(messages)
+
+    def _watched(self, replies: Iterator[Message], progress: Progress, total: int) -> Iterator[Message]:
+        progress.reply(0, total)
+        for done, reply in enumerate(replies, 1):
+            progress.reply(done, total)
+            yield reply
+
+    def _draw(self, number: int) -> list[int]:
+        """The nodes of this round, drawn by partition, never by node id, which is random."""
+        nodes = sorted(self._partitions, key=self._partitions.__getitem__)
+        rng = self.job.public_rng(number, partition=0, use=2)
+        drawn = rng.choice(len(nodes), size=min(self.job.in_round, len(nodes)), replace=False)
+        return [nodes[i] for i in sorted(drawn)]
+
+    def _partition(self, message: Message) -> int:
+        """The partition that a message goes to or comes from."""
+        ends = message.metadata.dst_node_id, message.metadata.src_node_id
+        return next(self._partitions[node] for node in ends if node in self._partitions)
+
+    def _evaluate(self, number: int) -> tuple[float | None, float | None]:
+        """Accuracy and loss of the weights, on the server's test set or on the clients' own data."""
+        if self._test is not None:
+            load(self.job, self.arrays)
+            metrics = self.job.task.evaluate(self.job.model, self._test)
+            return metrics["accuracy"], metrics["loss"]
+        if self.job.evaluate == "none":
+            return None, None
+        view = cast(Grid, Cohort(list(self._partitions)))
+        messages = list(self._wire.configure_evaluate(number, self.arrays, ConfigRecord(), view))
+        replies = sorted(self.traffic.exchange(self.grid, messages, self.job.round_timeout), key=self._partition)
+        means = self._wire.aggregate_evaluate(number, replies)
+        return (float(means["accuracy"]), float(means["loss"])) if means else (None, None)  # type: ignore[arg-type]
+
+
+def partitions(grid: Grid, clients: int, timeout: float) -> dict[int, int]:
+    """Which partition each node holds; waits until so many nodes are there, then asks them."""
+    if isinstance(grid, LocalGrid):
+        return grid.partitions
+    deadline = time.monotonic() + timeout
+    while len(nodes := sorted(grid.get_node_ids())) < clients:
+        if time.monotonic() > deadline:
+            raise FedappError(f"{len(nodes)} of clients={clients} nodes came within round_timeout={timeout:g} s: "
+                              f"start more nodes, or set clients={max(1, len(nodes))}")  # fmt: skip
+        time.sleep(0.2)
+    asked = [Message(RecordDict(), node, MessageType.QUERY) for node in nodes]
+    found: dict[int, int] = {}
+    for reply in stream(grid, asked, timeout):
+        if reply.has_content():
+            found[reply.metadata.src_node_id] = int(reply.content[CONFIG]["partition-id"])
+    own = sorted(node for node in nodes if found.get(node, -1) < 0)  # they bring their own data
+    taken = [p for p in found.values() if p >= 0]
+    if len(set(taken)) < len(taken):
+        raise FedappError(f"two nodes hold the same partition ({sorted(taken)}): give each its own partition-id")
+    free = (p for p in range(len(nodes)) if p not in taken)
+    return {node: next(free) if node in own else found[node] for node in nodes}

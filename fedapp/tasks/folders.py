@@ -1,0 +1,150 @@
+"""Images in folders named after their class, laid out as torchvision's ImageFolder reads them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from fedapp.errors import ConfigError, DataError
+from fedapp.tasks import Data
+from fedapp.tasks.classification import Classification, check_fraction, check_names, held_out, once
+
+EXTENSIONS = {".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageFolder(Classification):
+    """<path>/<class>/<image>, or <path>/train/<class>/<image> beside <path>/test/<class>/<image>.
+
+    path: the tree; null where every node brings its own data. class_names: the classes in order; null takes
+    the sorted folder names of the training tree. size: images are cropped to a square and scaled to
+    size x size pixels. channels: 1 (grey) or 3 (red, green, blue). Without a test folder, test_fraction of
+    the training images is held out, the same ones for every seed. Pixels become -1 to 1 by public constants.
+    All images stay in memory.
+
+    Raises ConfigError for a value out of range, or when neither path nor class_names says the classes.
+    """
+
+    path: str | None = None
+    class_names: Sequence[str] | None = None
+    size: int = 32
+    channels: int = 3
+    test_fraction: float = 0.2
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.class_names is not None:
+            object.__setattr__(self, "class_names", check_names("class_names", self.class_names))
+        if self.path is None and self.class_names is None:
+            raise ConfigError(
+                "task=image_folder does not know its classes: set task.path, or task.class_names=[a,b]"
+            )
+        if not isinstance(self.size, int) or self.size < 1:
+            raise ConfigError(f"task.size must be at least 1 pixel, got {self.size}: set task.size=32")
+        if self.channels not in (1, 3):
+            raise ConfigError(
+                f"task.channels must be 1 (grey) or 3 (colour), got {self.channels}: set task.channels=3"
+            )
+        check_fraction(self.test_fraction)
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """(channels, size, size)."""
+        return (self.channels, self.size, self.size)
+
+    @property
+    def classes(self) -> int:
+        """How many class folders the training tree has, or names were given."""
+        return len(self._names())
+
+    def train_data(self) -> Data:
+        """The training images. Raises ConfigError without a path, DataError for an unreadable tree."""
+        return self._data()[0]
+
+    def test_data(self) -> Data | None:
+        """The test images; None without a path, or with nothing held out."""
+        return self._data()[1] if self.path is not None else None
+
+    def read(self, path: Path) -> Data:
+        """A client's own tree: it may lack classes, but must have no unknown one. Raises DataError."""
+        names = self._names()
+        files = _images(path)
+        unknown = sorted({name for _, name in files} - set(names))
+        if unknown:
+            raise DataError(
+                f"{path} has unknown classes {unknown}: rename the folders to some of {list(names)}"
+            )
+        pixels = np.empty((len(files), *self.input_shape), dtype=np.float32)
+        for index, (file, _) in enumerate(files):
+            pixels[index] = self._pixels(file)
+        labels = [names.index(name) for _, name in files]
+        return Data(torch.from_numpy(pixels).div_(127.5).sub_(1), torch.tensor(labels, dtype=torch.int64))
+
+    def _names(self) -> tuple[str, ...]:
+        return tuple(self.class_names) if self.class_names is not None else tuple(_classes(self._trees()[0]))
+
+    def _trees(self) -> tuple[Path, Path | None]:
+        """The training tree, and the test tree where there is one."""
+        if self.path is None:
+            raise ConfigError(
+                "task=image_folder has no training images: set task.path, or give every node its own data"
+            )
+        root = Path(self.path).expanduser()
+        if not (root / "train").is_dir():
+            return root, None
+        return root / "train", root / "test" if (root / "test").is_dir() else None
+
+    @once
+    def _data(self) -> tuple[Data, Data | None]:
+        train_tree, test_tree = self._trees()
+        data = self.read(train_tree)
+        if test_tree is not None:
+            return data, self.read(test_tree)
+        train, test = (torch.from_numpy(part) for part in held_out(data.y.numpy(), self.test_fraction))
+        return Data(data.x[train], data.y[train]), Data(data.x[test], data.y[test]) if len(test) else None
+
+    def _pixels(self, file: Path) -> NDArray[np.uint8]:
+        """One image as bytes, (channels, size, size)."""
+        from PIL import Image, ImageOps
+
+        try:
+            with Image.open(file) as image:
+                if image.mode.startswith(("I", "F")):
+                    raise DataError(f"{file} has more than 8 bits a channel: convert it to 8 bits")
+                plain = image.convert("L" if self.channels == 1 else "RGB")
+                square = ImageOps.fit(plain, (self.size, self.size), Image.Resampling.BILINEAR)
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            raise DataError(f"{file} cannot be read as an image ({error}): mend or remove it") from error
+        return np.asarray(square).reshape(self.size, self.size, self.channels).transpose(2, 0, 1)
+
+
+def _classes(tree: Path) -> list[str]:
+    """The class folders of a tree, sorted. Raises DataError when there are none."""
+    if not tree.is_dir():
+        raise DataError(
+            f"{tree} is not a folder: set the path to a folder with one folder of images per class"
+        )
+    names = sorted(
+        child.name for child in tree.iterdir() if child.is_dir() and not child.name.startswith(".")
+    )
+    if not names:
+        raise DataError(f"{tree} has no class folders: put the images into one folder per class")
+    return names
+
+
+def _images(tree: Path) -> list[tuple[Path, str]]:
+    """Every image of a tree with its class, sorted. Raises DataError when there are none."""
+    files = [
+        (file, name)
+        for name in _classes(tree)
+        for file in sorted((tree / name).rglob("*"))
+        if file.suffix.lower() in EXTENSIONS and file.is_file()
+    ]
+    if not files:
+        raise DataError(
+            f"{tree} has no images: put {', '.join(sorted(EXTENSIONS))} files into its class folders"
+        )
+    return files

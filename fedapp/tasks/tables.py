@@ -1,0 +1,190 @@
+"""Tables: a text file with one example a line and a column of labels."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from fedapp.errors import ConfigError, DataError
+from fedapp.tasks import Data
+from fedapp.tasks.classification import Classification, check_fraction, check_names, held_out, once
+from fedapp.tasks.schema import Schema, categories_of, in_order, need, read_table, whole
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+@dataclass(frozen=True)
+class _Read:
+    """What the files of a task hold, encoded and scaled."""
+
+    schema: Schema
+    train: Data | None
+    test: Data | None
+    names: NDArray[np.generic] | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Csv(Classification):
+    """A table with a header line and a column of labels.
+
+    path: the training table; null where every node brings its own data. label: the label's column.
+    class_names: its values as written in the file, in order; null takes those of the training table, sorted.
+    features: the columns to learn from, numbers or categories (one-hot encoded); null takes all but the label
+    and client_column. client_column: the column that names each row's client, for partition=natural; never a
+    feature. test_path: the test table; null holds out test_fraction of the rows, the same ones for every
+    seed. separator: what stands between columns. mean, std: public constants, one for all features or a list,
+    for (x - mean) / std.
+
+    standardize: take mean and std from the training rows instead. They depend on the data, so differential
+    privacy does not cover them (private_preprocessing is then True), and nodes with their own data refuse it.
+    The classes and categories listed from the training table are taken as public.
+
+    Raises ConfigError for settings that do not fit together; DataError, when data are read, for a table that
+    cannot be read, is empty, lacks a column, or has a value that is missing, infinite or unknown.
+    """
+
+    path: str | None = None
+    label: str = "label"
+    class_names: Sequence[str] | None = None
+    features: Sequence[str] | None = None
+    client_column: str | None = None
+    test_path: str | None = None
+    test_fraction: float = 0.2
+    separator: str = ","
+    mean: float | Sequence[float] = 0.0
+    std: float | Sequence[float] = 1.0
+    standardize: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for field in ("class_names", "features"):
+            if getattr(self, field) is not None:
+                object.__setattr__(self, field, check_names(field, getattr(self, field)))
+        for field in ("mean", "std"):
+            object.__setattr__(self, field, _constants(field, getattr(self, field)))
+        check_fraction(self.test_fraction)
+        if self.path is None and (self.class_names is None or self.features is None):
+            raise ConfigError(
+                "task=csv does not know its columns: "
+                "set task.path=<file>, or both task.class_names and task.features"
+            )
+        if self.features is not None and {self.label, self.client_column} & set(self.features):
+            raise ConfigError(
+                f"task.features must not list the label {self.label} or the client column: "
+                "take it out of the list"
+            )
+        if self.standardize and (self.path is None or (self.mean, self.std) != ((0.0,), (1.0,))):
+            raise ConfigError(
+                "task.standardize=true needs task.path, and no task.mean or task.std: "
+                "set public task.mean and task.std and task.standardize=false"
+            )
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """(features,), after one-hot encoding."""
+        return (self._files().schema.width,)
+
+    @property
+    def classes(self) -> int:
+        """How many different labels there are."""
+        return len(self._files().schema.classes)
+
+    @property
+    def private_preprocessing(self) -> bool:
+        """True when features are scaled by statistics of the training rows."""
+        return self.standardize
+
+    def train_data(self) -> Data:
+        """The training rows. Raises ConfigError without a path."""
+        train = self._files().train
+        if train is None:
+            raise ConfigError(
+                "task=csv has no training table: set task.path, or give every node its own data"
+            )
+        return train
+
+    def test_data(self) -> Data | None:
+        """The test rows; None without a test table and with nothing held out."""
+        return self._files().test
+
+    def read(self, path: Path) -> Data:
+        """A client's own table, with the columns and classes that all nodes agree on."""
+        if self.standardize:
+            raise ConfigError(
+                "task.standardize=true uses statistics that nodes with their own data do not share: "
+                "set public task.mean and task.std instead"
+            )
+        return self._encode(self._files().schema, read_table(path, self.separator), str(path))
+
+    def client_names(self) -> NDArray[np.generic] | None:
+        """The client_column of the training rows."""
+        return self._files().names
+
+    def _encode(self, schema: Schema, table: "pd.DataFrame", source: str) -> Data:
+        x, y = schema.encode(table, source)
+        for field, values in (("mean", self.mean), ("std", self.std)):
+            if np.size(values) not in (1, schema.width):
+                raise ConfigError(
+                    f"task.{field} has {np.size(values)} numbers for {schema.width} features: "
+                    "give one number, or one per feature"
+                )
+        mean, std = torch.tensor(self.mean), torch.tensor(self.std)
+        return Data((torch.from_numpy(x) - mean) / std, torch.from_numpy(y))
+
+    @once
+    def _files(self) -> _Read:
+        if self.path is None:
+            columns = tuple((name, None) for name in self.features or ())
+            schema = Schema(self.label, tuple(self.class_names or ()), columns)
+            return _Read(schema, None, self._test_table(schema), None)
+        path = Path(self.path).expanduser()
+        table = read_table(path, self.separator)
+        schema = self._infer(table, str(path))
+        train, test, names = self._encode(schema, table, str(path)), self._test_table(schema), None
+        if self.client_column is not None:
+            names = whole(table[self.client_column], str(path)).to_numpy(dtype=str)
+        if self.test_path is None:
+            rows, out = held_out(train.y.numpy(), self.test_fraction)
+            test = Data(train.x[out], train.y[out]) if len(out) else None
+            train, names = Data(train.x[rows], train.y[rows]), None if names is None else names[rows]
+        if self.standardize:
+            std, mean = torch.std_mean(train.x, dim=0, correction=0)
+            std = torch.where(std > 0, std, 1.0)
+            train = Data((train.x - mean) / std, train.y)
+            test = None if test is None else Data((test.x - mean) / std, test.y)
+        return _Read(schema, train, test, names)
+
+    def _test_table(self, schema: Schema) -> Data | None:
+        if self.test_path is None:
+            return None
+        path = Path(self.test_path).expanduser()
+        return self._encode(schema, read_table(path, self.separator), str(path))
+
+    def _infer(self, table: "pd.DataFrame", source: str) -> Schema:
+        """The schema of the training table, as far as the settings leave it open."""
+        client = [] if self.client_column is None else [self.client_column]
+        need(table, [self.label, *client, *(self.features or ())], source)
+        names = self.features or [name for name in table.columns if name not in (self.label, *client)]
+        if not names:
+            raise DataError(f"{source} has no columns to learn from beside {self.label}: add some")
+        columns = tuple((name, categories_of(table[name], source)) for name in names)
+        classes = self.class_names or in_order(list(whole(table[self.label], source).unique()))
+        return Schema(self.label, tuple(classes), columns)
+
+
+def _constants(field: str, value: float | Sequence[float]) -> tuple[float, ...]:
+    """A mean or std as a tuple of one or more. Raises ConfigError unless finite, and above zero for a std."""
+    try:
+        values = np.atleast_1d(np.asarray(value, dtype=np.float64))
+    except (ValueError, TypeError):
+        values = np.array([np.nan])
+    fits = values.ndim == 1 and len(values) > 0 and bool(np.isfinite(values).all())
+    if not fits or (field == "std" and values.min() <= 0):
+        bound = "finite numbers above 0" if field == "std" else "finite numbers"
+        raise ConfigError(f"task.{field} must be {bound}, got {value}: set one number, or one per feature")
+    return tuple(values.tolist())

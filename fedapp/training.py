@@ -1,0 +1,232 @@
+"""Trainers: what a client does with the weights it received and its own data."""
+
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from fedapp import check
+from fedapp.errors import ConfigError
+from fedapp.privacy.example import ExamplePrivacy, History
+from fedapp.tasks import Data, Task
+
+State = Mapping[str, NDArray[Any]]
+Metrics = dict[str, int | float]
+
+
+class Trainer(Protocol):
+    """Trains `model` in place on one client's data, from the weights it holds.
+
+    `rng` is public randomness fixed by (seed, round, partition). Returns the metrics that may leave the
+    client, with `num-examples` as the client's weight in the mean, and the trainer's next state, which
+    stays on the client.
+    """
+
+    def fit(
+        self, task: Task, model: nn.Module, data: Data, state: State, rng: np.random.Generator
+    ) -> tuple[Metrics, State]: ...
+
+
+@dataclass(frozen=True)
+class Sgd:
+    """Stochastic gradient descent for some epochs, with FedProx's pull towards the received weights.
+
+    Clients weigh by their number of examples. Momentum starts at zero each round.
+    Source of `proximal_mu`: Li et al. 2020, "Federated optimization in heterogeneous networks".
+    """
+
+    lr: float = 0.05
+    momentum: float = 0.0
+    weight_decay: float = 0.0
+    batch_size: int = 32
+    epochs: int = 1
+    proximal_mu: float = 0.0
+
+    def __post_init__(self) -> None:
+        check.real("trainer.lr", self.lr, above=0.0, high=1e3)
+        check.real("trainer.momentum", self.momentum, low=0.0, below=1.0)
+        check.real("trainer.weight_decay", self.weight_decay, low=0.0, high=1e3)
+        check.whole("trainer.batch_size", self.batch_size, 1)
+        check.whole("trainer.epochs", self.epochs, 0)
+        check.real("trainer.proximal_mu", self.proximal_mu, low=0.0, high=1e3)
+
+    def pulled(self, mu: float) -> "Sgd":
+        """The same trainer with the pull that the FedProx strategy asks for."""
+        return replace(self, proximal_mu=mu)
+
+    def fit(
+        self, task: Task, model: nn.Module, data: Data, state: State, rng: np.random.Generator
+    ) -> tuple[Metrics, State]:
+        model.train()
+        received = [p.detach().clone() for p in model.parameters()] if self.proximal_mu else []
+        optimizer = torch.optim.SGD(
+            model.parameters(), lr=self.lr, momentum=self.momentum, weight_decay=self.weight_decay
+        )
+        seed = int(rng.integers(2**63))
+        torch.manual_seed(seed)  # dropout draws from the global generator
+        shuffle = torch.Generator().manual_seed(seed)
+        # Batch statistics of a single example do not exist, so such a remainder sits out an epoch.
+        smallest = 2 if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules()) else 1
+        loss_sum, seen = 0.0, 0
+        for _ in range(self.epochs):
+            for batch in torch.randperm(len(data), generator=shuffle).split(self.batch_size):
+                if len(batch) < smallest:
+                    continue
+                optimizer.zero_grad()
+                loss = task.loss(model(data.x[batch]), data.y[batch])
+                loss_sum, seen = loss_sum + loss.item() * len(batch), seen + len(batch)
+                for p, w in zip(model.parameters(), received, strict=False):
+                    loss = loss + self.proximal_mu / 2 * (p - w).square().sum()
+                loss.backward()
+                optimizer.step()
+        return {"num-examples": len(data), "train_loss": loss_sum / seen if seen else 0.0}, {}
+
+
+@dataclass(frozen=True)
+class DpSgd:
+    """DP-SGD by Opacus: per-example gradients clipped and summed over a Poisson sample, Gaussian noise added.
+
+    *Formal guarantees* are those of `ExamplePrivacy`, given as `privacy`: each step releases the noised sum
+    of gradients clipped to `max_grad_norm`, over a Bernoulli(`sampling_rate`) sample of the client's
+    examples. The sum is divided by the public `sampling_rate * examples_per_client`, never by what the
+    client holds or drew, and every client does `steps` steps, weighs 1, and reports nothing else. One
+    accountant per client composes over its rounds; its history (float64 (k, 3): noise multiplier, rate,
+    steps) is the trainer's state, and a fit that would pass the budget is refused. Source: Abadi et al.
+    2016, "Deep learning with differential privacy", Algorithm 1.
+
+    Per-example gradients come from Opacus' hooks up to `ghost_above` parameters, beyond that from ghost
+    clipping, which stores norms only. `physical_batch_size` bounds memory and changes no result.
+    """
+
+    lr: float = 1.0
+    momentum: float = 0.0
+    max_grad_norm: float = 1.0
+    sampling_rate: float = 0.05
+    examples_per_client: int = 6000
+    steps: int = 20
+    physical_batch_size: int = 512
+    ghost_above: int = 200_000
+    rounds: int = 1
+    privacy: ExamplePrivacy | None = None
+
+    def __post_init__(self) -> None:
+        check.real("trainer.lr", self.lr, above=0.0, high=1e4)
+        check.real("trainer.momentum", self.momentum, low=0.0, below=1.0)
+        check.real("trainer.max_grad_norm", self.max_grad_norm, above=0.0, high=1e6)
+        check.real("trainer.sampling_rate", self.sampling_rate, above=0.0, high=1.0)
+        check.whole("trainer.examples_per_client", self.examples_per_client, 1)
+        check.whole("trainer.steps", self.steps, 1)
+        check.whole("trainer.physical_batch_size", self.physical_batch_size, 1)
+        check.whole("trainer.ghost_above", self.ghost_above, 0)
+
+    @property
+    def noise_multiplier(self) -> float:
+        """The noise of every step, set for the planned run: all rounds, this many steps each."""
+        if self.privacy is None:
+            raise ConfigError("trainer=dp_sgd has no privacy budget: choose privacy=example, which sets it")
+        return self.privacy.sigma(self.sampling_rate, self.steps * self.rounds)
+
+    def history(self, fits: int) -> History:
+        """What a client that took part in so many rounds has released."""
+        return ((self.noise_multiplier, self.sampling_rate, self.steps * fits),)
+
+    def fit(
+        self, task: Task, model: nn.Module, data: Data, state: State, rng: np.random.Generator
+    ) -> tuple[Metrics, State]:
+        history = self._charge(state)
+        model.train()
+        noise, draws = self._secret_generators(rng, data.x.device)
+        step = _Step(task, model, self, noise)
+        for _ in range(self.steps):
+            drawn = torch.rand(len(data), generator=draws, device=data.x.device) < self.sampling_rate
+            step(data, drawn.nonzero().squeeze(1))
+        step.close()
+        return {"num-examples": 1}, {"history": np.array(history, np.float64)}
+
+    def _charge(self, state: State) -> History:
+        """The history with this fit in it; raises ConfigError where that would pass the budget."""
+        assert self.privacy is not None
+        past = [(float(s), float(q), int(t)) for s, q, t in state.get("history", np.empty((0, 3)))]
+        now = self.noise_multiplier, self.sampling_rate
+        if past and past[-1][:2] == now:
+            past[-1] = (*now, past[-1][2] + self.steps)
+        else:
+            past.append((*now, self.steps))
+        planned = len(past) == 1 and past[0][2] <= self.steps * self.rounds
+        budget = self.privacy.epsilon
+        if budget is not None and not planned and (spent := self.privacy.spent(tuple(past))) > budget:
+            raise ConfigError(
+                f"one more round would spend epsilon {spent:.2f} of a budget of {budget}: "
+                f"raise privacy.epsilon, or stop"
+            )
+        return tuple(past)
+
+    def _secret_generators(
+        self, rng: np.random.Generator, device: torch.device
+    ) -> tuple[torch.Generator, torch.Generator]:
+        """Noise and sampling draw from the operating system's entropy, never from the public `rng`."""
+        assert self.privacy is not None
+        secret: Iterator[int] = (int.from_bytes(os.urandom(8), "little") for _ in range(2))
+        if self.privacy.test_seed is not None:
+            public = np.random.default_rng([self.privacy.test_seed, int(rng.integers(2**63))])
+            secret = iter(int(s) for s in public.integers(2**63, size=2))
+        noise, draws = (torch.Generator(device).manual_seed(s) for s in secret)
+        return noise, draws
+
+
+class _Step:
+    """One noised step on a drawn batch, in physical batches that fit the memory."""
+
+    def __init__(self, task: Task, model: nn.Module, dp: DpSgd, noise: torch.Generator) -> None:
+        from opacus import optimizers
+        from opacus.grad_sample import GradSampleModule, GradSampleModuleFastGradientClipping
+
+        self._task, self._chunk = task, dp.physical_batch_size
+        self._parameters = [p for p in model.parameters() if p.requires_grad]
+        self._ghost = sum(p.numel() for p in self._parameters) > dp.ghost_above
+        optimizer: type[optimizers.DPOptimizer] = optimizers.DPOptimizer
+        if self._ghost:
+            optimizer = optimizers.DPOptimizerFastGradientClipping
+            self._model = GradSampleModuleFastGradientClipping(model, max_grad_norm=dp.max_grad_norm)
+        else:
+            self._model = GradSampleModule(model)
+        self._optimizer = optimizer(
+            torch.optim.SGD(self._parameters, lr=dp.lr, momentum=dp.momentum),
+            noise_multiplier=dp.noise_multiplier,
+            max_grad_norm=dp.max_grad_norm,
+            expected_batch_size=dp.sampling_rate * dp.examples_per_client,
+            generator=noise,
+        )
+
+    def __call__(self, data: Data, batch: torch.Tensor) -> None:
+        chunks = batch.split(self._chunk) if len(batch) else (batch,)
+        for last, chunk in zip([False] * (len(chunks) - 1) + [True], chunks, strict=True):
+            self._optimizer.zero_grad(set_to_none=True)
+            self._optimizer.signal_skip_step(not last)
+            if len(chunk):
+                self._backward(data.x[chunk], data.y[chunk])
+            else:  # an empty sample releases noise alone
+                for p in self._parameters:
+                    p.grad, p.grad_sample = torch.zeros_like(p), p.new_zeros(0, *p.shape)
+            self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+
+    def _backward(self, x: torch.Tensor, y: torch.Tensor) -> None:
+        if not self._ghost:
+            self._task.loss(self._model(x), y).backward()
+            return
+        from opacus.utils.fast_gradient_clipping_utils import DPTensorFastGradientClipping
+
+        losses = self._task.loss(self._model(x), y, reduction="none")
+        DPTensorFastGradientClipping(self._model, self._optimizer, losses).backward()
+
+    def close(self) -> None:
+        """Leave the model as it was: no hooks, no gradients."""
+        self._model._close()
+        for p in self._parameters:
+            p.grad = None

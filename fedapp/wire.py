@@ -1,0 +1,354 @@
+"""The two ends of the wire: what a client sends for its update, and what the server makes of it.
+
+client:  trained - received -> codec.encode -> pack        (`compress`, a Flower client mod)
+server:  unpack -> codec.decode -> running sum -> strategy  (`Wire`, a wrapper around a Flower strategy)
+
+Without this pair the app is plain Flower; with the identity codec the pair is not installed at all.
+"""
+
+import struct
+import zlib
+from collections.abc import Callable, Iterable, Mapping
+from logging import WARNING
+from math import fsum
+from typing import Any
+
+import numpy as np
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.clientapp.typing import Mod
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Strategy
+from flwr.supercore import log
+from numpy.typing import NDArray
+
+from fedapp.codec import Codec, Layout, Packet, Slot
+from fedapp.codec.varint import Reader, varint
+from fedapp.errors import DecodeError
+
+STYPE = "fedapp.packet"
+ARRAYS, METRICS, CONFIG, UPDATE, WEIGHT = "arrays", "metrics", "config", "update", "num-examples"
+_VERSION = 1
+_PREFIX = struct.Struct("<BBI")  # version, dtype of the body, CRC-32 of all that follows
+_DTYPES = (np.dtype("u1"), np.dtype("<i4"), np.dtype("<f4"))
+
+
+# --- weights <-> one flat vector ---------------------------------------------------------------------
+
+
+def layout_of(arrays: ArrayRecord) -> Layout:
+    """The floating-point arrays of a model, in order; integer buffers are no part of an update."""
+    slots, offset = [], 0
+    for name, array in arrays.items():
+        if np.issubdtype(array.dtype, np.floating):
+            slots.append(Slot(name, tuple(array.shape), offset))
+            offset += int(np.prod(array.shape, dtype=np.int64))
+    return Layout(tuple(slots), offset)
+
+
+def ravel(arrays: ArrayRecord, layout: Layout) -> NDArray[np.float32]:
+    """Float32 (size,): the arrays of the layout, end to end."""
+    flat = np.empty(layout.size, np.float32)
+    for slot in layout.slots:
+        values = arrays[slot.name].numpy()
+        if values.shape != slot.shape:
+            raise DecodeError(f"{slot.name} has shape {values.shape}, the model {slot.shape}")
+        flat[slot.offset : slot.offset + values.size] = values.reshape(-1)
+    return flat
+
+
+def unravel(flat: NDArray[Any], layout: Layout, like: ArrayRecord) -> dict[str, NDArray[Any]]:
+    """The arrays back from the vector, each in the dtype that it has in `like`."""
+    return {
+        slot.name: flat[slot.offset : slot.offset + int(np.prod(slot.shape, dtype=np.int64))]
+        .reshape(slot.shape)
+        .astype(like[slot.name].dtype)
+        for slot in layout.slots
+    }
+
+
+# --- packet <-> bytes --------------------------------------------------------------------------------
+
+
+def pack(packet: Packet, codec: Codec, layout: Layout) -> bytes:
+    """One byte string: version, dtype, CRC-32, header with its length, body (little endian).
+
+    The CRC is seeded with the codec's settings and the layout, so that a packet made by another codec or
+    for another model is refused, at no byte more.
+    """
+    body = packet.body.astype(packet.body.dtype.newbyteorder("<"), copy=False)
+    if body.dtype not in _DTYPES:
+        raise TypeError(f"a packet's body is uint8, int32 or float32, got {body.dtype}")
+    rest = varint(len(packet.header)) + packet.header + body.tobytes()
+    return _PREFIX.pack(_VERSION, _DTYPES.index(body.dtype), zlib.crc32(rest, _seed(codec, layout))) + rest
+
+
+def unpack(data: bytes, codec: Codec, layout: Layout) -> Packet:
+    """Undo `pack`; raises DecodeError on anything else. Allocates no more than the bytes received."""
+    reader = Reader(data)
+    version, kind, crc = _PREFIX.unpack(reader.take(_PREFIX.size))
+    if version != _VERSION:
+        raise DecodeError(f"packet has version {version}, this fedapp reads {_VERSION}")
+    if kind >= len(_DTYPES):
+        raise DecodeError(f"packet names body type {kind}, which does not exist")
+    if zlib.crc32(memoryview(data)[_PREFIX.size :], _seed(codec, layout)) != crc:
+        raise DecodeError("packet was damaged, or made by another codec or for another model")
+    header = reader.take(reader.varint(len(data)))
+    body = reader.rest()
+    if len(body) % _DTYPES[kind].itemsize:
+        raise DecodeError("packet's body is not a whole number of values")
+    return Packet(np.frombuffer(body, _DTYPES[kind]), header)
+
+
+def decode_update(data: bytes, codec: Codec, layout: Layout) -> NDArray[np.float32]:
+    """Float32 (size,), finite; raises DecodeError on anything else, whatever a codec's stages do."""
+    try:
+        update = codec.decode(unpack(data, codec, layout), layout)
+    except DecodeError:
+        raise
+    except Exception as error:  # hostile bytes may reach any line of any stage
+        raise DecodeError(f"packet cannot be decoded: {error}") from error
+    if update.shape != (layout.size,) or update.dtype != np.float32 or not np.isfinite(update).all():
+        raise DecodeError(f"packet decodes to {update.dtype} {update.shape}, not {layout.size} finite float32")
+    return update
+
+
+def _seed(codec: Codec, layout: Layout) -> int:
+    return zlib.crc32(repr((codec, layout)).encode())
+
+
+# --- the client's end --------------------------------------------------------------------------------
+
+
+def compress(codec: Codec, rng: np.random.Generator) -> Mod:
+    """The client mod: replaces the trained weights in a train reply by the encoded update.
+
+    The codec's state stays in `context.state["codec"]`. Integer buffers go beside the packet, unchanged.
+    """
+
+    def mod(message: Message, context: Context, call_next: Callable[[Message, Context], Message]) -> Message:
+        received = message.content[ARRAYS]
+        reply = call_next(message, context)
+        if reply.has_error():
+            return reply
+        trained = reply.content[ARRAYS]
+        layout = layout_of(received)
+        update = ravel(trained, layout) - ravel(received, layout)
+        state = load_state(context, "codec")
+        packet, state = codec.encode(update, layout, state, rng)
+        store_state(context, "codec", state)
+        data = pack(packet, codec, layout)
+        floats = {slot.name for slot in layout.slots}
+        sent = {UPDATE: Array("uint8", (len(data),), STYPE, data)}
+        sent |= {name: array for name, array in trained.items() if name not in floats}
+        reply.content[ARRAYS] = ArrayRecord(sent)
+        return reply
+
+    return mod
+
+
+def load_state(context: Context, key: str) -> Mapping[str, NDArray[Any]]:
+    """Arrays that this node kept under `key`; empty at first."""
+    record = context.state.array_records.get(key, ArrayRecord())
+    return {name: array.numpy() for name, array in record.items()}
+
+
+def store_state(context: Context, key: str, state: Mapping[str, NDArray[Any]]) -> None:
+    """Keep these arrays on this node until its next message."""
+    context.state[key] = ArrayRecord({name: Array(np.asarray(value)) for name, value in state.items()})
+
+
+# --- the server's end --------------------------------------------------------------------------------
+
+
+class ExactSum:
+    """Weighted sum of vectors that is the same in any order of arrival.
+
+    Fixed point in two int64 limbs, 2**-20 and 2**-60 a unit, because integer addition commutes and float
+    addition does not. A float32 times a whole weight below 2**24 is exact in float64; what is below 2**-60
+    is rounded off. Holds 2**22 terms of magnitude below 2**40 each.
+    """
+
+    _COARSE, _FINE, _MOST = 2.0**20, 2.0**60, 2.0**40
+
+    def __init__(self, size: int) -> None:
+        self._coarse, self._fine = np.zeros(size, np.int64), np.zeros(size, np.int64)
+        self.weight = 0
+
+    def add(self, x: NDArray[Any], weight: int) -> None:
+        """Add `weight * x`; raises DecodeError on values that no honest client sends."""
+        term = x.astype(np.float64) * weight
+        if not (np.abs(term) < self._MOST).all():
+            raise DecodeError(f"values times their weight must stay below {self._MOST:g}")
+        coarse = np.rint(term * self._COARSE)
+        self._coarse += coarse.astype(np.int64)
+        self._fine += np.rint((term - coarse / self._COARSE) * self._FINE).astype(np.int64)
+        self.weight += weight
+
+    def mean(self) -> NDArray[np.float64]:
+        """The sum over the total weight."""
+        return (self._coarse / self._COARSE + self._fine / self._FINE) / self.weight
+
+
+STREAMED = frozenset({"FedAvg", "FedAvgM", "FedAdam", "FedYogi", "FedAdagrad", "FedProx"})
+"""Flower's linear strategies: the mean of the updates is all that they need of a round."""
+
+
+class Wire(Strategy):
+    """A Flower strategy behind the wire: decodes what `compress` sent, then lets the strategy step.
+
+    Linear strategies get the mean as one reply, summed as replies arrive: memory does not grow with the
+    cohort. Others get every decoded reply. With `codec=None` replies pass untouched. A reply that is an
+    error, or does not decode, is counted in `failures` and costs the round nothing else.
+    """
+
+    def __init__(self, inner: Strategy, codec: Codec | None) -> None:
+        self.inner, self.codec = inner, codec
+        self.streams = codec is not None and type(inner).__name__ in STREAMED
+        self.failures = 0
+        self._weights = ArrayRecord()
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        self._weights = arrays
+        return self.inner.configure_train(server_round, arrays, config, grid)
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """One mean or all decoded replies to the strategy; None where nobody trained on anything."""
+        self.failures = 0
+        mean, accepted = _Mean(self._weights), []
+        for reply in replies:
+            try:
+                if reply.has_error():
+                    raise DecodeError(reply.error.reason or "the client failed")
+                weight = weight_of(reply)
+                if self.codec is None:
+                    check_weights(reply.content[ARRAYS], self._weights)
+                elif self.streams:
+                    mean.add(reply, decode_update(_packet_of(reply), self.codec, mean.layout), weight)
+                else:
+                    update = decode_update(_packet_of(reply), self.codec, mean.layout)
+                    reply.content[ARRAYS] = _weights_from(self._weights, mean.layout, update, reply)
+                if weight and not self.streams:
+                    accepted.append(reply)
+            except (DecodeError, KeyError, TypeError, ValueError) as error:
+                self.failures += 1
+                log(WARNING, "reply of node %s refused: %s", reply.metadata.src_node_id, error)
+        if self.streams and mean.weight:
+            accepted = [mean.reply()]
+        if not accepted:
+            return None, None
+        arrays, metrics = self.inner.aggregate_train(server_round, accepted)
+        return (None if arrays is None else _in_dtypes_of(self._weights, arrays)), metrics
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        return self.inner.configure_evaluate(server_round, arrays, config, grid)
+
+    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
+        good = [reply for reply in replies if not reply.has_error() and weight_of(reply)]
+        return self.inner.aggregate_evaluate(server_round, good) if good else None
+
+    def summary(self) -> None:
+        self.inner.summary()
+
+
+class _Mean:
+    """The running mean of decoded replies, and the one reply that carries it to a linear strategy."""
+
+    def __init__(self, weights: ArrayRecord) -> None:
+        self.layout = layout_of(weights)
+        self._weights = weights
+        self._buffers = _buffers_of(weights, self.layout)
+        self._updates = ExactSum(self.layout.size)
+        self._counts = ExactSum(sum(b.size for b in self._buffers.values()))
+        self._metrics: dict[str, list[float]] = {}
+        self._first: Message | None = None
+
+    @property
+    def weight(self) -> int:
+        return self._updates.weight
+
+    def add(self, reply: Message, update: NDArray[np.float32], weight: int) -> None:
+        metrics = {k: v for k, v in reply.content[METRICS].items() if k != WEIGHT}
+        if not all(isinstance(v, (int, float)) and np.isfinite(v) for v in metrics.values()):
+            raise DecodeError("a metric is not a finite number")
+        counts = [_buffer(reply, name, like).reshape(-1) for name, like in self._buffers.items()]
+        self._counts.add(np.concatenate([np.empty(0), *counts]), weight)
+        self._updates.add(update, weight)
+        for key, value in metrics.items():
+            self._metrics.setdefault(key, []).append(weight * value)
+        self._first = self._first or reply
+
+    def reply(self) -> Message:
+        """The first reply, which now carries the mean of all: weights, buffers, metrics, total weight."""
+        assert self._first is not None
+        arrays = unravel(ravel(self._weights, self.layout) + self._updates.mean(), self.layout, self._weights)
+        counts, offset = self._counts.mean(), 0
+        for name, like in self._buffers.items():
+            arrays[name] = counts[offset : offset + like.size].reshape(like.shape)
+            offset += like.size
+        metrics = MetricRecord({k: fsum(v) / self.weight for k, v in self._metrics.items()})
+        metrics[WEIGHT] = self.weight
+        ordered = ArrayRecord({name: Array(np.asarray(arrays[name])) for name in self._weights})
+        self._first.content = RecordDict({ARRAYS: ordered, METRICS: metrics})
+        return self._first
+
+
+def weight_of(reply: Message) -> int:
+    """What the client says it weighs: a whole number of examples; raises DecodeError on anything else."""
+    weight = reply.content[METRICS][WEIGHT]
+    if not isinstance(weight, int) or not 0 <= weight < 2**24:
+        raise DecodeError(f"a client weighs from 0 to {2**24 - 1} examples, this one says {weight!r}")
+    return weight
+
+
+def check_weights(arrays: ArrayRecord, like: ArrayRecord) -> None:
+    """Raise DecodeError unless these are finite weights of the same model."""
+    if list(arrays) != list(like):
+        raise DecodeError("the reply does not hold the arrays of this model")
+    for name, array in like.items():
+        values = arrays[name].numpy()
+        if values.shape != tuple(array.shape) or not np.isfinite(values).all():
+            raise DecodeError(f"{name} is not a finite array of shape {tuple(array.shape)}")
+
+
+def _packet_of(reply: Message) -> bytes:
+    array = reply.content[ARRAYS][UPDATE]
+    if array.stype != STYPE:
+        raise DecodeError(f"the update has serialization type {array.stype!r}, not {STYPE!r}")
+    return bytes(array.data)
+
+
+def _buffers_of(weights: ArrayRecord, layout: Layout) -> dict[str, NDArray[Any]]:
+    floats = {slot.name for slot in layout.slots}
+    return {name: array.numpy() for name, array in weights.items() if name not in floats}
+
+
+def _buffer(reply: Message, name: str, like: NDArray[Any]) -> NDArray[Any]:
+    values = reply.content[ARRAYS][name].numpy()
+    if values.shape != like.shape or values.dtype != like.dtype:
+        raise DecodeError(f"buffer {name} is {values.dtype} {values.shape}, not {like.dtype} {like.shape}")
+    return values
+
+
+def _weights_from(weights: ArrayRecord, layout: Layout, update: NDArray[Any], reply: Message) -> ArrayRecord:
+    arrays = unravel(ravel(weights, layout) + update, layout, weights)
+    for name, like in _buffers_of(weights, layout).items():
+        arrays[name] = _buffer(reply, name, like)
+    return ArrayRecord({name: Array(np.asarray(arrays[name])) for name in weights})
+
+
+def _in_dtypes_of(weights: ArrayRecord, arrays: ArrayRecord) -> ArrayRecord:
+    """Flower's means turn integer buffers into float64; the next model wants integers again."""
+    out = ArrayRecord()
+    for name, array in arrays.items():
+        if array.dtype == weights[name].dtype:
+            out[name] = array
+        else:
+            values, dtype = array.numpy(), np.dtype(weights[name].dtype)
+            out[name] = Array(np.asarray(np.rint(values) if dtype.kind in "iub" else values).astype(dtype))
+    return out
