@@ -109,6 +109,8 @@ class Job:
 
     def prepare(self) -> None:
         """Do once what every worker would do again, and refuse a model that the trainer cannot train."""
+        import torch._dynamo  # noqa: F401  (any optimizer imports it, in every worker)
+
         if isinstance(self.trainer, DpSgd):
             _check_private_model(self.task.model(self.seed))
             self.epsilon(self.rounds)  # finds the noise, and imports Opacus

@@ -1,6 +1,7 @@
 """Trainers: what a client does with the weights it received and its own data."""
 
 import os
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -218,7 +219,9 @@ class _Step:
 
     def _backward(self, x: torch.Tensor, y: torch.Tensor) -> None:
         if not self._ghost:
-            self._task.loss(self._model(x), y).backward()
+            with warnings.catch_warnings():  # the first layer's input needs no gradient, and need not
+                warnings.filterwarnings("ignore", message="Full backward hook is firing")
+                self._task.loss(self._model(x), y).backward()
             return
         from opacus.utils.fast_gradient_clipping_utils import DPTensorFastGradientClipping
 

@@ -103,9 +103,9 @@ class Classification(ABC):
         train = self.train_data()
         return Data(train.x[chosen], train.y[chosen])
 
-    def loss(self, output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        """The mean cross entropy of logits (n, classes) against labels (n,), in nats, 0-d."""
-        return functional.cross_entropy(output, target)
+    def loss(self, output: torch.Tensor, target: torch.Tensor, reduction: str = "mean") -> torch.Tensor:
+        """Cross entropy of logits (n, classes) against labels (n,), in nats: the mean, 0-d, or "none", (n,)."""
+        return functional.cross_entropy(output, target, reduction=reduction)
 
     def evaluate(self, model: nn.Module, data: Data) -> dict[str, float]:
         """Accuracy (0 to 1) and mean loss over all of `data`, in evaluation mode and without gradients.
