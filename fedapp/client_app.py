@@ -33,16 +33,17 @@ def client_app(job_of: Callable[[Context], Job]) -> ClientApp:
     def train(message: Message, context: Context) -> Message:
         """Load, fit, reply with the trained weights; the mod `wire` then encodes the update."""
         job = job_of(context)
-        load(job, message.content[ARRAYS])
+        load(job, message.content.array_records[ARRAYS])
         trainer = job.trainer
-        if isinstance(trainer, Sgd) and "proximal-mu" in message.content[CONFIG]:
-            trainer = trainer.pulled(float(message.content[CONFIG]["proximal-mu"]))
+        mu = message.content.config_records[CONFIG].get("proximal-mu")  # strategy=fedprox sends it
+        if isinstance(trainer, Sgd) and isinstance(mu, float):
+            trainer = trainer.pulled(mu)
         rng = job.public_rng(_round(message), partition_of(context), use=0)
         data = _on(job, job.task.client_data(context.node_config))
         metrics, state = trainer.fit(job.task, job.model, data, load_state(context, "trainer"), rng)
         store_state(context, "trainer", state)
-        content = {ARRAYS: ArrayRecord(job.model.state_dict()), METRICS: MetricRecord(metrics)}
-        return Message(RecordDict(content), reply_to=message)
+        trained = ArrayRecord(job.model.state_dict())
+        return Message(RecordDict({ARRAYS: trained, METRICS: MetricRecord({**metrics})}), reply_to=message)
 
     @app.evaluate(mods=[guard])
     def evaluate(message: Message, context: Context) -> Message:
@@ -50,7 +51,7 @@ def client_app(job_of: Callable[[Context], Job]) -> ClientApp:
         job = job_of(context)
         if job.privacy.unit is not None:
             raise PermissionError("metrics of private data do not leave the client")
-        load(job, message.content[ARRAYS])
+        load(job, message.content.array_records[ARRAYS])
         data = _on(job, job.task.client_data(context.node_config))
         metrics = job.task.evaluate(job.model, data) if len(data) else {"accuracy": 0.0, "loss": 0.0}
         return Message(RecordDict({METRICS: MetricRecord({**metrics, WEIGHT: len(data)})}), reply_to=message)
@@ -65,7 +66,7 @@ def client_app(job_of: Callable[[Context], Job]) -> ClientApp:
 
 
 def guard(message: Message, context: Context, call_next: Callable[[Message, Context], Message]) -> Message:
-    """Flower sends `str(exception)`, which may quote private data: the log gets it, the server a fixed text."""
+    """Flower sends `str(exception)`, which may quote private data: that is for the log, not for the server."""
     try:
         return call_next(message, context)
     except Exception:
@@ -90,7 +91,7 @@ def partition_of(context: Context, default: int = 0) -> int:
 
 
 def _round(message: Message) -> int:
-    return int(message.content[CONFIG]["server-round"])
+    return int(str(message.content.config_records[CONFIG]["server-round"]))
 
 
 def _on(job: Job, data: Data) -> Data:

@@ -91,7 +91,7 @@ def one_line(error: Exception) -> str:
 
 def with_choices(config: DictConfig, choices: Mapping[str, Any]) -> DictConfig:
     """Our own keys, and under `choices` which YAML of each group was chosen."""
-    own = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
+    own = OmegaConf.masked_copy(config, [key for key in map(str, config) if key != "hydra"])
     with open_dict(own):
         own.choices = {group: choices.get(group) for group in _GROUPS}
     return own
@@ -104,7 +104,7 @@ def job(config: DictConfig) -> Job:
     except OmegaConfBaseException as error:
         raise ConfigError(one_line(error)) from error
     assert isinstance(tree, dict)
-    for key in tree.keys() - {*_KEYS, *_GROUPS, "run_dir", "choices"}:
+    for key in sorted(set(map(str, tree)) - {*_KEYS, *_GROUPS, "run_dir", "choices"}):
         raise ConfigError(f"{key} is no setting of fedapp: see `fedapp simulate --help` for those there are")
     shared = {
         "build": build(tree["model"], "model"),
@@ -147,9 +147,13 @@ def build(node: Any, path: str, **extra: Any) -> Any:
 def resolve(name: object, path: str) -> Callable[..., Any]:
     """The object of an allowed target name."""
     if name not in TARGETS:
-        raise ConfigError(f"{path}._target_={name!r} is not allowed: choose one of conf/{path.split('.')[0]}/")
+        raise ConfigError(
+            f"{path}._target_={name!r} is not allowed: choose one of conf/{path.split('.')[0]}/"
+        )
     module, _, attribute = str(name).rpartition(".")
     found: Callable[..., Any] = getattr(import_module(module), attribute)
     if found.__qualname__ != attribute or not found.__module__.startswith(module):
-        raise ConfigError(f"{name} is not what it seems: it resolves to {found.__module__}.{found.__qualname__}")
+        raise ConfigError(
+            f"{name} is not what it seems: it resolves to {found.__module__}.{found.__qualname__}"
+        )
     return found

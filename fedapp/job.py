@@ -66,23 +66,23 @@ class Job:
                 f"trainer={self.choices['trainer']} does not go with privacy={self.choices['privacy']}: "
                 f"choose {fitting}, or leave trainer to the privacy choice"
             )
-        if not isinstance(self.trainer, DpSgd):
+        if not (isinstance(self.trainer, DpSgd) and isinstance(self.privacy, ExamplePrivacy)):
             return
-        object.__setattr__(
-            self, "trainer", replace(self.trainer, privacy=self.privacy, rounds=max(1, self.rounds))
+        trainer = replace(self.trainer, privacy=self.privacy, rounds=max(1, self.rounds))
+        object.__setattr__(self, "trainer", trainer)
+        strategy, given = type(self.strategy).__name__, f"privacy={self.choices['privacy']}"
+        refused = (
+            (strategy == "QFedAvg", "strategy=qfedavg needs the clients' losses: choose strategy=fedavg"),
+            (strategy == "FedProx", "strategy=fedprox needs trainer=sgd: choose strategy=fedavg"),
+            (self.evaluate == "clients", "evaluate=clients sends private accuracies: set evaluate=server"),
+            (
+                self.task.private_preprocessing,
+                "task.standardize=true takes statistics of private data: give public task.mean and task.std",
+            ),
         )
-        if type(self.strategy).__name__ == "QFedAvg":
-            raise ConfigError("strategy=qfedavg needs the clients' losses, which privacy=example keeps: "
-                              "choose another strategy, or privacy=none")  # fmt: skip
-        if type(self.strategy).__name__ == "FedProx":
-            raise ConfigError("strategy=fedprox adds a term that DP-SGD does not clip: "
-                              "choose strategy=fedavg, or privacy=none")  # fmt: skip
-        if self.evaluate == "clients":
-            raise ConfigError("evaluate=clients would send accuracies of private data: "
-                              "set evaluate=server or evaluate=none, or privacy=none")  # fmt: skip
-        if self.task.private_preprocessing:
-            raise ConfigError("task.standardize=true takes statistics from private data, which privacy=example "
-                              "does not cover: give public task.mean and task.std")  # fmt: skip
+        for holds, reason in refused:
+            if holds:
+                raise ConfigError(f"{given} keeps what is private on the client, but {reason}")
 
     @property
     def in_round(self) -> int:
@@ -140,6 +140,6 @@ def _check_private_model(model: nn.Module) -> None:
     errors: list[Any] = ModuleValidator.validate(model, strict=False)
     if errors:
         raise ConfigError(
-            f"this model cannot be trained under privacy=example ({str(errors[0]).splitlines()[0]}): use group "
-            f"normalisation (model.norm=group for resnet18), or privacy=none"
+            f"this model cannot be trained under privacy=example ({str(errors[0]).splitlines()[0]}): "
+            f"use group normalisation (model.norm=group for resnet18), or privacy=none"
         )

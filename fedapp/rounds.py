@@ -74,7 +74,9 @@ class Federation:
         self._partitions = partitions(self.grid, self.job.clients, self.job.round_timeout)
         self._test = self.job.task.test_data() if self.job.evaluate == "server" else None
         if self.job.evaluate == "server" and self._test is None:
-            raise DataError("evaluate=server needs a test set and the task has none: set evaluate=clients or none")
+            raise DataError(
+                "evaluate=server needs a test set and the task has none: set evaluate=clients or none"
+            )
         self._took_part: Counter[int] = Counter()
 
     def run(self, progress: Progress) -> Iterator[Round]:
@@ -95,7 +97,9 @@ class Federation:
                 failures=sent - (self.accepted - accepted),
             )
             if sent and self.accepted == accepted:
-                raise FedappError(f"round {number}: none of {sent} clients returned an update; the log says why")
+                raise FedappError(
+                    f"round {number}: none of {sent} clients returned an update; the log says why"
+                )
 
     @property
     def epsilon(self) -> float | None:
@@ -146,7 +150,9 @@ class Federation:
             return None, None
         view = cast(Grid, Cohort(list(self._partitions)))
         messages = list(self._wire.configure_evaluate(number, self.arrays, ConfigRecord(), view))
-        replies = sorted(self.traffic.exchange(self.grid, messages, self.job.round_timeout), key=self._partition)
+        replies = sorted(
+            self.traffic.exchange(self.grid, messages, self.job.round_timeout), key=self._partition
+        )
         means = self._wire.aggregate_evaluate(number, replies)
         return (float(means["accuracy"]), float(means["loss"])) if means else (None, None)  # type: ignore[arg-type]
 
@@ -158,17 +164,21 @@ def partitions(grid: Grid, clients: int, timeout: float) -> dict[int, int]:
     deadline = time.monotonic() + timeout
     while len(nodes := sorted(grid.get_node_ids())) < clients:
         if time.monotonic() > deadline:
-            raise FedappError(f"{len(nodes)} of clients={clients} nodes came within round_timeout={timeout:g} s: "
-                              f"start more nodes, or set clients={max(1, len(nodes))}")  # fmt: skip
+            raise FedappError(
+                f"{len(nodes)} of clients={clients} nodes came within round_timeout={timeout:g} s: "
+                f"start more nodes, or set clients={max(1, len(nodes))}"
+            )
         time.sleep(0.2)
     asked = [Message(RecordDict(), node, MessageType.QUERY) for node in nodes]
     found: dict[int, int] = {}
     for reply in stream(grid, asked, timeout):
         if reply.has_content():
-            found[reply.metadata.src_node_id] = int(reply.content[CONFIG]["partition-id"])
+            found[reply.metadata.src_node_id] = int(str(reply.content.config_records[CONFIG]["partition-id"]))
     own = sorted(node for node in nodes if found.get(node, -1) < 0)  # they bring their own data
     taken = [p for p in found.values() if p >= 0]
     if len(set(taken)) < len(taken):
-        raise FedappError(f"two nodes hold the same partition ({sorted(taken)}): give each its own partition-id")
+        raise FedappError(
+            f"two nodes hold the same partition ({sorted(taken)}): give each its own partition-id"
+        )
     free = (p for p in range(len(nodes)) if p not in taken)
     return {node: next(free) if node in own else found[node] for node in nodes}

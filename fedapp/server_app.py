@@ -91,7 +91,6 @@ def _summary(
     sent = traffic.uplink + traffic.downlink
     own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     workers = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
-    private = job.privacy.unit is not None
     return Summary(
         task=str(job.choices["task"]),
         codec=str(job.choices["codec"]),
@@ -112,15 +111,18 @@ def _summary(
         uplink_ratio=float32_up / traffic.uplink if traffic.uplink else None,
         parameters=parameters,
         epsilon=federation.epsilon,
-        delta=job.privacy.delta if private else None,
-        accountant=job.privacy.accountant if private else None,
+        delta=job.privacy.delta,
+        accountant=job.privacy.accountant,
         privacy_unit=job.privacy.unit,
         startup_s=startup,
         seconds_per_round=sum(r.seconds for r in records) / len(records) if records else None,
         wall_s=time.perf_counter() - started,
         peak_rss_mb=max(own, workers) / 1e3,
         seed=job.seed,
-        versions={"fedapp": __version__, **{name: version(name) for name in ("flwr", "torch", "opacus", "numpy")}},
+        versions={
+            "fedapp": __version__,
+            **{name: version(name) for name in ("flwr", "torch", "opacus", "numpy")},
+        },
         interrupted=failure is not None,
         note=job.note,
     )

@@ -213,7 +213,8 @@ class _Step:
                 self._backward(data.x[chunk], data.y[chunk])
             else:  # an empty sample releases noise alone
                 for p in self._parameters:
-                    p.grad, p.grad_sample = torch.zeros_like(p), p.new_zeros(0, *p.shape)
+                    p.grad = torch.zeros_like(p)
+                    setattr(p, "grad_sample", p.new_zeros(0, *p.shape))  # noqa: B010  (where Opacus looks)
             self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
 

@@ -108,7 +108,9 @@ def decode_update(data: bytes, codec: Codec, layout: Layout) -> NDArray[np.float
     except Exception as error:  # hostile bytes may reach any line of any stage
         raise DecodeError(f"packet cannot be decoded: {error}") from error
     if update.shape != (layout.size,) or update.dtype != np.float32 or not np.isfinite(update).all():
-        raise DecodeError(f"packet decodes to {update.dtype} {update.shape}, not {layout.size} finite float32")
+        raise DecodeError(
+            f"packet decodes to {update.dtype} {update.shape}, not {layout.size} finite float32"
+        )
     return update
 
 
@@ -126,11 +128,11 @@ def compress(codec: Codec, rng: np.random.Generator) -> Mod:
     """
 
     def mod(message: Message, context: Context, call_next: Callable[[Message, Context], Message]) -> Message:
-        received = message.content[ARRAYS]
+        received = message.content.array_records[ARRAYS]
         reply = call_next(message, context)
         if reply.has_error():
             return reply
-        trained = reply.content[ARRAYS]
+        trained = reply.content.array_records[ARRAYS]
         layout = layout_of(received)
         update = ravel(trained, layout) - ravel(received, layout)
         state = load_state(context, "codec")
@@ -225,7 +227,7 @@ class Wire(Strategy):
                     raise DecodeError(reply.error.reason or "the client failed")
                 weight = weight_of(reply)
                 if self.codec is None:
-                    check_weights(reply.content[ARRAYS], self._weights)
+                    check_weights(reply.content.array_records[ARRAYS], self._weights)
                 elif self.streams:
                     mean.add(reply, decode_update(_packet_of(reply), self.codec, mean.layout), weight)
                 else:
@@ -273,9 +275,12 @@ class _Mean:
         return self._updates.weight
 
     def add(self, reply: Message, update: NDArray[np.float32], weight: int) -> None:
-        metrics = {k: v for k, v in reply.content[METRICS].items() if k != WEIGHT}
-        if not all(isinstance(v, (int, float)) and np.isfinite(v) for v in metrics.values()):
-            raise DecodeError("a metric is not a finite number")
+        metrics = {}
+        for key, value in reply.content.metric_records[METRICS].items():
+            if not isinstance(value, (int, float)) or not np.isfinite(value):
+                raise DecodeError(f"metric {key} is not a finite number")
+            metrics[key] = float(value)
+        del metrics[WEIGHT]
         counts = [_buffer(reply, name, like).reshape(-1) for name, like in self._buffers.items()]
         self._counts.add(np.concatenate([np.empty(0), *counts]), weight)
         self._updates.add(update, weight)
@@ -300,7 +305,7 @@ class _Mean:
 
 def weight_of(reply: Message) -> int:
     """What the client says it weighs: a whole number of examples; raises DecodeError on anything else."""
-    weight = reply.content[METRICS][WEIGHT]
+    weight = reply.content.metric_records[METRICS][WEIGHT]
     if not isinstance(weight, int) or not 0 <= weight < 2**24:
         raise DecodeError(f"a client weighs from 0 to {2**24 - 1} examples, this one says {weight!r}")
     return weight
@@ -317,7 +322,7 @@ def check_weights(arrays: ArrayRecord, like: ArrayRecord) -> None:
 
 
 def _packet_of(reply: Message) -> bytes:
-    array = reply.content[ARRAYS][UPDATE]
+    array = reply.content.array_records[ARRAYS][UPDATE]
     if array.stype != STYPE:
         raise DecodeError(f"the update has serialization type {array.stype!r}, not {STYPE!r}")
     return bytes(array.data)
@@ -329,7 +334,7 @@ def _buffers_of(weights: ArrayRecord, layout: Layout) -> dict[str, NDArray[Any]]
 
 
 def _buffer(reply: Message, name: str, like: NDArray[Any]) -> NDArray[Any]:
-    values = reply.content[ARRAYS][name].numpy()
+    values = reply.content.array_records[ARRAYS][name].numpy()
     if values.shape != like.shape or values.dtype != like.dtype:
         raise DecodeError(f"buffer {name} is {values.dtype} {values.shape}, not {like.dtype} {like.shape}")
     return values

@@ -41,7 +41,7 @@ class Chain:
     def encode(
         self, x: NDArray[Any], layout: Layout, state: State, rng: np.random.Generator
     ) -> tuple[Packet, State]:
-        header, after = b"", {}
+        header, after = b"", dict[str, NDArray[Any]]()
         for index, stage in enumerate(self.stages):
             own = {key.partition(".")[2]: v for key, v in state.items() if key.startswith(f"{index}.")}
             packet, own_after = stage.encode(x, layout, own, rng)
@@ -76,9 +76,9 @@ class ErrorFeedback:
     ) -> tuple[Packet, State]:
         owed = x + state["residual"] if "residual" in state else x
         inner = {key.partition(".")[2]: v for key, v in state.items() if key.startswith("codec.")}
-        packet, inner = self.codec.encode(owed, layout, inner, rng)
+        packet, after = self.codec.encode(owed, layout, inner, rng)
         residual = owed - self.codec.decode(packet, layout)
-        return packet, {"residual": residual, **{f"codec.{key}": v for key, v in inner.items()}}
+        return packet, {"residual": residual, **{f"codec.{key}": v for key, v in after.items()}}
 
     def decode(self, packet: Packet, layout: Layout) -> NDArray[Any]:
         return self.codec.decode(packet, layout)

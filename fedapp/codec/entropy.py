@@ -15,7 +15,7 @@ _MOST = 255  # the largest magnitude that gets a row of its own in the table
 
 
 def encode_symbols(symbols: NDArray[np.int32], counts: NDArray[np.int64]) -> bytes:
-    """ANS-code symbols 0..len(counts)-1 with the model that their counts give (Duda 2013, arXiv:1311.2540)."""
+    """ANS-code symbols 0..len(counts)-1 with the model of their counts (Duda 2013, arXiv:1311.2540)."""
     coder = constriction.stream.stack.AnsCoder()
     if np.count_nonzero(counts) > 1:  # a constant sequence carries no information
         coder.encode_reverse(symbols, _model(counts))

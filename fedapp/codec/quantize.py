@@ -56,7 +56,7 @@ class DeadZone:
             raise DecodeError(f"packet names a quantizer step of {step}")
         magnitude = np.abs(level).astype(np.float32)
         moved = np.where(magnitude == 1, np.float32(one / 256), np.float32(more / 256))
-        x = np.sign(level).astype(np.float32) * (magnitude + moved) * np.float32(step)
+        x: NDArray[np.float32] = np.sign(level).astype(np.float32) * (magnitude + moved) * np.float32(step)
         if not np.isfinite(x).all():
             raise DecodeError("packet decodes to values beyond float32")
         return x

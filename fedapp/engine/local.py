@@ -7,6 +7,7 @@ import signal
 import traceback
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass
 from logging import ERROR
 from multiprocessing.connection import Connection
@@ -100,7 +101,8 @@ class LocalGrid(Grid):
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         """Replies that are there; waits a moment for the first one."""
         busy = {worker.pipe: worker for worker in self._workers if worker.message is not None}
-        replies = [self._receive(busy[pipe]) for pipe in multiprocessing.connection.wait(list(busy), _WAIT)]
+        ready = multiprocessing.connection.wait(list(busy), _WAIT)
+        replies = [self._receive(worker) for pipe, worker in busy.items() if pipe in ready]
         self._dispatch()
         return replies
 
@@ -113,22 +115,22 @@ class LocalGrid(Grid):
                 content = worker.message.content
                 known = content is worker.content
                 worker.content = content
+                envelope = copy(worker.message)
+                envelope.content = RecordDict()
                 context = self._contexts[worker.message.metadata.dst_node_id]
-                worker.pipe.send((worker.message.metadata, None if known else content, context))
+                worker.pipe.send((envelope, None if known else content, context))
 
     def _receive(self, worker: _Worker) -> Message:
         asked, worker.message = worker.message, None
         assert asked is not None
         try:
-            metadata, answer, context = worker.pipe.recv()
+            answer, context = worker.pipe.recv()
         except (EOFError, ConnectionError):  # killed, for memory perhaps; the next dispatch replaces it
             worker.process.join()
             log(ERROR, "a worker process died with exit code %s", worker.process.exitcode)
             return Message(Error(ErrorCode.CLIENT_APP_CRASHED, "its worker process died"), reply_to=asked)
         self._contexts[asked.metadata.dst_node_id] = context
-        if isinstance(answer, Error):
-            return Message(error=answer, metadata=metadata)
-        return Message(content=answer, metadata=metadata)
+        return Message(answer, reply_to=asked)
 
     def close(self) -> None:
         """End the worker processes."""
@@ -169,15 +171,14 @@ def _work(pipe: Connection, app: ClientApp) -> None:
     content: Any = None
     while True:
         try:
-            metadata, fresh, context = pipe.recv()
+            message, fresh, context = pipe.recv()
         except (EOFError, OSError):  # the parent is gone
             return
         content = content if fresh is None else fresh
-        message = Message(content=content, metadata=metadata)
+        message.content = content
         try:
             reply = app(message, context)
         except Exception:
             traceback.print_exc()
             reply = Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, "see the log"), reply_to=message)
-        answer = reply.error if reply.has_error() else reply.content
-        pipe.send((reply.metadata, answer, context))
+        pipe.send((reply.error if reply.has_error() else reply.content, context))

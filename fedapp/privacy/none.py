@@ -8,3 +8,5 @@ class NoPrivacy:
     """Updates leave the client as they are; the server and whoever sees the models may learn from them."""
 
     unit: None = None
+    delta: None = None
+    accountant: None = None

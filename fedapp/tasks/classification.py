@@ -104,7 +104,7 @@ class Classification(ABC):
         return Data(train.x[chosen], train.y[chosen])
 
     def loss(self, output: torch.Tensor, target: torch.Tensor, reduction: str = "mean") -> torch.Tensor:
-        """Cross entropy of logits (n, classes) against labels (n,), in nats: the mean, 0-d, or "none", (n,)."""
+        """Cross entropy of logits (n, classes) against labels (n,) in nats: the mean, 0-d, or "none", (n,)."""
         return functional.cross_entropy(output, target, reduction=reduction)
 
     def evaluate(self, model: nn.Module, data: Data) -> dict[str, float]:
