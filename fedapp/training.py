@@ -151,7 +151,6 @@ class DpSgd:
 
     def _charge(self, state: State) -> History:
         """The history with this fit in it; raises ConfigError where that would pass the budget."""
-        assert self.privacy is not None
         past = [(float(s), float(q), int(t)) for s, q, t in state.get("history", np.empty((0, 3)))]
         now = self.noise_multiplier, self.sampling_rate
         if past and past[-1][:2] == now:
@@ -159,6 +158,7 @@ class DpSgd:
         else:
             past.append((*now, self.steps))
         planned = len(past) == 1 and past[0][2] <= self.steps * self.rounds
+        assert self.privacy is not None
         budget = self.privacy.epsilon
         if budget is not None and not planned and (spent := self.privacy.spent(tuple(past))) > budget:
             raise ConfigError(
@@ -219,15 +219,15 @@ class _Step:
         self._optimizer.zero_grad(set_to_none=True)
 
     def _backward(self, x: torch.Tensor, y: torch.Tensor) -> None:
-        if not self._ghost:
-            with warnings.catch_warnings():  # the first layer's input needs no gradient, and need not
-                warnings.filterwarnings("ignore", message="Full backward hook is firing")
-                self._task.loss(self._model(x), y).backward()
-            return
         from opacus.utils.fast_gradient_clipping_utils import DPTensorFastGradientClipping
 
-        losses = self._task.loss(self._model(x), y, reduction="none")
-        DPTensorFastGradientClipping(self._model, self._optimizer, losses).backward()
+        with warnings.catch_warnings():  # the first layer's input needs no gradient, and need not
+            warnings.filterwarnings("ignore", message="Full backward hook is firing")
+            if self._ghost:
+                losses = self._task.loss(self._model(x), y, reduction="none")
+                DPTensorFastGradientClipping(self._model, self._optimizer, losses).backward()
+            else:
+                self._task.loss(self._model(x), y).backward()
 
     def close(self) -> None:
         """Leave the model as it was: no hooks, no gradients."""

@@ -94,11 +94,13 @@ def noise_multiplier(
 
     # The central limit theorem of Gaussian DP (Dong et al. 2019) under-reports, but starts the search well.
     mu = math.sqrt(2 * math.log(1.25 / delta) + 2 * budget) - math.sqrt(2 * math.log(1.25 / delta))
-    low = high = -0.5 * math.log(math.log1p((mu / sampling_rate) ** 2 / steps))
+    least = math.log(0.2)  # the accountants are not made for less
+    start = -0.5 * math.log(math.log1p((mu / sampling_rate) ** 2 / steps))
+    low = high = max(start, least)
     while excess(low) <= 0:
-        low -= 0.3
-        if low < math.log(0.2):
-            return 0.2
+        if low == least:
+            return math.exp(least)
+        low = max(low - 0.3, least)
     high = max(high, low + 0.15)
     while excess(high) > 0:
         low, high = high, high + 0.15

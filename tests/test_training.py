@@ -1,0 +1,262 @@
+"""Trainers: the laws that every one keeps, then what DP-SGD promises, checked by numbers."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from scipy.stats import binom, chi2
+from torch import nn
+
+from fedapp import training
+from fedapp.errors import ConfigError
+from fedapp.models import Cnn, Logistic, Mlp, Resnet18
+from fedapp.privacy.example import ExamplePrivacy
+from fedapp.tasks import Data
+from fedapp.tasks.images import Digits
+from fedapp.tasks.partition import Iid
+from fedapp.training import DpSgd, Sgd, Trainer
+
+TASK = Digits(build=Logistic(), partition=Iid(), clients=4, seed=0)
+PRIVATE = DpSgd(
+    lr=0.5, sampling_rate=0.2, examples_per_client=300, steps=3, rounds=2,
+    privacy=ExamplePrivacy(test_seed=1),
+)  # fmt: skip
+TRAINERS = [  # a new trainer joins with one row
+    Sgd(),
+    Sgd(momentum=0.9, weight_decay=1e-3, epochs=2),
+    Sgd(proximal_mu=0.1),
+    PRIVATE,
+    replace(PRIVATE, momentum=0.5, physical_batch_size=7),
+    replace(PRIVATE, ghost_above=0),
+]
+
+
+def data(count: int) -> Data:
+    whole = TASK.train_data()
+    return Data(whole.x[:count], whole.y[:count])
+
+
+def flat(model: nn.Module) -> NDArray[np.float32]:
+    return np.concatenate([p.detach().numpy().reshape(-1) for p in model.parameters()])
+
+
+def fit(
+    trainer: Trainer, count: int, *, model: nn.Module | None = None, seed: int = 0,
+    state: Mapping[str, NDArray[Any]] | None = None,
+) -> tuple[NDArray[np.float32], dict[str, int | float], Mapping[str, NDArray[Any]]]:  # fmt: skip
+    """The update, metrics and next state of one fit on the first `count` digits."""
+    model = model or TASK.model(0)
+    before = flat(model)
+    metrics, after = trainer.fit(TASK, model, data(count), state or {}, np.random.default_rng(seed))
+    return flat(model) - before, metrics, after
+
+
+@pytest.mark.parametrize("trainer", TRAINERS, ids="sgd momentum prox dp_sgd chunked ghost".split())
+class TestLaws:
+    def test_same_seed_same_bits(self, trainer: Trainer) -> None:
+        assert np.array_equal(fit(trainer, 100)[0], fit(trainer, 100)[0])
+        assert not np.array_equal(fit(trainer, 100)[0], fit(trainer, 100, seed=1)[0])
+
+    @pytest.mark.parametrize("count", [0, 1, 33])
+    def test_any_number_of_examples(self, trainer: Trainer, count: int) -> None:
+        update, metrics, _ = fit(trainer, count)
+        assert np.isfinite(update).all()
+        assert np.isfinite(list(metrics.values())).all()
+        assert isinstance(metrics["num-examples"], int)
+
+    def test_leaves_the_model_clean(self, trainer: Trainer) -> None:
+        """A model that one trainer trained can be trained by another, as if it were fresh."""
+        used, fresh = TASK.model(0), TASK.model(0)
+        fit(trainer, 50, model=used)
+        fresh.load_state_dict(used.state_dict())
+        assert all(p.grad is None or not isinstance(trainer, DpSgd) for p in used.parameters())
+        assert not any(m._forward_hooks or m._backward_hooks for m in used.modules())
+        assert np.array_equal(fit(Sgd(), 50, model=used)[0], fit(Sgd(), 50, model=fresh)[0])
+
+    def test_learns(self, trainer: Trainer) -> None:
+        model, state = TASK.model(0), dict[str, NDArray[Any]]()
+        start = TASK.evaluate(model, data(300))["loss"]
+        for round_ in range(2):
+            state = dict(fit(trainer, 300, model=model, seed=round_, state=state)[2])
+        assert TASK.evaluate(model, data(300))["loss"] < start
+
+
+def test_sgd_is_the_plain_loop() -> None:
+    model, rng = TASK.model(0), np.random.default_rng(0)
+    shuffle = torch.Generator().manual_seed(int(rng.integers(2**63)))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    for _ in range(2):
+        for batch in torch.randperm(100, generator=shuffle).split(32):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(data(100).x[batch]), data(100).y[batch]).backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+    update, metrics, _ = fit(Sgd(epochs=2), 100)
+    assert np.array_equal(update, flat(model) - flat(TASK.model(0)))
+    assert metrics["num-examples"] == 100
+    assert 0 < metrics["train_loss"] < 3
+
+
+def test_proximal_term_pulls_back() -> None:
+    """FedProx: the larger mu, the closer the trained weights stay to the received ones."""
+    norms = [np.linalg.norm(fit(Sgd(epochs=5, proximal_mu=mu), 100)[0]) for mu in (0.0, 1.0, 10.0)]
+    assert norms[0] > norms[1] > 2 * norms[2]
+
+
+def test_batch_norm_skips_a_remainder_of_one() -> None:
+    model = Resnet18(norm="batch")((1, 8, 8), 10)
+    metrics, _ = Sgd(batch_size=4).fit(TASK, model, data(5), {}, np.random.default_rng(0))
+    assert metrics["num-examples"] == 5
+    assert model.state_dict()["bn1.num_batches_tracked"] == 1
+
+
+# --- DP-SGD ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ghost_above", [0, 200_000])
+@pytest.mark.parametrize("claimed", [2 / 3, 1.0, 3 / 2])
+def test_noise_has_the_stated_deviation(claimed: float, ghost_above: int) -> None:
+    """On no data an update is noise alone: sigma * C * lr / B a step. A chi-square test at 1e-6 accepts
+    the right deviation and rejects two thirds and three halves of it."""
+    dp = replace(PRIVATE, privacy=ExamplePrivacy(), max_grad_norm=0.7, ghost_above=ghost_above)
+    update, _, _ = fit(dp, 0)
+    deviation = dp.noise_multiplier * 0.7 * 0.5 / (0.2 * 300) * np.sqrt(3)
+    statistic = float(np.sum((update / (claimed * deviation)) ** 2))
+    low, high = chi2.ppf([5e-7, 1 - 5e-7], len(update))
+    assert (low < statistic < high) == (claimed == 1.0)
+
+
+def test_noise_and_draws_come_from_the_operating_system() -> None:
+    """The same public randomness gives other noise and other draws each time; `test_seed` fixes both."""
+    dp = replace(PRIVATE, privacy=ExamplePrivacy())
+    assert not np.array_equal(fit(dp, 0)[0], fit(dp, 0)[0])
+    assert np.array_equal(fit(PRIVATE, 0)[0], fit(PRIVATE, 0)[0])
+
+
+@pytest.mark.parametrize("claimed", [2 / 3, 1.0, 3 / 2])
+def test_each_example_joins_each_step_with_the_stated_probability(
+    monkeypatch: pytest.MonkeyPatch, claimed: float
+) -> None:
+    """Draws differ between steps and fits, and their sizes fit a binomial law, judged at 1e-6."""
+    drawn: list[list[int]] = []
+    monkeypatch.setattr(training._Step, "__call__", lambda self, data, batch: drawn.append(batch.tolist()))
+    dp = replace(PRIVATE, privacy=ExamplePrivacy(), steps=20)
+    fit(dp, 1000)
+    fit(dp, 1000)
+    assert len({tuple(batch) for batch in drawn}) == 40
+    assert all(len(set(batch)) == len(batch) for batch in drawn)
+    low, high = binom.ppf([5e-7, 1 - 5e-7], 40 * 1000, claimed * 0.2)
+    assert (low <= sum(map(len, drawn)) <= high) == (claimed == 1.0)
+    times = np.bincount(np.concatenate(drawn), minlength=1000)  # no example is preferred
+    assert chi2.ppf(5e-7, 999) < np.sum((times - 8) ** 2) / (40 * 0.2 * 0.8) < chi2.ppf(1 - 5e-7, 999)
+
+
+@pytest.mark.parametrize("ghost_above", [0, 200_000])
+def test_one_example_moves_an_update_by_the_clip_norm_at_most(ghost_above: int) -> None:
+    """Same noise, same draws, one example more, with a huge gradient: lr * C / B, reached within 1 %."""
+    dp = replace(PRIVATE, steps=1, sampling_rate=1.0, max_grad_norm=0.5, ghost_above=ghost_above)
+    model, outlier = TASK.model(0), Data(1e3 * torch.ones(1, 1, 8, 8), torch.tensor([3]))
+
+    def update(examples: Data) -> NDArray[np.float32]:
+        trained = TASK.model(0)
+        dp.fit(TASK, trained, examples, {}, np.random.default_rng(0))
+        return flat(trained) - flat(model)
+
+    few = data(20)
+    more = Data(torch.cat([few.x, outlier.x]), torch.cat([few.y, outlier.y]))
+    moved = float(np.linalg.norm(update(more) - update(few)))
+    assert 0.99 * 0.5 * 0.5 / 300 < moved < 1.001 * 0.5 * 0.5 / 300
+
+
+@pytest.mark.parametrize(
+    "build",
+    [Mlp(), Cnn(dropout=(0.0, 0.0)), pytest.param(Resnet18(), marks=pytest.mark.slow)],
+    ids=lambda build: type(build).__name__,
+)
+def test_ghost_clipping_equals_hooks(build: Any) -> None:
+    """Same noise, same draws: storing norms only, or every gradient, makes no difference beyond rounding."""
+    task = Digits(build=build, partition=Iid(), clients=4, seed=0)
+    results = []
+    for change in ({"ghost_above": 10**9}, {"ghost_above": 0}, {"ghost_above": 0, "physical_batch_size": 5}):
+        model = task.model(0)
+        dp = replace(PRIVATE, sampling_rate=0.5, **change)  # type: ignore[arg-type]
+        dp.fit(task, model, data(24), {}, np.random.default_rng(0))
+        results.append(flat(model))
+    moved = np.linalg.norm(results[0] - flat(task.model(0)))
+    assert np.linalg.norm(results[1] - results[0]) < 1e-4 * moved
+    assert np.linalg.norm(results[2] - results[0]) < 1e-4 * moved
+
+
+def test_physical_batches_change_no_result() -> None:
+    whole, parts = fit(PRIVATE, 200)[0], fit(replace(PRIVATE, physical_batch_size=9), 200)[0]
+    assert np.linalg.norm(whole - parts) < 1e-5 * np.linalg.norm(whole)
+
+
+def test_private_size_shows_nowhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One client's N changes none of q, T, B, sigma, nor anything it sends but the noised weights.
+
+    Opacus issues 571 and 819: `make_private` takes rate and expected batch size from the private N."""
+    from opacus.optimizers import DPOptimizer
+
+    seen: list[tuple[object, ...]] = []
+    step = DPOptimizer.step
+
+    def spy(self: Any, closure: Any = None) -> Any:
+        seen.append(
+            (self.noise_multiplier, self.max_grad_norm, self.expected_batch_size, self.loss_reduction)
+        )
+        return step(self, closure)
+
+    monkeypatch.setattr(DPOptimizer, "step", spy)
+    sent = []
+    for count in (0, 1, 100, 1400):
+        seen.clear()
+        _, metrics, state = fit(replace(PRIVATE, physical_batch_size=10**6), count)
+        sent.append((metrics, state["history"].tolist(), list(seen)))
+    assert all(each == sent[0] for each in sent)
+    assert sent[0][0] == {"num-examples": 1}
+    assert len(sent[0][2]) == PRIVATE.steps
+    assert sent[0][2][0][2] == 0.2 * 300
+
+
+def test_history_composes_and_the_budget_ends() -> None:
+    state: Mapping[str, NDArray[Any]] = {}
+    for rounds in (1, 2):
+        _, _, state = fit(PRIVATE, 10, state=state)
+        assert state["history"].tolist() == [[PRIVATE.noise_multiplier, 0.2, 3 * rounds]]
+    with pytest.raises(
+        ConfigError, match=r"would spend epsilon .* of a budget of 8.0: raise privacy.epsilon"
+    ):
+        fit(PRIVATE, 10, state=state)
+    other = {"history": np.array([[1.0, 0.2, 50]])}
+    with pytest.raises(ConfigError, match="budget"):
+        fit(PRIVATE, 10, state=other)
+
+
+def test_dp_sgd_without_a_budget_is_refused() -> None:
+    with pytest.raises(ConfigError, match="choose privacy=example"):
+        fit(DpSgd(), 10)
+
+
+@pytest.mark.parametrize(
+    ("build", "bad", "said"),
+    [
+        (Sgd, {"lr": 0.0}, "trainer.lr"),
+        (Sgd, {"lr": float("nan")}, "trainer.lr"),
+        (Sgd, {"momentum": 1.0}, "trainer.momentum must be a number at least 0 and below 1, got 1.0"),
+        (Sgd, {"batch_size": 0}, "trainer.batch_size"),
+        (Sgd, {"epochs": -1}, "trainer.epochs"),
+        (Sgd, {"proximal_mu": -0.1}, "trainer.proximal_mu"),
+        (DpSgd, {"sampling_rate": 1.5}, "trainer.sampling_rate"),
+        (DpSgd, {"max_grad_norm": 0}, "trainer.max_grad_norm"),
+        (DpSgd, {"steps": 2.5}, "trainer.steps must be a whole number of at least 1, got 2.5"),
+        (DpSgd, {"examples_per_client": 0}, "trainer.examples_per_client"),
+        (DpSgd, {"physical_batch_size": 0}, "trainer.physical_batch_size"),
+    ],
+)
+def test_bad_settings_are_named(build: Any, bad: dict[str, object], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        build(**bad)
