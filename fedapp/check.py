@@ -32,6 +32,12 @@ def real(name: str, value: object, *, above: float | None = None, low: float | N
         raise ConfigError(f"{name} must be a number {said}, got {value!r}: set {name} within that bound")
 
 
+def flag(name: str, value: object) -> None:
+    """Require a bool."""
+    if not isinstance(value, bool):
+        raise ConfigError(f"{name} must be true or false, got {value!r}: set {name}=true, for example")
+
+
 def choice(name: str, value: object, options: tuple[str, ...]) -> None:
     """Require one of the given words."""
     if value not in options:

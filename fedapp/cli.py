@@ -63,6 +63,8 @@ def simulate() -> None:
     from fedapp import config
     from fedapp.errors import ConfigError
 
+    inside = False
+
     @hydra.main(config_path=str(config.CONF), config_name="config", version_base="1.3")
     def job(tree: DictConfig) -> None:
         import torch
@@ -70,6 +72,8 @@ def simulate() -> None:
 
         from fedapp import server_app
 
+        nonlocal inside
+        inside = True
         torch.set_num_threads(1)
         runtime = HydraConfig.get().runtime
         path = Path(runtime.output_dir)
@@ -84,6 +88,10 @@ def simulate() -> None:
         job()
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(config.one_line(error)) from error
+    except OSError as error:
+        if inside:
+            raise
+        raise ConfigError(f"the run folder cannot be made ({error}): set run_dir to another place") from error
 
 
 def report() -> None:

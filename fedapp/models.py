@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from fedapp import check
 from fedapp.errors import ConfigError
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {"tanh": nn.Tanh, "relu": nn.ReLU}
@@ -38,7 +39,7 @@ class Mlp:
             raise ConfigError(
                 f"model.hidden must list widths of at least 1, got {self.hidden}: set model.hidden=[64]"
             )
-        _check_activation(self.activation)
+        check.choice("model.activation", self.activation, ("tanh", "relu"))
 
     def __call__(self, input_shape: tuple[int, ...], classes: int) -> nn.Module:
         """Logits (n, classes) from (n, *input_shape)."""
@@ -48,6 +49,16 @@ class Mlp:
             layers[f"linear{number}"] = nn.Linear(width, following)
             layers[f"activation{number}"] = ACTIVATIONS[self.activation]()
         return _stack(**layers, output=nn.Linear(widths[-1], classes))
+
+
+class _MaxPool(nn.MaxPool2d):
+    """Max pooling over channels-last pixels, which is three times faster on a CPU; the values are the same.
+
+    Its output is contiguous again: Opacus unfolds a convolution's input by the strides of that layout.
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x.contiguous(memory_format=torch.channels_last)).contiguous()
 
 
 @dataclass(frozen=True)
@@ -61,7 +72,7 @@ class SmallCnn:
     activation: str = "tanh"
 
     def __post_init__(self) -> None:
-        _check_activation(self.activation)
+        check.choice("model.activation", self.activation, ("tanh", "relu"))
 
     def __call__(self, input_shape: tuple[int, ...], classes: int) -> nn.Module:
         """Logits (n, classes) from (n, channels, height, width). Raises ConfigError under 6 pixels."""
@@ -76,10 +87,10 @@ class SmallCnn:
         features = _stack(
             conv1=first,
             activation1=activation(),
-            pool1=nn.MaxPool2d(2, 1),
+            pool1=_MaxPool(2, 1),
             conv2=second,
             activation2=activation(),
-            pool2=nn.MaxPool2d(2, 1),
+            pool2=_MaxPool(2, 1),
             flatten=nn.Flatten(),
         )
         head = _stack(
@@ -138,8 +149,7 @@ class Resnet18:
     norm: str = "group"
 
     def __post_init__(self) -> None:
-        if self.norm not in ("group", "batch"):
-            raise ConfigError(f"model.norm must be group or batch, got {self.norm}: set model.norm=group")
+        check.choice("model.norm", self.norm, ("group", "batch"))
 
     def __call__(self, input_shape: tuple[int, ...], classes: int) -> nn.Module:
         """Logits (n, classes) from (n, channels, height, width). Raises ConfigError for no image."""
@@ -199,10 +209,3 @@ def _image(input_shape: tuple[int, ...], model: str, smallest: int) -> tuple[int
             "set a larger task.size, or model=mlp"
         )
     return input_shape[0], side
-
-
-def _check_activation(activation: str) -> None:
-    if activation not in ACTIVATIONS:
-        raise ConfigError(
-            f"model.activation must be tanh or relu, got {activation}: set model.activation=tanh"
-        )

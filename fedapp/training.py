@@ -1,5 +1,6 @@
 """Trainers: what a client does with the weights it received and its own data."""
 
+import math
 import os
 import warnings
 from collections.abc import Iterator, Mapping
@@ -23,14 +24,28 @@ Metrics = dict[str, int | float]
 class Trainer(Protocol):
     """Trains `model` in place on one client's data, from the weights it holds.
 
-    `rng` is public randomness fixed by (seed, round, partition). Returns the metrics that may leave the
-    client, with `num-examples` as the client's weight in the mean, and the trainer's next state, which
-    stays on the client.
+    `rng` is public randomness fixed by (seed, round, partition), `progress` the share of the planned rounds
+    that is done. Returns the metrics that may leave the client, with `num-examples` as the client's weight
+    in the mean, and the trainer's next state, which stays on the client.
     """
 
     def fit(
-        self, task: Task, model: nn.Module, data: Data, state: State, rng: np.random.Generator
+        self,
+        task: Task,
+        model: nn.Module,
+        data: Data,
+        state: State,
+        rng: np.random.Generator,
+        progress: float,
     ) -> tuple[Metrics, State]: ...
+
+
+SCHEDULES = ("constant", "cosine")
+
+
+def scheduled(lr: float, schedule: str, progress: float) -> float:
+    """The learning rate of a round: constant, or falling along half a cosine to a twentieth."""
+    return lr * (0.05 + 0.95 * (1 + math.cos(math.pi * progress)) / 2) if schedule == "cosine" else lr
 
 
 @dataclass(frozen=True)
@@ -42,6 +57,7 @@ class Sgd:
     """
 
     lr: float = 0.05
+    schedule: str = "constant"
     momentum: float = 0.0
     weight_decay: float = 0.0
     batch_size: int = 32
@@ -50,6 +66,7 @@ class Sgd:
 
     def __post_init__(self) -> None:
         check.real("trainer.lr", self.lr, above=0.0, high=1e3)
+        check.choice("trainer.schedule", self.schedule, SCHEDULES)
         check.real("trainer.momentum", self.momentum, low=0.0, below=1.0)
         check.real("trainer.weight_decay", self.weight_decay, low=0.0, high=1e3)
         check.whole("trainer.batch_size", self.batch_size, 1)
@@ -61,12 +78,21 @@ class Sgd:
         return replace(self, proximal_mu=mu)
 
     def fit(
-        self, task: Task, model: nn.Module, data: Data, state: State, rng: np.random.Generator
+        self,
+        task: Task,
+        model: nn.Module,
+        data: Data,
+        state: State,
+        rng: np.random.Generator,
+        progress: float,
     ) -> tuple[Metrics, State]:
         model.train()
         received = [p.detach().clone() for p in model.parameters()] if self.proximal_mu else []
         optimizer = torch.optim.SGD(
-            model.parameters(), lr=self.lr, momentum=self.momentum, weight_decay=self.weight_decay
+            model.parameters(),
+            lr=scheduled(self.lr, self.schedule, progress),
+            momentum=self.momentum,
+            weight_decay=self.weight_decay,
         )
         seed = int(rng.integers(2**63))
         torch.manual_seed(seed)  # dropout draws from the global generator
@@ -105,6 +131,7 @@ class DpSgd:
     """
 
     lr: float = 1.0
+    schedule: str = "constant"
     momentum: float = 0.0
     max_grad_norm: float = 1.0
     sampling_rate: float = 0.05
@@ -117,6 +144,7 @@ class DpSgd:
 
     def __post_init__(self) -> None:
         check.real("trainer.lr", self.lr, above=0.0, high=1e4)
+        check.choice("trainer.schedule", self.schedule, SCHEDULES)
         check.real("trainer.momentum", self.momentum, low=0.0, below=1.0)
         check.real("trainer.max_grad_norm", self.max_grad_norm, above=0.0, high=1e6)
         check.real("trainer.sampling_rate", self.sampling_rate, above=0.0, high=1.0)
@@ -137,12 +165,18 @@ class DpSgd:
         return ((self.noise_multiplier, self.sampling_rate, self.steps * fits),)
 
     def fit(
-        self, task: Task, model: nn.Module, data: Data, state: State, rng: np.random.Generator
+        self,
+        task: Task,
+        model: nn.Module,
+        data: Data,
+        state: State,
+        rng: np.random.Generator,
+        progress: float,
     ) -> tuple[Metrics, State]:
         history = self._charge(state)
         model.train()
         noise, draws = self._secret_generators(rng, data.x.device)
-        step = _Step(task, model, self, noise)
+        step = _Step(task, model, self, noise, scheduled(self.lr, self.schedule, progress))
         for _ in range(self.steps):
             drawn = torch.rand(len(data), generator=draws, device=data.x.device) < self.sampling_rate
             step(data, drawn.nonzero().squeeze(1))
@@ -183,7 +217,7 @@ class DpSgd:
 class _Step:
     """One noised step on a drawn batch, in physical batches that fit the memory."""
 
-    def __init__(self, task: Task, model: nn.Module, dp: DpSgd, noise: torch.Generator) -> None:
+    def __init__(self, task: Task, model: nn.Module, dp: DpSgd, noise: torch.Generator, lr: float) -> None:
         from opacus import optimizers
         from opacus.grad_sample import GradSampleModule, GradSampleModuleFastGradientClipping
 
@@ -197,7 +231,7 @@ class _Step:
         else:
             self._model = GradSampleModule(model)
         self._optimizer = optimizer(
-            torch.optim.SGD(self._parameters, lr=dp.lr, momentum=dp.momentum),
+            torch.optim.SGD(self._parameters, lr=lr, momentum=dp.momentum),
             noise_multiplier=dp.noise_multiplier,
             max_grad_norm=dp.max_grad_norm,
             expected_batch_size=dp.sampling_rate * dp.examples_per_client,

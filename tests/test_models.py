@@ -105,11 +105,11 @@ def test_too_small_images_are_refused(build: Any) -> None:
         (Mlp, {"hidden": []}, "model.hidden"),
         (Mlp, {"hidden": [64, 0]}, "model.hidden"),
         (Mlp, {"hidden": [1.5]}, "model.hidden"),
-        (Mlp, {"activation": "gelu"}, "tanh or relu, got gelu"),
-        (SmallCnn, {"activation": "gelu"}, "tanh or relu, got gelu"),
+        (Mlp, {"activation": "gelu"}, "one of tanh, relu, got 'gelu'"),
+        (SmallCnn, {"activation": "gelu"}, "one of tanh, relu, got 'gelu'"),
         (Cnn, {"dropout": [0.5]}, "model.dropout"),
         (Cnn, {"dropout": [0.5, 1.0]}, "model.dropout"),
-        (Resnet18, {"norm": "layer"}, "group or batch, got layer"),
+        (Resnet18, {"norm": "layer"}, "one of group, batch, got 'layer'"),
     ],
 )
 def test_wrong_settings_are_refused(build: Any, settings: dict[str, Any], message: str) -> None:

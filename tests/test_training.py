@@ -28,7 +28,7 @@ PRIVATE = DpSgd(
 TRAINERS = [  # a new trainer joins with one row
     Sgd(),
     Sgd(momentum=0.9, weight_decay=1e-3, epochs=2),
-    Sgd(proximal_mu=0.1),
+    Sgd(proximal_mu=0.1, schedule="cosine"),
     PRIVATE,
     replace(PRIVATE, momentum=0.5, physical_batch_size=7),
     replace(PRIVATE, ghost_above=0),
@@ -47,15 +47,16 @@ def flat(model: nn.Module) -> NDArray[np.float32]:
 def fit(
     trainer: Trainer, count: int, *, model: nn.Module | None = None, seed: int = 0,
     state: Mapping[str, NDArray[Any]] | None = None,
+    progress: float = 0.0,
 ) -> tuple[NDArray[np.float32], dict[str, int | float], Mapping[str, NDArray[Any]]]:  # fmt: skip
     """The update, metrics and next state of one fit on the first `count` digits."""
     model = model or TASK.model(0)
     before = flat(model)
-    metrics, after = trainer.fit(TASK, model, data(count), state or {}, np.random.default_rng(seed))
+    metrics, after = trainer.fit(TASK, model, data(count), state or {}, np.random.default_rng(seed), progress)
     return flat(model) - before, metrics, after
 
 
-@pytest.mark.parametrize("trainer", TRAINERS, ids="sgd momentum prox dp_sgd chunked ghost".split())
+@pytest.mark.parametrize("trainer", TRAINERS, ids=["sgd", "momentum", "prox", "dp_sgd", "chunked", "ghost"])
 class TestLaws:
     def test_same_seed_same_bits(self, trainer: Trainer) -> None:
         assert np.array_equal(fit(trainer, 100)[0], fit(trainer, 100)[0])
@@ -92,7 +93,7 @@ def test_sgd_is_the_plain_loop() -> None:
     for _ in range(2):
         for batch in torch.randperm(100, generator=shuffle).split(32):
             optimizer.zero_grad()
-            nn.functional.cross_entropy(model(data(100).x[batch]), data(100).y[batch]).backward()  # type: ignore[no-untyped-call]
+            nn.functional.cross_entropy(model(data(100).x[batch]), data(100).y[batch]).backward()
             optimizer.step()
     update, metrics, _ = fit(Sgd(epochs=2), 100)
     assert np.array_equal(update, flat(model) - flat(TASK.model(0)))
@@ -108,7 +109,7 @@ def test_proximal_term_pulls_back() -> None:
 
 def test_batch_norm_skips_a_remainder_of_one() -> None:
     model = Resnet18(norm="batch")((1, 8, 8), 10)
-    metrics, _ = Sgd(batch_size=4).fit(TASK, model, data(5), {}, np.random.default_rng(0))
+    metrics, _ = Sgd(batch_size=4).fit(TASK, model, data(5), {}, np.random.default_rng(0), 0.0)
     assert metrics["num-examples"] == 5
     assert model.state_dict()["bn1.num_batches_tracked"] == 1
 
@@ -162,7 +163,7 @@ def test_one_example_moves_an_update_by_the_clip_norm_at_most(ghost_above: int) 
 
     def update(examples: Data) -> NDArray[np.float32]:
         trained = TASK.model(0)
-        dp.fit(TASK, trained, examples, {}, np.random.default_rng(0))
+        dp.fit(TASK, trained, examples, {}, np.random.default_rng(0), 0.0)
         return flat(trained) - flat(model)
 
     few = data(20)
@@ -183,7 +184,7 @@ def test_ghost_clipping_equals_hooks(build: Any) -> None:
     for change in ({"ghost_above": 10**9}, {"ghost_above": 0}, {"ghost_above": 0, "physical_batch_size": 5}):
         model = task.model(0)
         dp = replace(PRIVATE, sampling_rate=0.5, **change)  # type: ignore[arg-type]
-        dp.fit(task, model, data(24), {}, np.random.default_rng(0))
+        dp.fit(task, model, data(24), {}, np.random.default_rng(0), 0.0)
         results.append(flat(model))
     moved = np.linalg.norm(results[0] - flat(task.model(0)))
     assert np.linalg.norm(results[1] - results[0]) < 1e-4 * moved
@@ -260,3 +261,17 @@ def test_dp_sgd_without_a_budget_is_refused() -> None:
 def test_bad_settings_are_named(build: Any, bad: dict[str, object], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         build(**bad)
+
+
+@pytest.mark.parametrize("trainer", [Sgd(lr=0.1), replace(PRIVATE, momentum=0.5)], ids=["sgd", "dp_sgd"])
+def test_cosine_schedule_falls_to_a_twentieth(trainer: Sgd | DpSgd) -> None:
+    """With one step a fit, or linear noise, an update is proportional to the learning rate."""
+    one_step = replace(
+        trainer, schedule="cosine", **({"batch_size": 100} if isinstance(trainer, Sgd) else {})
+    )
+    count = 100 if isinstance(trainer, Sgd) else 0
+    norms = [np.linalg.norm(fit(one_step, count, progress=p)[0]) for p in (0.0, 0.5, 1.0)]
+    assert norms[1] / norms[0] == pytest.approx(0.525, rel=1e-3)
+    assert norms[2] / norms[0] == pytest.approx(0.05, rel=1e-3)
+    constant = np.linalg.norm(fit(replace(one_step, schedule="constant"), count, progress=0.7)[0])
+    assert constant == pytest.approx(norms[0])

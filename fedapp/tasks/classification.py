@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.nn import functional
 
+from fedapp import check
 from fedapp.errors import ConfigError, DataError
 from fedapp.tasks import Data
 from fedapp.tasks.partition import Partition
@@ -34,8 +35,8 @@ class Classification(ABC):
     seed: int
 
     def __post_init__(self) -> None:
-        if self.clients < 1:
-            raise ConfigError(f"clients must be at least 1, got {self.clients}: set clients=1 or more")
+        check.whole("clients", self.clients, 1)
+        check.whole("seed", self.seed, 0, 2**32 - 1)
 
     @property
     @abstractmethod
@@ -104,7 +105,7 @@ class Classification(ABC):
         return Data(train.x[chosen], train.y[chosen])
 
     def loss(self, output: torch.Tensor, target: torch.Tensor, reduction: str = "mean") -> torch.Tensor:
-        """Cross entropy of logits (n, classes) against labels (n,) in nats: the mean, 0-d, or "none", (n,)."""
+        """Cross entropy of logits (n, classes) against labels (n,) in nats: the mean, or "none" (n,)."""
         return functional.cross_entropy(output, target, reduction=reduction)
 
     def evaluate(self, model: nn.Module, data: Data) -> dict[str, float]:
@@ -182,14 +183,6 @@ def held_out(labels: NDArray[np.int64], fraction: float) -> tuple[NDArray[np.int
     by_label = order[np.argsort(labels[order], kind="stable")]
     test = by_label[(2 * np.arange(size) + 1) * count // (2 * max(size, 1))]  # evenly spaced
     return np.setdiff1d(np.arange(count), test), np.sort(test)
-
-
-def check_fraction(fraction: float) -> None:
-    """Raise ConfigError unless a held-out fraction is from 0 (no test data) to below 1."""
-    if not isinstance(fraction, int | float) or not 0 <= fraction < 1:
-        raise ConfigError(
-            f"task.test_fraction must be from 0 to below 1, got {fraction}: set task.test_fraction=0.2"
-        )
 
 
 def check_names(field: str, names: Sequence[object]) -> tuple[str, ...]:

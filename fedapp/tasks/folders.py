@@ -8,9 +8,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from fedapp import check
 from fedapp.errors import ConfigError, DataError
 from fedapp.tasks import Data
-from fedapp.tasks.classification import Classification, check_fraction, check_names, held_out, once
+from fedapp.tasks.classification import Classification, check_names, held_out, once
 
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"}
 
@@ -42,13 +43,12 @@ class ImageFolder(Classification):
             raise ConfigError(
                 "task=image_folder does not know its classes: set task.path, or task.class_names=[a,b]"
             )
-        if not isinstance(self.size, int) or self.size < 1:
-            raise ConfigError(f"task.size must be at least 1 pixel, got {self.size}: set task.size=32")
+        check.whole("task.size", self.size, 1, 4096)
         if self.channels not in (1, 3):
             raise ConfigError(
                 f"task.channels must be 1 (grey) or 3 (colour), got {self.channels}: set task.channels=3"
             )
-        check_fraction(self.test_fraction)
+        check.real("task.test_fraction", self.test_fraction, low=0.0, below=1.0)
 
     @property
     def input_shape(self) -> tuple[int, ...]:

@@ -3,7 +3,6 @@
 import contextlib
 import hashlib
 import io
-import math
 import os
 import tempfile
 import warnings
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from fedapp import check
 from fedapp.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -68,11 +68,8 @@ class Dirichlet:
     min_partition_size: int = 10
 
     def __post_init__(self) -> None:
-        if not isinstance(self.alpha, int | float) or not 0 < self.alpha < math.inf:
-            raise ConfigError(
-                f"partition.alpha must be a number above 0, got {self.alpha}: set partition.alpha=0.5"
-            )
-        _at_least("min_partition_size", self.min_partition_size, 0)
+        check.real("partition.alpha", self.alpha, above=0.0)
+        check.whole("partition.min_partition_size", self.min_partition_size, 0)
 
     def split(
         self, labels: Indices, clients: int, seed: int, column: NDArray[np.generic] | None = None
@@ -104,7 +101,7 @@ class Shard:
     num_shards_per_partition: int = 2
 
     def __post_init__(self) -> None:
-        _at_least("num_shards_per_partition", self.num_shards_per_partition, 1)
+        check.whole("partition.num_shards_per_partition", self.num_shards_per_partition, 1)
 
     def split(
         self, labels: Indices, clients: int, seed: int, column: NDArray[np.generic] | None = None
@@ -132,7 +129,7 @@ class Pathological:
     num_classes_per_partition: int = 2
 
     def __post_init__(self) -> None:
-        _at_least("num_classes_per_partition", self.num_classes_per_partition, 1)
+        check.whole("partition.num_classes_per_partition", self.num_classes_per_partition, 1)
 
     def split(
         self, labels: Indices, clients: int, seed: int, column: NDArray[np.generic] | None = None
@@ -181,14 +178,6 @@ class Natural:
             return NaturalIdPartitioner(partition_by="key")
 
         return _split(self, column, clients, seed, partitioner)
-
-
-def _at_least(name: str, value: int, bound: int) -> None:
-    if not isinstance(value, int) or value < bound:
-        raise ConfigError(
-            f"partition.{name} must be a whole number of at least {bound}, got {value!r}: "
-            f"set partition.{name}={bound} or more"
-        )
 
 
 def _split(

@@ -9,9 +9,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from fedapp import check
 from fedapp.errors import ConfigError, DataError
 from fedapp.tasks import Data
-from fedapp.tasks.classification import Classification, check_fraction, check_names, held_out, once
+from fedapp.tasks.classification import Classification, check_names, held_out, once
 from fedapp.tasks.schema import Schema, categories_of, in_order, need, read_table, whole
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ class Csv(Classification):
                 object.__setattr__(self, field, check_names(field, getattr(self, field)))
         for field in ("mean", "std"):
             object.__setattr__(self, field, _constants(field, getattr(self, field)))
-        check_fraction(self.test_fraction)
+        check.real("task.test_fraction", self.test_fraction, low=0.0, below=1.0)
         if self.path is None and (self.class_names is None or self.features is None):
             raise ConfigError(
                 "task=csv does not know its columns: "
