@@ -85,8 +85,10 @@ def _compose(overrides: tuple[str, ...]) -> DictConfig:
 def one_line(error: Exception) -> str:
     """What Hydra says, on one line, without its advice to append with +."""
     text = re.sub(r"\s*(To append to your config use.*|Set the environment variable.*)", "", str(error))
+    text = re.sub(r"\s*Config search path:.*", "", text, flags=re.DOTALL)
     text = re.sub(r"\s*(full_key|object_type|reference_type)[:=].*", "", text)
-    return "; ".join(line.strip() for line in text.splitlines() if line.strip())
+    text = "; ".join(line.strip() for line in text.splitlines() if line.strip())
+    return re.sub(r"(?<=:);|;(?=;)", "", text)
 
 
 def with_choices(config: DictConfig, choices: Mapping[str, Any]) -> DictConfig:

@@ -58,7 +58,8 @@ class _MaxPool(nn.MaxPool2d):
     """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return super().forward(x.contiguous(memory_format=torch.channels_last)).contiguous()
+        pooled: torch.Tensor = super().forward(x.contiguous(memory_format=torch.channels_last))
+        return pooled.contiguous()
 
 
 @dataclass(frozen=True)

@@ -4,11 +4,13 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from logging import WARNING
 from typing import cast
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
 from flwr.common.serde import recorddict_to_proto
 from flwr.serverapp import Grid
+from flwr.supercore import log
 
 from fedapp.client_app import load
 from fedapp.engine.grid import stream
@@ -112,11 +114,11 @@ class Federation:
         asked = self._wire.configure_train(number, self.arrays, ConfigRecord(), cast(Grid, Cohort(cohort)))
         messages = sorted(asked, key=self._partition)
         self._took_part.update(cohort)  # before anything is sent: a lost reply was released all the same
+        before = self.traffic.replies
         replies = self._watched(self.traffic.exchange(self.grid, messages, self.job.round_timeout),
                                 progress, len(messages))  # fmt: skip
         if not self._wire.streams:  # then the order of summation is the order of arrival
             replies = iter(sorted(replies, key=self._partition))
-        before = self.traffic.replies
         arrays, _ = self._wire.aggregate_train(number, replies)
         self.accepted += self.traffic.replies - before - self._wire.failures
         self.arrays = self.arrays if arrays is None else arrays
@@ -161,13 +163,16 @@ def partitions(grid: Grid, clients: int, timeout: float) -> dict[int, int]:
     """Which partition each node holds; waits until so many nodes are there, then asks them."""
     if isinstance(grid, LocalGrid):
         return grid.partitions
-    deadline = time.monotonic() + timeout
+    deadline, seen = time.monotonic() + timeout, -1
     while len(nodes := sorted(grid.get_node_ids())) < clients:
         if time.monotonic() > deadline:
             raise FedappError(
                 f"{len(nodes)} of clients={clients} nodes came within round_timeout={timeout:g} s: "
                 f"start more nodes, or set clients={max(1, len(nodes))}"
             )
+        if len(nodes) != seen:  # at the first look, and at each arrival
+            seen = len(nodes)
+            log(WARNING, "waiting up to %g s for nodes: %s of clients=%s are there", timeout, seen, clients)
         time.sleep(0.2)
     asked = [Message(RecordDict(), node, MessageType.QUERY) for node in nodes]
     found: dict[int, int] = {}
@@ -179,6 +184,11 @@ def partitions(grid: Grid, clients: int, timeout: float) -> dict[int, int]:
     if len(set(taken)) < len(taken):
         raise FedappError(
             f"two nodes hold the same partition ({sorted(taken)}): give each its own partition-id"
+        )
+    if taken and max(taken) >= clients:
+        raise FedappError(
+            f"a node holds partition {max(taken)}, and clients={clients} hold 0 to {clients - 1}: "
+            f"set clients={max(taken) + 1}, or start fewer nodes"
         )
     free = (p for p in range(len(nodes)) if p not in taken)
     return {node: next(free) if node in own else found[node] for node in nodes}

@@ -6,6 +6,7 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 
+import torch
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 from omegaconf import DictConfig, OmegaConf
@@ -28,14 +29,16 @@ app = ServerApp()
 def main(grid: Grid, context: Context) -> None:
     """Flower's entry in its own runtimes: compose the override string, run on the grid given."""
     started = time.perf_counter()
+    torch.set_num_threads(1)  # as in client_app: their number changes the last bits
     tree = config.compose(str(context.run_config["overrides"]))
+    tree.choices.engine = "flower"  # whatever was chosen, this grid is Flower's
     job = config.job(tree)
+    job.prepare()
     run(job, tree, grid, RunFolder(Path(tree.run_dir)), Console(), started)
 
 
 def simulate(tree: DictConfig, path: Path, console: Console, started: float) -> Summary:
     """The embedded run: the same app over the local engine, forked workers for clients."""
-    logging.getLogger("flwr").setLevel(logging.WARNING)
     job = config.job(tree)
     sizes = [len(part) for part in job.task.partitions()]  # loads the data, for all workers, before the fork
     job.prepare()
@@ -51,6 +54,7 @@ def run(
 
     `started` is when the program started, by `time.perf_counter`.
     """
+    logging.getLogger("flwr").setLevel(logging.WARNING)  # of a streamed round it would count one reply
     folder.write_config(OmegaConf.to_yaml(tree, resolve=True))
     if job.choices["engine"] == "local":
         folder.write_split(job.task.label_counts().tolist())

@@ -8,10 +8,11 @@ Without this pair the app is plain Flower; with the identity codec the pair is n
 
 import struct
 import zlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from io import BytesIO
 from logging import WARNING
-from math import fsum
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
@@ -19,6 +20,7 @@ from flwr.clientapp.typing import Mod
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 from flwr.supercore import log
+from numpy.lib.format import read_array_header_1_0, read_magic
 from numpy.typing import NDArray
 
 from fedapp.codec import Codec, Layout, Packet, Slot
@@ -26,7 +28,8 @@ from fedapp.codec.varint import Reader, varint
 from fedapp.errors import DecodeError
 
 STYPE = "fedapp.packet"
-ARRAYS, METRICS, CONFIG, UPDATE, WEIGHT = "arrays", "metrics", "config", "update", "num-examples"
+ARRAYS, METRICS, CONFIG, UPDATE = "arrays", "metrics", "config", "update"
+WEIGHT, LOSS = "num-examples", "train_loss"
 _VERSION = 1
 _PREFIX = struct.Struct("<BBI")  # version, dtype of the body, CRC-32 of all that follows
 _DTYPES = (np.dtype("u1"), np.dtype("<i4"), np.dtype("<f4"))
@@ -135,6 +138,8 @@ def compress(codec: Codec, rng: np.random.Generator) -> Mod:
         trained = reply.content.array_records[ARRAYS]
         layout = layout_of(received)
         update = ravel(trained, layout) - ravel(received, layout)
+        if not np.isfinite(update).all():  # before error feedback could remember it
+            raise ValueError("the trained weights are not finite; training diverged")
         state = load_state(context, "codec")
         packet, state = codec.encode(update, layout, state, rng)
         store_state(context, "codec", state)
@@ -165,12 +170,12 @@ def store_state(context: Context, key: str, state: Mapping[str, NDArray[Any]]) -
 class ExactSum:
     """Weighted sum of vectors that is the same in any order of arrival.
 
-    Fixed point in two int64 limbs, 2**-20 and 2**-60 a unit, because integer addition commutes and float
+    Fixed point in two int64 limbs, 2**-14 and 2**-60 a unit, because integer addition commutes and float
     addition does not. A float32 times a whole weight below 2**24 is exact in float64; what is below 2**-60
-    is rounded off. Holds 2**22 terms of magnitude below 2**40 each.
+    is rounded off. Holds 2**16 terms of magnitude below 2**32 each.
     """
 
-    _COARSE, _FINE, _MOST = 2.0**20, 2.0**60, 2.0**40
+    _COARSE, _FINE, _MOST = 2.0**14, 2.0**60, 2.0**32
 
     def __init__(self, size: int) -> None:
         self._coarse, self._fine = np.zeros(size, np.int64), np.zeros(size, np.int64)
@@ -199,14 +204,15 @@ class Wire(Strategy):
     """A Flower strategy behind the wire: decodes what `compress` sent, then lets the strategy step.
 
     Linear strategies get the mean as one reply, summed as replies arrive: memory does not grow with the
-    cohort. Others get every decoded reply. With `codec=None` replies pass untouched. A reply that is an
-    error, or does not decode, is counted in `failures` and costs the round nothing else.
+    cohort. Others get every decoded reply. With `codec=None` the weights that came pass as they are. A reply
+    that is an error, or does not decode, is counted in `failures` and costs the round nothing else.
     """
 
     def __init__(self, inner: Strategy, codec: Codec | None) -> None:
         self.inner, self.codec = inner, codec
         self.streams = codec is not None and type(inner).__name__ in STREAMED
         self.failures = 0
+        self._uses = (WEIGHT, LOSS) if type(inner).__name__ == "QFedAvg" else (WEIGHT,)
         self._weights = ArrayRecord()
 
     def configure_train(
@@ -222,28 +228,27 @@ class Wire(Strategy):
         self.failures = 0
         mean, accepted = _Mean(self._weights), []
         for reply in replies:
-            try:
-                if reply.has_error():
-                    raise DecodeError(reply.error.reason or "the client failed")
-                weight = weight_of(reply)
+            with self._at_its_own_cost(reply):
+                metrics, arrays = metrics_of(reply, self._uses), reply.content.array_records[ARRAYS]
+                weight = cast(int, metrics[WEIGHT])
                 if self.codec is None:
-                    check_weights(reply.content.array_records[ARRAYS], self._weights)
-                elif self.streams:
-                    mean.add(reply, decode_update(_packet_of(reply), self.codec, mean.layout), weight)
+                    values = values_of(arrays, self._weights)
                 else:
-                    update = decode_update(_packet_of(reply), self.codec, mean.layout)
-                    reply.content[ARRAYS] = _weights_from(self._weights, mean.layout, update, reply)
-                if weight and not self.streams:
+                    update = decode_update(_packet_in(arrays.pop(UPDATE)), self.codec, mean.layout)
+                    values = values_of(arrays, mean.buffers)
+                    if self.streams:
+                        mean.add(reply, update, values, weight)
+                        continue
+                    values |= unravel(ravel(self._weights, mean.layout) + update, mean.layout, self._weights)
+                if weight:
+                    reply.content = RecordDict({ARRAYS: _record(values, self._weights), METRICS: metrics})
                     accepted.append(reply)
-            except (DecodeError, KeyError, TypeError, ValueError) as error:
-                self.failures += 1
-                log(WARNING, "reply of node %s refused: %s", reply.metadata.src_node_id, error)
-        if self.streams and mean.weight:
+        if mean.weight:
             accepted = [mean.reply()]
         if not accepted:
             return None, None
-        arrays, metrics = self.inner.aggregate_train(server_round, accepted)
-        return (None if arrays is None else _in_dtypes_of(self._weights, arrays)), metrics
+        stepped, means = self.inner.aggregate_train(server_round, accepted)
+        return (None if stepped is None else _in_dtypes_of(self._weights, stepped)), means
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -251,11 +256,25 @@ class Wire(Strategy):
         return self.inner.configure_evaluate(server_round, arrays, config, grid)
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
-        good = [reply for reply in replies if not reply.has_error() and weight_of(reply)]
+        """The strategy's mean of accuracy and loss; None where nobody tested on anything."""
+        good = []
+        for reply in replies:
+            with self._at_its_own_cost(reply):
+                metrics = metrics_of(reply, (WEIGHT, "accuracy", "loss"))
+                reply.content = RecordDict({METRICS: metrics})
+                good += [reply] if metrics[WEIGHT] else []
         return self.inner.aggregate_evaluate(server_round, good) if good else None
 
     def summary(self) -> None:
         self.inner.summary()
+
+    @contextmanager
+    def _at_its_own_cost(self, reply: Message) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # hostile bytes may reach any line, Flower's and numpy's too
+            self.failures += 1
+            log(WARNING, "reply of node %s refused: %s", reply.metadata.src_node_id, error)
 
 
 class _Mean:
@@ -263,88 +282,92 @@ class _Mean:
 
     def __init__(self, weights: ArrayRecord) -> None:
         self.layout = layout_of(weights)
+        floats = {slot.name for slot in self.layout.slots}
+        self.buffers = {name: array for name, array in weights.items() if name not in floats}
         self._weights = weights
-        self._buffers = _buffers_of(weights, self.layout)
-        self._updates = ExactSum(self.layout.size)
-        self._counts = ExactSum(sum(b.size for b in self._buffers.values()))
-        self._metrics: dict[str, list[float]] = {}
+        self._received = self._flat(
+            ravel(weights, self.layout), {n: a.numpy() for n, a in self.buffers.items()}
+        )
+        self._sum = ExactSum(len(self._received))
         self._first: Message | None = None
 
     @property
     def weight(self) -> int:
-        return self._updates.weight
+        return self._sum.weight
 
-    def add(self, reply: Message, update: NDArray[np.float32], weight: int) -> None:
-        metrics = {}
-        for key, value in reply.content.metric_records[METRICS].items():
-            if not isinstance(value, (int, float)) or not np.isfinite(value):
-                raise DecodeError(f"metric {key} is not a finite number")
-            metrics[key] = float(value)
-        del metrics[WEIGHT]
-        counts = [_buffer(reply, name, like).reshape(-1) for name, like in self._buffers.items()]
-        self._counts.add(np.concatenate([np.empty(0), *counts]), weight)
-        self._updates.add(update, weight)
-        for key, value in metrics.items():
-            self._metrics.setdefault(key, []).append(weight * value)
+    def add(
+        self, reply: Message, update: NDArray[np.float32], buffers: Mapping[str, NDArray[Any]], weight: int
+    ) -> None:
+        """Add an update, with what its buffers changed behind it: a reply counts as a whole or not at all."""
+        x = self._flat(update, buffers)
+        x[self.layout.size :] -= self._received[self.layout.size :]
+        self._sum.add(x, weight)
         self._first = self._first or reply
 
     def reply(self) -> Message:
-        """The first reply, which now carries the mean of all: weights, buffers, metrics, total weight."""
+        """The first reply, which now carries the mean of all: weights, buffers, total weight."""
         assert self._first is not None
-        arrays = unravel(ravel(self._weights, self.layout) + self._updates.mean(), self.layout, self._weights)
-        counts, offset = self._counts.mean(), 0
-        for name, like in self._buffers.items():
-            arrays[name] = counts[offset : offset + like.size].reshape(like.shape)
-            offset += like.size
-        metrics = MetricRecord({k: fsum(v) / self.weight for k, v in self._metrics.items()})
-        metrics[WEIGHT] = self.weight
-        ordered = ArrayRecord({name: Array(np.asarray(arrays[name])) for name in self._weights})
-        self._first.content = RecordDict({ARRAYS: ordered, METRICS: metrics})
+        flat = self._received + self._sum.mean()
+        values, offset = unravel(flat, self.layout, self._weights), self.layout.size
+        for name, like in self.buffers.items():
+            size = int(np.prod(like.shape, dtype=np.int64))
+            values[name] = flat[offset : offset + size].reshape(like.shape)
+            offset += size
+        metrics = MetricRecord({WEIGHT: self.weight})
+        self._first.content = RecordDict({ARRAYS: _record(values, self._weights), METRICS: metrics})
         return self._first
 
+    def _flat(self, floats: NDArray[np.float32], buffers: Mapping[str, NDArray[Any]]) -> NDArray[Any]:
+        return np.concatenate([floats, *(values.reshape(-1) for values in buffers.values())])
 
-def weight_of(reply: Message) -> int:
-    """What the client says it weighs: a whole number of examples; raises DecodeError on anything else."""
-    weight = reply.content.metric_records[METRICS][WEIGHT]
-    if not isinstance(weight, int) or not 0 <= weight < 2**24:
+
+def metrics_of(reply: Message, names: tuple[str, ...]) -> MetricRecord:
+    """Those metrics of a reply, no others; raises DecodeError unless each is a finite number from 0 on.
+
+    The weight among them is a whole number of examples.
+    """
+    if reply.has_error():
+        raise DecodeError(reply.error.reason or "the client failed")
+    metrics = MetricRecord({name: reply.content.metric_records[METRICS][name] for name in names})
+    weight = metrics[WEIGHT]
+    if type(weight) is not int or not 0 <= weight < 2**24:
         raise DecodeError(f"a client weighs from 0 to {2**24 - 1} examples, this one says {weight!r}")
-    return weight
+    for name, value in metrics.items():
+        if not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
+            raise DecodeError(f"{name} is not a finite number of at least 0")
+    return metrics
 
 
-def check_weights(arrays: ArrayRecord, like: ArrayRecord) -> None:
-    """Raise DecodeError unless these are finite weights of the same model."""
+def values_of(arrays: ArrayRecord, like: Mapping[str, Array]) -> dict[str, NDArray[Any]]:
+    """The arrays that came, integers as float64, which a mean makes of them anyway.
+
+    Raises DecodeError unless they are finite and have the names, shapes and dtypes of `like`.
+    """
     if list(arrays) != list(like):
         raise DecodeError("the reply does not hold the arrays of this model")
+    values = {}
     for name, array in like.items():
-        values = arrays[name].numpy()
-        if values.shape != tuple(array.shape) or not np.isfinite(values).all():
-            raise DecodeError(f"{name} is not a finite array of shape {tuple(array.shape)}")
+        file = BytesIO(arrays[name].data)
+        if arrays[name].stype != array.stype or read_magic(file) != (1, 0):
+            raise DecodeError(f"{name} is not serialized as numpy does")
+        shape, _, dtype = read_array_header_1_0(file)  # first, since loading allocates what this says
+        if shape != tuple(array.shape) or dtype != np.dtype(array.dtype):
+            raise DecodeError(f"{name} is {dtype} {shape}, the model's {array.dtype} {tuple(array.shape)}")
+        value = arrays[name].numpy()
+        if not np.isfinite(value).all():
+            raise DecodeError(f"{name} is not finite")
+        values[name] = value if dtype.kind == "f" else value.astype(np.float64)
+    return values
 
 
-def _packet_of(reply: Message) -> bytes:
-    array = reply.content.array_records[ARRAYS][UPDATE]
+def _packet_in(array: Array) -> bytes:
     if array.stype != STYPE:
         raise DecodeError(f"the update has serialization type {array.stype!r}, not {STYPE!r}")
     return bytes(array.data)
 
 
-def _buffers_of(weights: ArrayRecord, layout: Layout) -> dict[str, NDArray[Any]]:
-    floats = {slot.name for slot in layout.slots}
-    return {name: array.numpy() for name, array in weights.items() if name not in floats}
-
-
-def _buffer(reply: Message, name: str, like: NDArray[Any]) -> NDArray[Any]:
-    values = reply.content.array_records[ARRAYS][name].numpy()
-    if values.shape != like.shape or values.dtype != like.dtype:
-        raise DecodeError(f"buffer {name} is {values.dtype} {values.shape}, not {like.dtype} {like.shape}")
-    return values
-
-
-def _weights_from(weights: ArrayRecord, layout: Layout, update: NDArray[Any], reply: Message) -> ArrayRecord:
-    arrays = unravel(ravel(weights, layout) + update, layout, weights)
-    for name, like in _buffers_of(weights, layout).items():
-        arrays[name] = _buffer(reply, name, like)
-    return ArrayRecord({name: Array(np.asarray(arrays[name])) for name in weights})
+def _record(values: Mapping[str, NDArray[Any]], like: ArrayRecord) -> ArrayRecord:
+    return ArrayRecord({name: Array(np.asarray(values[name])) for name in like})
 
 
 def _in_dtypes_of(weights: ArrayRecord, arrays: ArrayRecord) -> ArrayRecord:

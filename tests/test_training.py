@@ -266,9 +266,9 @@ def test_bad_settings_are_named(build: Any, bad: dict[str, object], said: str) -
 @pytest.mark.parametrize("trainer", [Sgd(lr=0.1), replace(PRIVATE, momentum=0.5)], ids=["sgd", "dp_sgd"])
 def test_cosine_schedule_falls_to_a_twentieth(trainer: Sgd | DpSgd) -> None:
     """With one step a fit, or linear noise, an update is proportional to the learning rate."""
-    one_step = replace(
-        trainer, schedule="cosine", **({"batch_size": 100} if isinstance(trainer, Sgd) else {})
-    )
+    one_step: Sgd | DpSgd = replace(trainer, schedule="cosine")
+    if isinstance(one_step, Sgd):
+        one_step = replace(one_step, batch_size=100)
     count = 100 if isinstance(trainer, Sgd) else 0
     norms = [np.linalg.norm(fit(one_step, count, progress=p)[0]) for p in (0.0, 0.5, 1.0)]
     assert norms[1] / norms[0] == pytest.approx(0.525, rel=1e-3)

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fedapp import check
 from fedapp.codec import Codec, Layout, Packet, State
 from fedapp.codec.entropy import Ans
 from fedapp.codec.prune import TopK
@@ -85,9 +86,11 @@ class ErrorFeedback:
 
 
 def pipeline(
-    keep: float = 1.0, step: float = 2.0, offset: float = 0.38, error_feedback: bool = True
+    keep: float = 1.0, step: float = 2.0, offset: float = 0.38, error_feedback: bool = False
 ) -> Codec:
     """Prune, quantize, entropy-code: the stages behind `codec=default` and `codec=topk`."""
+    check.real("codec.keep", keep, above=0.0, high=1.0)
+    check.flag("codec.error_feedback", error_feedback)
     prune = (TopK(keep),) if keep != 1.0 else ()
     chain = Chain((*prune, DeadZone(step, offset), Ans()))
     return ErrorFeedback(chain) if error_feedback else chain

@@ -25,7 +25,7 @@ class TopK:
     fraction: float = 0.1
 
     def __post_init__(self) -> None:
-        check.real("codec fraction", self.fraction, above=0.0, high=1.0)
+        check.real("codec.fraction", self.fraction, above=0.0, high=1.0)
 
     def encode(
         self, x: NDArray[Any], layout: Layout, state: State, rng: np.random.Generator

@@ -20,8 +20,9 @@ class DeadZone:
     """Uniform scalar quantizer with a dead zone around zero, one step for the whole vector.
 
     level = sign(x) * floor(|x| / step + offset); an offset below 1/2 widens the zero cell, which prunes
-    small values by itself. `step` is relative to the root mean square of the vector. The decoder puts
-    levels of magnitude 1, and those of 2 and more, at the mean of what fell into their cells (two bytes).
+    small values by itself. `step` is relative to the root mean square of the vector, but never above its
+    largest magnitude: something is always sent, or error feedback would owe an even vector for ever. The
+    decoder puts levels of magnitude 1, and those of 2 and more, at the mean of their cells (two bytes).
     float32 (n,) <-> int32 (n,). Source: Sullivan 1996, "Efficient scalar quantization of exponential and
     Laplacian random variables"; the rounding offset as in the H.264 reference quantizer.
     """
@@ -30,8 +31,8 @@ class DeadZone:
     offset: float = 0.38
 
     def __post_init__(self) -> None:
-        check.real("codec step", self.step, low=1e-6, high=1e6)
-        check.real("codec offset", self.offset, low=0.0, high=0.5)
+        check.real("codec.step", self.step, low=1e-6, high=1e6)
+        check.real("codec.offset", self.offset, low=0.0, high=0.5)
 
     def encode(
         self, x: NDArray[Any], layout: Layout, state: State, rng: np.random.Generator
@@ -39,8 +40,9 @@ class DeadZone:
         if not np.isfinite(x).all():
             raise ValueError("update holds NaN or infinite values; training diverged")
         magnitude = np.abs(x.astype(np.float64))
-        step = np.float32(self.step * np.sqrt(np.mean(magnitude**2))) if len(x) else np.float32(0)
-        if not 0 < step < np.inf:
+        largest = magnitude.max(initial=0.0)
+        step = np.float32(min(self.step * np.sqrt(np.mean(magnitude**2)), largest) if largest else 0.0)
+        if not step:
             return Packet(np.zeros(len(x), np.int32), _HEADER.pack(0.0, 0, 0)), {}
         scaled = magnitude / np.float64(step)
         level = np.minimum(np.floor(scaled + self.offset), _MOST)
@@ -56,7 +58,10 @@ class DeadZone:
             raise DecodeError(f"packet names a quantizer step of {step}")
         magnitude = np.abs(level).astype(np.float32)
         moved = np.where(magnitude == 1, np.float32(one / 256), np.float32(more / 256))
-        x: NDArray[np.float32] = np.sign(level).astype(np.float32) * (magnitude + moved) * np.float32(step)
+        with np.errstate(over="ignore"):
+            x: NDArray[np.float32] = (
+                np.sign(level).astype(np.float32) * (magnitude + moved) * np.float32(step)
+            )
         if not np.isfinite(x).all():
             raise DecodeError("packet decodes to values beyond float32")
         return x

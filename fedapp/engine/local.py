@@ -6,7 +6,7 @@ import os
 import signal
 import traceback
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from copy import copy
 from dataclasses import dataclass
 from logging import ERROR
@@ -59,7 +59,7 @@ class _Worker:
         # touches it only after the workers are there.
         context = multiprocessing.get_context("fork")
         self.pipe, theirs = context.Pipe()
-        self.process: BaseProcess = context.Process(target=_work, args=(theirs, app), daemon=True)
+        self.process: BaseProcess = context.Process(target=_work, args=(theirs, self.pipe, app), daemon=True)
         self.process.start()
         theirs.close()
         self.message: Message | None = None
@@ -95,16 +95,21 @@ class LocalGrid(Grid):
             message.metadata.__dict__["_message_id"] = ids[-1]
             self._queue.append(message)
         self._queue.sort(key=lambda m: -self._sizes[self.partitions[m.metadata.dst_node_id]])
-        self._dispatch()
         return ids
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """Replies that are there; waits a moment for the first one."""
+        """Replies to these messages that are there; waits a moment for the first one.
+
+        What is not among `message_ids` belongs to a round that timed out: it is not begun, or not returned.
+        """
+        wanted = set(message_ids)
+        self._queue = [message for message in self._queue if message.metadata.message_id in wanted]
+        self._dispatch()
         busy = {worker.pipe: worker for worker in self._workers if worker.message is not None}
         ready = multiprocessing.connection.wait(list(busy), _WAIT)
         replies = [self._receive(worker) for pipe, worker in busy.items() if pipe in ready]
         self._dispatch()
-        return replies
+        return [reply for reply in replies if reply.metadata.reply_to_message_id in wanted]
 
     def _dispatch(self) -> None:
         for index, worker in enumerate(self._workers):
@@ -118,14 +123,15 @@ class LocalGrid(Grid):
                 envelope = copy(worker.message)
                 envelope.content = RecordDict()
                 context = self._contexts[worker.message.metadata.dst_node_id]
-                worker.pipe.send((envelope, None if known else content, context))
+                with suppress(OSError):  # died this moment: the end of its pipe says so to the next pull
+                    worker.pipe.send((envelope, None if known else content, context))
 
     def _receive(self, worker: _Worker) -> Message:
         asked, worker.message = worker.message, None
         assert asked is not None
         try:
             answer, context = worker.pipe.recv()
-        except (EOFError, ConnectionError):  # killed, for memory perhaps; the next dispatch replaces it
+        except (EOFError, OSError):  # killed, for memory perhaps; the next dispatch replaces it
             worker.process.join()
             log(ERROR, "a worker process died with exit code %s", worker.process.exitcode)
             return Message(Error(ErrorCode.CLIENT_APP_CRASHED, "its worker process died"), reply_to=asked)
@@ -138,6 +144,7 @@ class LocalGrid(Grid):
             worker.process.kill()
         for worker in self._workers:
             worker.process.join()
+            worker.process.close()
             worker.pipe.close()
 
     def send_and_receive(
@@ -163,8 +170,9 @@ class LocalGrid(Grid):
         return self._run
 
 
-def _work(pipe: Connection, app: ClientApp) -> None:
+def _work(pipe: Connection, parents: Connection, app: ClientApp) -> None:
     """A worker's life: take a message, let the app answer it, send the reply with the node's Context."""
+    parents.close()  # this process has a copy, which would keep the pipe open after the parent's death
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends us
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     torch.set_num_threads(1)

@@ -88,12 +88,12 @@ class Csv(Classification):
     @property
     def input_shape(self) -> tuple[int, ...]:
         """(features,), after one-hot encoding."""
-        return (self._files().schema.width,)
+        return (self._schema().width,)
 
     @property
     def classes(self) -> int:
         """How many different labels there are."""
-        return len(self._files().schema.classes)
+        return len(self._schema().classes)
 
     @property
     def private_preprocessing(self) -> bool:
@@ -120,7 +120,7 @@ class Csv(Classification):
                 "task.standardize=true uses statistics that nodes with their own data do not share: "
                 "set public task.mean and task.std instead"
             )
-        return self._encode(self._files().schema, read_table(path, self.separator), str(path))
+        return self._encode(self._schema(), read_table(path, self.separator), str(path))
 
     def client_names(self) -> NDArray[np.generic] | None:
         """The client_column of the training rows."""
@@ -137,11 +137,17 @@ class Csv(Classification):
         mean, std = torch.tensor(self.mean), torch.tensor(self.std)
         return Data((torch.from_numpy(x) - mean) / std, torch.from_numpy(y))
 
+    def _schema(self) -> Schema:
+        """What all nodes agree on: the settings say it, or the training table; a node has no test table."""
+        if self.path is not None:
+            return self._files().schema
+        columns = tuple((name, None) for name in self.features or ())
+        return Schema(self.label, tuple(self.class_names or ()), columns)
+
     @once
     def _files(self) -> _Read:
         if self.path is None:
-            columns = tuple((name, None) for name in self.features or ())
-            schema = Schema(self.label, tuple(self.class_names or ()), columns)
+            schema = self._schema()
             return _Read(schema, None, self._test_table(schema), None)
         path = Path(self.path).expanduser()
         table = read_table(path, self.separator)

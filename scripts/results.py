@@ -1,0 +1,71 @@
+"""Reprints the README's results: accuracy at 1 and 2 bits against uncoded, with and without privacy.
+
+usage: .venv/bin/python scripts/results.py [--seeds 0 1 2] [--only example|none] [--folder F] [KEY=VALUE ...]
+
+Each run is a `fedapp simulate` of its own, with a run folder under `--folder`; a run whose summary is there
+already is not repeated, so that an interrupted series goes on where it stopped.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+CODECS = {"uncoded": ["codec=identity"], "2 bits": ["codec.step=1.0"], "1 bit": []}
+
+
+def run(folder: Path, overrides: list[str]) -> dict[str, Any]:
+    """The summary of one run; made now unless it is there."""
+    if not (folder / "summary.json").exists():
+        command = [sys.executable, "-m", "fedapp.cli", "simulate", *overrides, f"run_dir={folder}"]
+        subprocess.run(command, check=True, stdout=sys.stderr)
+    found: dict[str, Any] = json.loads((folder / "summary.json").read_text())
+    return found
+
+
+def spread(values: list[float]) -> str:
+    """Mean and its standard error."""
+    error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else float("nan")
+    return f"{statistics.mean(values):.2f} ± {error:.2f}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--only", choices=["example", "none"])
+    parser.add_argument("--folder", type=Path, default=Path("results"))
+    options, overrides = parser.parse_known_args()
+
+    print(
+        "| privacy | codec | accuracy, % | against uncoded | bits a parameter | uplink | epsilon | seconds |"
+    )
+    print("|---|---|---|---|---|---|---|---|")
+    for privacy in [options.only] if options.only else ["example", "none"]:
+        uncoded: list[float] = []
+        for codec, chosen in CODECS.items():
+            runs = [
+                run(
+                    options.folder / privacy / codec.replace(" ", "-") / str(seed),
+                    [f"privacy={privacy}", f"seed={seed}", *chosen, *overrides],
+                )
+                for seed in options.seeds
+            ]
+            accuracy = [100 * r["accuracy"] for r in runs]
+            uncoded = uncoded or accuracy
+            paired = spread([a - b for a, b in zip(accuracy, uncoded, strict=True)])
+            epsilon = runs[0]["epsilon"]
+            print(
+                f"| {privacy} | {codec} | {spread(accuracy)} | {paired if codec != 'uncoded' else '-'} "
+                f"| {statistics.mean(r['uplink_bits_per_parameter'] for r in runs):.3f} "
+                f"| {statistics.mean(r['uplink_ratio'] for r in runs):.1f}x smaller "
+                f"| {'-' if epsilon is None else f'{epsilon:.2f}'} "
+                f"| {statistics.median(r['wall_s'] for r in runs):.0f} |",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()
