@@ -1,0 +1,329 @@
+"""The settings: every YAML composes and builds, what is wrong is told in one line, nothing else gets in."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from omegaconf import OmegaConf
+from PIL import Image
+
+from fedapp import config
+from fedapp.errors import ConfigError
+from fedapp.job import Job
+from fedapp.privacy.example import ExamplePrivacy
+from fedapp.training import DpSgd, Sgd
+
+GROUPS = sorted(path.name for path in config.CONF.iterdir() if path.is_dir())
+CHOICES = [(g, path.stem) for g in GROUPS for path in sorted((config.CONF / g).rglob("*.yaml"))]
+COMPANIONS = {  # what a choice cannot be without
+    "trainer=dp_sgd": "privacy=example",
+    "trainer=sgd": "privacy=none",
+    "privacy=none": "",
+    "strategy=qfedavg": "privacy=none",
+    "strategy=fedprox": "privacy=none",
+}
+
+
+def job_of(overrides: str) -> Job:
+    return config.job(config.compose(overrides))
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> dict[str, str]:
+    """Settings that point the tasks without data of their own at some."""
+    table = tmp_path / "table.csv"
+    table.write_text("a,b,label\n" + "".join(f"{i},{i % 3},{'yn'[i % 2]}\n" for i in range(60)))
+    for name in ("cat", "dog"):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for index in range(8):
+            Image.new("RGB", (8, 8), (index, 0, 0)).save(tmp_path / "images" / name / f"{index}.png")
+    return {
+        "task=csv": f"task.path={table} model=mlp partition=iid clients=2",
+        "task=image_folder": f"task.path={tmp_path / 'images'} task.size=8 partition=iid clients=2",
+    }
+
+
+@pytest.mark.parametrize(("group", "choice"), CHOICES)
+def test_every_yaml_composes_and_builds(group: str, choice: str, data: dict[str, str]) -> None:
+    setting = f"{group}={choice}"
+    job = job_of(f"{setting} {COMPANIONS.get(setting, '')} {data.get(setting, '')}")
+    assert job.choices[group] == choice
+    if setting in data:
+        assert len(job.task.client_data({"partition-id": 0})) > 0
+    if group == "model":
+        assert sum(p.numel() for p in replace(job, device="cpu").model.parameters()) > 0
+
+
+def test_every_yaml_is_listed_by_its_target() -> None:
+    """What a file builds is allowed, and what is allowed exists."""
+    for name in config.TARGETS:
+        assert callable(config.resolve(name, "codec"))
+    for group, choice in CHOICES:
+        node: Any = OmegaConf.load(config.CONF / group / f"{choice}.yaml")
+        if group != "experiment":
+            assert node["_target_"] in config.TARGETS
+
+
+def test_the_defaults_are_a_private_run() -> None:
+    job = job_of("")
+    assert isinstance(job.privacy, ExamplePrivacy)
+    assert isinstance(job.trainer, DpSgd)
+    assert job.trainer.privacy == job.privacy
+    assert job.choices["codec"] == "default"
+    assert isinstance(job_of("privacy=none").trainer, Sgd)
+
+
+@pytest.mark.parametrize("overrides", ["", "task=digits privacy=none", "codec=topk codec.keep=0.2 clients=3"])
+def test_composing_twice_gives_the_same(overrides: str) -> None:
+    first, again = (OmegaConf.to_container(config.compose(overrides), resolve=False) for _ in range(2))
+    assert first == again
+    config._compose.cache_clear()
+    afresh: Any = OmegaConf.to_container(config.compose(overrides), resolve=False)
+    assert afresh == first
+    assert "hydra" not in afresh
+    assert set(afresh["choices"]) == {*GROUPS}
+
+
+def test_building_twice_gives_equal_parts() -> None:
+    first, again = (job_of("task=digits codec=topk") for _ in range(2))
+    assert first.codec == again.codec
+    assert first.trainer == again.trainer
+    assert first.task == again.task
+    assert first.strategy is not again.strategy  # it has a state
+
+
+def test_values_keep_quotes_and_lists() -> None:
+    assert config.split("a=1 'b=[x,y]' c='d e'") == ["a=1", "b=[x,y]", "c=d e"]
+    assert job_of("model=mlp model.hidden=[7,5] task=digits").choices["model"] == "mlp"
+    assert job_of("rounds=3 rounds=4").rounds == 4
+
+
+# One line that names the key, the value and the bound
+
+SAID = [
+    ("clients=0", r"clients .* at least 1, got 0"),
+    ("clients=abc", r"clients .* at least 1, got 'abc'"),
+    ("clients=true", r"clients .* got True"),
+    ("clients=[1]", r"clients .* got \[1\]"),
+    ("clients=null", r"clients .* got None"),
+    ("cohort=11", r"cohort .* from 1 to 10, got 11"),
+    ("cohort=0", r"cohort .* from 1 to 10, got 0"),
+    ("rounds=-1", r"rounds .* at least 0, got -1"),
+    ("rounds=2.5", r"rounds .* got 2.5"),
+    ("rounds=1e3", r"rounds .* got 1000.0"),
+    ("rounds=", r"rounds .* got ''"),
+    ("rounds=1,2", r"rounds"),
+    ("'rounds=choice(1,2)'", r"rounds"),
+    ("seed=-1", r"seed .* from 0 to 4294967295, got -1"),
+    ("seed=4294967296", r"seed .* from 0 to 4294967295, got 4294967296"),
+    ("sampling=always", r"sampling must be one of .*fixed.*, got 'always'"),
+    ("evaluate=nobody", r"evaluate must be one of server, clients, none, got 'nobody'"),
+    ("device=tpu", r"device must be one of auto, cpu, cuda, got 'tpu'"),
+    ("round_timeout=0", r"round_timeout .* above 0, got 0"),
+    ("round_timeout=soon", r"round_timeout .* got 'soon'"),
+    ("codec.step=0", r"codec.step .* at least 1e-06 .*, got 0"),
+    ("codec.offset=0.7", r"codec.offset .* at most 0.5, got 0.7"),
+    ("codec=topk codec.keep=0", r"codec.keep .* above 0 and at most 1, got 0"),
+    ("codec=topk codec.keep=half", r"codec.keep .* got 'half'"),
+    ("codec.error_feedback=maybe", r"codec.error_feedback must be true or false, got 'maybe'"),
+    ("engine.workers=0", r"engine.workers .* from 1 to 1024, got 0"),
+    ("engine.workers=many", r"engine.workers .* got 'many'"),
+    ("model.activation=gelu", r"model.activation must be .*tanh.*relu.*, got '?gelu"),
+    ("model=mlp model.hidden=[]", r"model.hidden .* got"),
+    ("model=cnn model.dropout=[2,0]", r"model.dropout .* got"),
+    ("model=resnet18 model.norm=layer", r"model.norm must be .*group.*batch.*, got '?layer"),
+    ("partition.alpha=-1", r"partition.alpha .* above 0, got -1"),
+    ("partition.alpha=x", r"partition.alpha .* got 'x'"),
+    ("partition.min_partition_size=-1", r"partition.min_partition_size .* got -1"),
+    ("partition=shard partition.num_shards_per_partition=0", r"partition.num_shards_per_partition .* got 0"),
+    ("partition=pathological partition.num_classes_per_partition=0", r"num_classes_per_partition .* got 0"),
+    ("privacy.epsilon=0", r"privacy.epsilon .* at least 0.01 .*, got 0"),
+    ("privacy.epsilon=inf", r"privacy.epsilon .* got inf"),
+    ("privacy.delta=1", r"privacy.delta .* below 0.1, got 1"),
+    ("privacy.accountant=mine", r"privacy.accountant must be one of prv, rdp, got 'mine'"),
+    ("privacy.noise_multiplier=1", r"exactly one of privacy.epsilon and privacy.noise_multiplier"),
+    ("privacy.test_seed=-1", r"privacy.test_seed .* got -1"),
+    ("trainer.lr=0", r"trainer.lr .* above 0 .*, got 0"),
+    ("trainer.sampling_rate=2", r"trainer.sampling_rate .* at most 1, got 2"),
+    ("trainer.steps=0", r"trainer.steps .* at least 1, got 0"),
+    ("privacy=none trainer.batch_size=true", r"trainer.batch_size .* got True"),
+    ("privacy=none trainer.momentum=1", r"trainer.momentum .* below 1, got 1"),
+    ("task=csv task.test_fraction=1", r"task.test_fraction .* below 1, got 1"),
+    ("task=image_folder task.class_names=[a,b] task.size=0", r"task.size .* got 0"),
+    ("task=image_folder task.class_names=[a,b] task.channels=2", r"task.channels .* got 2"),
+    ("trainer=sgd privacy=example", r"trainer=sgd does not go with privacy=example"),
+    ("trainer=dp_sgd privacy=none", r"trainer=dp_sgd does not go with privacy=none"),
+    ("evaluate=clients", r"evaluate=clients"),
+    ("strategy=qfedavg", r"strategy=qfedavg"),
+    ("nope=1", r"nope"),
+    ("codec.nope=1", r"codec.nope"),
+    ("codec=identity codec.step=1", r"codec.step"),
+    ("task=nope", r"task/nope"),
+    ("choices=1", r"choices"),
+    ("strategy.fraction_train=0.5", r"strategy.fraction_train"),
+]
+
+
+@pytest.mark.parametrize(("overrides", "said"), SAID)
+def test_what_is_wrong_is_told_in_one_line(overrides: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=said) as caught:
+        job_of(overrides)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 500
+
+
+TODO = "config.py lets another exception through, or nothing checks the value"
+
+
+@pytest.mark.xfail(strict=True, reason=TODO)
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        ("codec=null", r"codec"),
+        ("model=mlp model.hidden=64", r"model.hidden .* got"),
+        ("model=cnn model.dropout=0.5", r"model.dropout .* got"),
+        ("task=null", r"task"),
+        ("=3", r"="),
+        ("codec._target_=[1]", r"codec._target_"),
+        ("strategy=fedtrimmedavg strategy.beta=0.9", r"strategy.*beta"),
+        ("strategy=fedadam strategy.eta=-1", r"strategy.eta .* got -1"),
+        ("strategy=fedadam strategy.eta=abc", r"strategy.eta .* got 'abc'"),
+        ("strategy=fedadam strategy.beta_1=7", r"strategy.beta_1 .* got 7"),
+        ("strategy=krum strategy.num_malicious_nodes=-3", r"strategy.num_malicious_nodes .* got -3"),
+        ("privacy=none strategy=qfedavg strategy.client_learning_rate=0", r"strategy.client_learning_rate"),
+    ],
+)
+def test_what_else_is_wrong_is_told_in_one_line(overrides: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        job_of(overrides)
+
+
+# Overrides come over the network
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        "+foo=1",
+        "++foo=1",
+        "~codec",
+        "~codec.step=1",
+        "' +foo=1'",
+        "hydra.run.dir=/tmp/x",
+        "hydra/launcher=basic",
+        "' hydra.run.dir=/tmp/x'",
+        "run_dir=${oc.env:HOME}",
+        "'run_dir=${oc.env:HOME}'",
+        "'run_dir=\\${oc.env:HOME}'",
+        "seed='\"${oc.env:HOME}\"'",
+        "'rounds=${clients}'",
+        "--multirun",
+        "-m",
+        "--config-dir=/tmp",
+        "codec",
+        "'unclosed",
+    ],
+)
+def test_overrides_that_are_not_plain_are_refused(overrides: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        config.compose(overrides)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("group", ["task", "model", "trainer", "codec", "strategy", "engine", "privacy"])
+@pytest.mark.parametrize(
+    "target",
+    [
+        "os.system",
+        "fedapp.cli.os.system",
+        "fedapp.codec.chain.np.save",
+        "builtins.eval",
+        "subprocess.Popen",
+        "fedapp.codec.chain.pipeline.__globals__",
+        "fedapp.codec.chain.Identity.encode",
+        "fedapp.codec.chain. Identity",
+        "flwr.serverapp.strategy.FedAvgEvil",
+        "flwr.serverapp.strategy",
+        "hydra.utils.instantiate",
+        "",
+        "null",
+        "1",
+    ],
+)
+def test_targets_that_are_not_listed_are_refused(group: str, target: str) -> None:
+    with pytest.raises(ConfigError):
+        job_of(f"'{group}._target_={target}'")
+
+
+@pytest.mark.parametrize(
+    "node",
+    [
+        {"_target_": "os.system", "command": "true"},
+        {"_target_": "fedapp.codec.chain.Chain", "stages": [{"_target_": "os.system", "command": "true"}]},
+        {"_target_": "fedapp.codec.chain.ErrorFeedback", "codec": {"_target_": "builtins.eval"}},
+        {"_target_": "fedapp.codec.chain.Identity", "_args_": [1]},
+        {"_target_": "fedapp.codec.chain.Identity", "_partial_": True},
+    ],
+)
+def test_nested_targets_are_checked_too(node: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError):
+        config.build(node, "codec")
+
+
+def test_an_allowed_name_that_leads_elsewhere_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    import os
+
+    from fedapp.codec import chain
+
+    monkeypatch.setattr(chain, "pipeline", os.system)
+    with pytest.raises(ConfigError, match="not what it seems"):
+        job_of("codec=default codec.step=1.5")
+
+
+def test_a_codec_can_be_put_together_from_its_stages() -> None:
+    stages = [
+        {"_target_": "fedapp.codec.quantize.DeadZone", "step": 0.5},
+        {"_target_": "fedapp.codec.entropy.Ans"},
+    ]
+    codec = config.build({"_target_": "fedapp.codec.chain.Chain", "stages": stages}, "codec")
+    assert repr(codec) == "Chain(stages=(DeadZone(step=0.5, offset=0.38), Ans()))"
+
+
+def test_a_choice_cannot_name_a_file_elsewhere(tmp_path: Path) -> None:
+    (tmp_path / "evil.yaml").write_text("_target_: os.system\ncommand: touch /tmp/never\n")
+    up = "/".join([".."] * 12)
+    with pytest.raises(ConfigError):
+        job_of(f"codec={up}{tmp_path}/evil")
+
+
+WORDS = [
+    "codec",
+    "task",
+    "rounds",
+    "seed",
+    "true",
+    "null",
+    "???",
+    ".inf",
+    "${",
+    "$",
+    "\\",
+    "\t",
+    "é",
+    *"=.,[]{}():'@/1-a%!*&#\n",
+]
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(st.sampled_from(WORDS), max_size=8).map("".join))
+def test_any_text_is_an_override_string_or_an_error_of_ours(text: str) -> None:
+    try:
+        config.compose(text)
+    except ConfigError:
+        pass
+    except ValueError as error:
+        if "Config group override" not in str(error):  # which is TODO
+            raise

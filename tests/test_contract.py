@@ -1,0 +1,267 @@
+"""What fedapp relies on in flwr that flwr does not promise: each private name, and the behaviour behind it.
+
+flwr is pinned to one minor version. Raise the pin only with this file green.
+"""
+
+import ast
+import inspect
+import logging
+import os
+import subprocess
+import sys
+from copy import copy
+from importlib import import_module
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from flwr.app import (
+    Array,
+    ArrayRecord,
+    ConfigRecord,
+    Context,
+    Error,
+    Message,
+    MessageType,
+    MetricRecord,
+    RecordDict,
+)
+from flwr.clientapp import ClientApp
+from flwr.clientapp.typing import Mod
+from flwr.common.constant import SUPERLINK_NODE_ID, ErrorCode, SType
+from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
+from flwr.serverapp import Grid, strategy
+from flwr.supercore import log
+from flwr.supercore.run import Run
+from flwr.supercore.task_identity import TaskIdentity
+
+import fedapp
+from fedapp.wire import STREAMED
+
+PRIVATE = {
+    "flwr.clientapp.typing": {"Mod"},
+    "flwr.common.constant": {"SUPERLINK_NODE_ID", "ErrorCode"},
+    "flwr.common.serde": {"recorddict_to_proto"},
+    "flwr.supercore": {"log"},
+    "flwr.supercore.run": {"Run"},
+    "flwr.supercore.task_identity": {"TaskIdentity"},
+}
+PUBLIC = {"flwr.app", "flwr.clientapp", "flwr.serverapp", "flwr.serverapp.strategy"}
+
+
+@pytest.fixture(autouse=True)
+def _identity() -> None:
+    TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, SUPERLINK_NODE_ID, 1
+
+
+def test_every_private_name_in_use_is_in_this_file() -> None:
+    used: dict[str, set[str]] = {}
+    for path in Path(fedapp.__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "flwr":
+                used.setdefault(node.module, set()).update(alias.name for alias in node.names)
+            if isinstance(node, ast.Import):
+                assert not any(alias.name.split(".")[0] == "flwr" for alias in node.names)
+    assert {module: names for module, names in used.items() if module not in PUBLIC} == PRIVATE
+    for module, names in used.items():
+        for name in names:
+            assert hasattr(import_module(module), name)
+
+
+def test_the_pin_is_the_version_that_was_tried() -> None:
+    assert version("flwr").startswith("1.41.")
+
+
+def test_task_identity_gives_new_messages_their_sender() -> None:
+    """`TaskIdentity`: process-wide attributes that `Message()` reads, and that refuse to be read unset."""
+    TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 7, 8, 9
+    metadata = Message(RecordDict(), 5, MessageType.TRAIN).metadata
+    assert (metadata.run_id, metadata.src_node_id, metadata.src_task_id) == (7, 8, 9)
+    assert metadata.dst_node_id == 5
+
+
+def test_the_superlink_is_node_1() -> None:
+    """`SUPERLINK_NODE_ID`: the server's own id, which no client has."""
+    assert SUPERLINK_NODE_ID == 1
+
+
+def test_a_reply_goes_back_where_its_message_came_from() -> None:
+    """`metadata.__dict__["_message_id"]`: there is no setter; a reply carries it as reply_to_message_id."""
+    message = Message(RecordDict(), 5, MessageType.TRAIN)
+    assert message.metadata.message_id == ""
+    message.metadata.__dict__["_message_id"] = "mine"
+    assert message.metadata.message_id == "mine"
+    for reply in (
+        Message(RecordDict(), reply_to=message),
+        Message(Error(ErrorCode.CLIENT_APP_CRASHED, "died"), reply_to=message),
+    ):
+        assert reply.metadata.reply_to_message_id == "mine"
+        assert (reply.metadata.src_node_id, reply.metadata.dst_node_id) == (5, SUPERLINK_NODE_ID)
+
+
+def test_a_copied_message_can_carry_other_content() -> None:
+    """`copy(message)`: shallow, so that an envelope can travel without the content."""
+    message = Message(RecordDict({"config": ConfigRecord({"a": 1})}), 5, MessageType.TRAIN)
+    envelope = copy(message)
+    envelope.content = RecordDict()
+    assert "config" in message.content
+    assert "config" not in envelope.content
+    assert envelope.metadata is message.metadata
+
+
+def test_content_is_the_same_object_each_time() -> None:
+    """Broadcasts share one content, and the engine and the byte counter tell so by identity."""
+    content = RecordDict()
+    message = Message(content, 5, MessageType.TRAIN)
+    assert message.content is content
+    assert message.content is message.content
+
+
+def test_a_strategy_sends_one_content_to_all() -> None:
+    class View:
+        def get_node_ids(self) -> list[int]:
+            return [2, 3, 4]
+
+    view: Any = View()
+    arrays = ArrayRecord({"a": Array(np.zeros(3, np.float32))})
+    asked = list(strategy.FedAvg(min_available_nodes=1).configure_train(4, arrays, ConfigRecord(), view))
+    assert sorted(message.metadata.dst_node_id for message in asked) == [2, 3, 4]
+    assert all(message.content is asked[0].content for message in asked)
+    content = asked[0].content
+    assert content.array_records["arrays"] is arrays
+    assert content.config_records["config"]["server-round"] == 4
+
+
+def test_error_codes() -> None:
+    """`ErrorCode`: what a failed client and a dead process are told apart by."""
+    assert ErrorCode.CLIENT_APP_RAISED_EXCEPTION != ErrorCode.CLIENT_APP_CRASHED
+    error = Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, "fixed text")
+    assert (error.code, error.reason) == (ErrorCode.CLIENT_APP_RAISED_EXCEPTION, "fixed text")
+
+
+def test_serialized_content_is_what_crosses_the_wire() -> None:
+    """`recorddict_to_proto`: the protobuf whose bytes are counted; it loses nothing."""
+    content = RecordDict(
+        {
+            "arrays": ArrayRecord({"update": Array("uint8", (3,), "fedapp.packet", b"abc")}),
+            "metrics": MetricRecord({"num-examples": 3}),
+        }
+    )
+    proto = recorddict_to_proto(content)
+    size = len(proto.SerializeToString())
+    assert 3 < size < 120
+    back = recorddict_from_proto(proto)
+    assert back.array_records["arrays"]["update"].data == b"abc"
+    assert back.array_records["arrays"]["update"].stype == "fedapp.packet"
+
+
+def test_arrays_are_numpy_files_without_pickle() -> None:
+    """`Array`: stype numpy.ndarray, version 1.0 of the format; objects are refused both ways."""
+    array = Array(np.arange(3, dtype=np.float32))
+    assert array.stype == SType.NUMPY == "numpy.ndarray"
+    assert array.data[:8] == b"\x93NUMPY\x01\x00"
+    with pytest.raises(ValueError, match="allow_pickle"):
+        Array(np.array([{}], dtype=object))
+    with pytest.raises(TypeError):
+        Array("uint8", (3,), "fedapp.packet", b"abc").numpy()
+
+
+def test_records_keep_the_order_of_their_arrays() -> None:
+    names = ["z", "a", "m"]
+    record = ArrayRecord({name: Array(np.zeros(1)) for name in names})
+    back = recorddict_from_proto(recorddict_to_proto(RecordDict({"arrays": record})))
+    assert list(back.array_records["arrays"]) == names
+
+
+def test_metrics_are_numbers_and_no_bools() -> None:
+    with pytest.raises(TypeError):
+        MetricRecord({"num-examples": True})
+    assert type(MetricRecord({"num-examples": 3})["num-examples"]) is int
+
+
+def test_mods_wrap_the_handler_from_the_outside_in() -> None:
+    """`Mod`: (message, context, call_next) -> reply; the first of `@app.train(mods=[...])` is outermost."""
+    calls = []
+
+    def mod(name: str) -> Mod:
+        def call(message: Message, context: Context, call_next: Any) -> Message:
+            calls.append(name)
+            reply: Message = call_next(message, context)
+            calls.append(f"{name} done")
+            return reply
+
+        return call
+
+    app = ClientApp()
+
+    @app.train(mods=[mod("outer"), mod("inner")])
+    def train(message: Message, context: Context) -> Message:
+        calls.append("train")
+        return Message(RecordDict(), reply_to=message)
+
+    @app.query()
+    def query(message: Message, context: Context) -> Message:
+        return Message(RecordDict(), reply_to=message)
+
+    app(Message(RecordDict(), 5, MessageType.TRAIN), Context(1, 5, {}, RecordDict(), {}))
+    assert calls == ["outer", "inner", "train", "inner done", "outer done"]
+    app(Message(RecordDict(), 5, MessageType.QUERY), Context(1, 5, {}, RecordDict(), {}))
+
+
+def test_a_grid_is_these_methods() -> None:
+    """`Grid` and `Run`: what the local engine has to be."""
+    assert Grid.__abstractmethods__ == {
+        "create_message",
+        "get_node_ids",
+        "pull_messages",
+        "push_messages",
+        "run",
+        "send_and_receive",
+        "set_run",
+    }
+    assert inspect.isclass(Run)
+
+
+def test_strategies_that_are_streamed_exist_and_average() -> None:
+    for name in STREAMED:
+        kind = getattr(strategy, name)
+        assert issubclass(kind, strategy.FedAvg)
+        assert kind.__name__ == name
+
+
+@pytest.mark.parametrize("name", ["FedAvg", "FedAdam", "FedMedian", "Krum", "QFedAvg", "Bulyan"])
+def test_strategies_take_what_the_settings_pass_to_all(name: str) -> None:
+    settings = inspect.signature(getattr(strategy, name)).parameters
+    assert {"fraction_train", "fraction_evaluate", "min_train_nodes", "min_evaluate_nodes"} <= set(settings)
+    assert "min_available_nodes" in settings
+
+
+def test_fedprox_sends_its_pull_and_qfedavg_reads_the_loss() -> None:
+    class View:
+        def get_node_ids(self) -> list[int]:
+            return [2]
+
+    view: Any = View()
+    arrays = ArrayRecord({"a": Array(np.zeros(3, np.float32))})
+    everyone = {"min_train_nodes": 1, "min_available_nodes": 1}
+    prox = strategy.FedProx(proximal_mu=0.5, **everyone)  # type: ignore[arg-type]
+    (asked,) = prox.configure_train(1, arrays, ConfigRecord(), view)
+    assert asked.content.config_records["config"]["proximal-mu"] == 0.5
+    assert inspect.signature(strategy.QFedAvg).parameters["train_loss_key"].default == "train_loss"
+
+
+def test_the_log_is_flowers_logger() -> None:
+    """`log`: takes (level, text, *arguments), and `logging.getLogger("flwr")` silences it."""
+    assert getattr(log, "__self__", None) is logging.getLogger("flwr")
+
+
+def test_telemetry_and_update_checks_are_off_before_flwr_is_imported() -> None:
+    code = (
+        "import fedapp, os, sys; assert 'flwr' not in sys.modules;"
+        "print(os.environ['FLWR_TELEMETRY_ENABLED'], os.environ['FLWR_DISABLE_UPDATE_CHECK'])"
+    )
+    env = {key: value for key, value in os.environ.items() if not key.startswith("FLWR_")}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["0", "1"]

@@ -1,0 +1,510 @@
+"""Whole rounds on the local engine: the same bits however executed, and faults that cost one reply."""
+
+import io
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.common.constant import ErrorCode
+from flwr.serverapp import Grid
+from flwr.supercore.run import Run
+from rich.console import Console
+from torch import nn
+
+from fedapp import config
+from fedapp.client_app import FAILED, client_app
+from fedapp.engine.grid import stream
+from fedapp.engine.local import Local, LocalGrid
+from fedapp.errors import ConfigError, FedappError
+from fedapp.job import Job
+from fedapp.report.folder import Round
+from fedapp.report.progress import Progress
+from fedapp.rounds import Federation
+from fedapp.tasks import Data, Task
+from fedapp.wire import METRICS, WEIGHT
+
+FAST = "task=digits privacy=none model=logistic clients=5 rounds=3 cohort=3 engine.workers=1"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def job_of(overrides: str = "") -> Job:
+    return config.job(config.compose(f"{FAST} {overrides}"))
+
+
+def rounds_on(job: Job, grid: Grid) -> tuple[Federation, list[Round]]:
+    federation = Federation(job, grid)
+    return federation, list(federation.run(Progress(Console(file=io.StringIO()), job.rounds)))
+
+
+def run(job: Job) -> tuple[Federation, list[Round]]:
+    sizes = [len(part) for part in job.task.partitions()]
+    job.prepare()
+    with job.engine.grid(client_app(lambda _: job), sizes, job.in_round) as grid:
+        return rounds_on(job, grid)
+
+
+def bits(arrays: ArrayRecord) -> bytes:
+    return b"".join(array.data for array in arrays.values())
+
+
+@cache
+def model_after(overrides: str) -> bytes:
+    return bits(run(job_of(overrides))[0].arrays)
+
+
+# One seed, one result
+
+
+@pytest.mark.parametrize("workers", [2, 3])
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "codec=default codec.error_feedback=true",
+        "codec=topk",
+        "codec=identity",
+        "strategy=fedadam",
+        "strategy=fedmedian",
+        "strategy=fedprox trainer.momentum=0.9 cohort=null",
+    ],
+)
+def test_any_number_of_workers_gives_the_same_bits(setting: str, workers: int) -> None:
+    assert model_after(f"{setting} engine.workers={workers}") == model_after(setting)
+
+
+def test_another_seed_gives_another_model() -> None:
+    assert model_after("seed=1") != model_after("codec=default")
+
+
+class Elsewhere(Grid):
+    """A grid of other nodes: ids of its own, in no order, in this process; it answers one message a pull."""
+
+    def __init__(self, app: ClientApp, ids: list[int]) -> None:
+        LocalGrid(app, [1], workers=0)  # sets the identity that messages are made with
+        self._app, self._waiting = app, list[Message]()
+        self._contexts = {
+            node: Context(1, node, {"partition-id": i, "num-partitions": len(ids)}, RecordDict(), {})
+            for i, node in enumerate(ids)
+        }
+
+    def get_node_ids(self) -> Iterable[int]:
+        return reversed(self._contexts)
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        for message in messages:
+            message.metadata.__dict__["_message_id"] = os.urandom(8).hex()
+            self._waiting.append(message)
+        return [message.metadata.message_id for message in self._waiting]
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        message = self._waiting.pop()
+        return [self._app(message, self._contexts[message.metadata.dst_node_id])]
+
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> Iterable[Message]:
+        raise NotImplementedError
+
+    def create_message(
+        self,
+        content: RecordDict,
+        message_type: str,
+        dst_node_id: int,
+        group_id: str,
+        ttl: float | None = None,
+    ) -> Message:
+        raise NotImplementedError
+
+    def set_run(self, run: Run) -> None:
+        raise NotImplementedError
+
+    @property
+    def run(self) -> Run:
+        raise NotImplementedError
+
+
+@pytest.mark.parametrize("setting", ["codec=default", "codec=identity", "strategy=fedmedian"])
+def test_node_ids_and_the_order_of_arrival_change_no_bit(setting: str) -> None:
+    job = job_of(setting)
+    grid = Elsewhere(client_app(lambda _: job), [905, 17, 2**62 + 5, 44, 3])
+    assert bits(rounds_on(job, grid)[0].arrays) == model_after(setting)
+
+
+def test_cohorts_are_drawn_by_seed_and_round_alone() -> None:
+    def drawn(seed: int, ids: list[int]) -> list[list[int]]:
+        job = job_of(f"seed={seed} evaluate=none")
+        grid = Elsewhere(client_app(lambda _: job), ids)
+        federation = Federation(job, grid)
+        return [[ids.index(node) for node in federation._draw(number)] for number in range(1, 7)]
+
+    first = drawn(0, [2, 3, 4, 5, 6])
+    assert first == drawn(0, [905, 17, 2**62 + 5, 44, 3])
+    assert first != drawn(1, [2, 3, 4, 5, 6])
+    assert all(len(set(cohort)) == 3 for cohort in first)
+    assert len({tuple(cohort) for cohort in first}) > 1
+    assert {node for cohort in first for node in cohort} == set(range(5))
+
+
+def test_two_nodes_with_one_partition_are_refused() -> None:
+    job = job_of("clients=3 cohort=3")
+    grid = Elsewhere(client_app(lambda _: job), [5, 6, 7])
+    grid._contexts[6].node_config["partition-id"] = 0
+    with pytest.raises(FedappError, match="two nodes hold the same partition"):
+        Federation(job, grid)
+
+
+def test_nodes_that_do_not_come_are_named() -> None:
+    job = job_of("round_timeout=0.3")
+    with pytest.raises(FedappError, match=r"2 of clients=5 nodes .* set clients=2"):
+        Federation(job, Elsewhere(client_app(lambda _: job), [5, 6]))
+
+
+# What a round reports
+
+
+def test_rounds_report_what_happened() -> None:
+    federation, records = run(job_of("clients=4 cohort=2 rounds=2"))
+    assert [record.round for record in records] == [1, 2]
+    assert all((record.replies, record.failures) == (2, 0) for record in records)
+    assert sum(record.uplink_bytes for record in records) == federation.traffic.uplink > 0
+    assert sum(record.downlink_bytes for record in records) == federation.traffic.downlink
+    assert federation.traffic.downlink > 4 * 4 * federation.parameters
+    assert federation.traffic.uplink < 4 * federation.parameters
+    assert all(record.epsilon is None for record in records)
+
+
+@pytest.mark.parametrize("setting", ["codec=identity", "strategy=krum", "strategy=bulyan clients=8 cohort=8"])
+def test_replies_are_counted_on_every_path(setting: str) -> None:
+    federation, records = run(job_of(f"cohort=null rounds=1 {setting}"))
+    assert records[0].replies == federation.accepted == federation.job.clients
+    assert records[0].failures == 0
+
+
+@pytest.mark.parametrize(("where", "known"), [("server", True), ("clients", True), ("none", False)])
+def test_the_model_is_tested_where_the_settings_say(where: str, known: bool) -> None:
+    _, records = run(job_of(f"evaluate={where} rounds=2 trainer.lr=0.5"))
+    assert (records[-1].accuracy is not None) == known
+    assert (records[-1].loss is not None) == known
+    if known:
+        assert records[-1].accuracy is not None
+        assert records[-1].accuracy > 0.5
+
+
+@pytest.mark.parametrize(
+    "setting", ["clients=1 cohort=null", "clients=2 cohort=null engine.workers=9", "rounds=0"]
+)
+def test_small_runs_work(setting: str) -> None:
+    job = job_of(setting)
+    _, records = run(job)
+    assert [record.replies for record in records] == [job.in_round] * job.rounds
+
+
+# Clients in trouble
+
+
+@dataclass(frozen=True)
+class Troubled:
+    """A task that fails for one partition, or gives it no examples."""
+
+    task: Any
+    partition: int
+    trouble: str
+
+    def client_data(self, node_config: Mapping[str, bool | int | float | str]) -> Data:
+        data: Data = self.task.client_data(node_config)
+        if self.partition not in (-1, node_config["partition-id"]):
+            return data
+        if self.trouble == "raises":
+            raise ValueError("patient 4711 has a secret")
+        if self.trouble == "dies":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return Data(data.x[:0], data.y[:0])
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.task, name)
+
+
+def troubled(trouble: str, partition: int = 1, overrides: str = "") -> Job:
+    job = job_of(f"cohort=null rounds=2 {overrides}")
+    task: Task = Troubled(job.task, partition, trouble)
+    return replace(job, task=task)
+
+
+@pytest.mark.parametrize("codec", ["default", "identity"])
+@pytest.mark.parametrize("trouble", ["raises", "dies"])
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_client_in_trouble_costs_its_reply_and_the_rounds_go_on(
+    trouble: str, codec: str, workers: int
+) -> None:
+    _, records = run(troubled(trouble, 1, f"codec={codec} engine.workers={workers}"))
+    assert [(record.replies, record.failures) for record in records] == [(4, 1), (4, 1)]
+
+
+@pytest.mark.parametrize("codec", ["default", "identity"])
+@pytest.mark.parametrize("evaluate", ["server", "clients"])
+def test_a_client_without_examples_changes_nothing(codec: str, evaluate: str) -> None:
+    federation, records = run(troubled("empty", 1, f"codec={codec} evaluate={evaluate}"))
+    assert [(record.replies, record.failures) for record in records] == [(5, 0), (5, 0)]
+    assert all(np.isfinite(array.numpy()).all() for array in federation.arrays.values())
+    assert records[-1].accuracy is not None
+
+
+def test_clients_all_without_examples_keep_the_model() -> None:
+    job = troubled("empty", -1)
+    federation, _ = run(job)
+    start = job.task.model(job.seed).state_dict()
+    assert all(np.array_equal(array.numpy(), start[name]) for name, array in federation.arrays.items())
+
+
+@pytest.mark.parametrize("codec", ["default", "identity"])
+@pytest.mark.parametrize("trouble", ["raises", "dies"])
+def test_a_whole_cohort_in_trouble_stops_the_run(trouble: str, codec: str) -> None:
+    with pytest.raises(FedappError, match="round 1: none of 5 clients returned an update"):
+        run(troubled(trouble, -1, f"codec={codec}"))
+
+
+def test_the_text_of_a_clients_error_stays_on_the_client() -> None:
+    job = troubled("raises", -1)
+    with Local(workers=1).grid(client_app(lambda _: job), [1] * 5, 5) as grid:
+        asked = [
+            Message(RecordDict(), node, kind) for node in grid.partitions for kind in ("train", "evaluate")
+        ]
+        replies = list(stream(grid, asked, 60))
+    assert len(replies) == 10
+    for reply in replies:
+        assert reply.error.code == ErrorCode.CLIENT_APP_RAISED_EXCEPTION
+        assert reply.error.reason == FAILED
+        assert "4711" not in repr(reply)
+
+
+@pytest.mark.parametrize("setting", ["codec=default", "codec=identity", "strategy=fedmedian"])
+def test_batch_norm_counts_stay_whole_numbers(setting: str) -> None:
+    def build(input_shape: tuple[int, ...], classes: int) -> nn.Module:
+        width = int(np.prod(input_shape))
+        return nn.Sequential(nn.Flatten(), nn.Linear(width, 8), nn.BatchNorm1d(8), nn.Linear(8, classes))
+
+    job = job_of(f"rounds=2 {setting}")
+    federation, records = run(replace(job, task=replace(job.task, build=build)))  # type: ignore[type-var]
+    assert all(record.failures == 0 for record in records)
+    counter = federation.arrays["2.num_batches_tracked"].numpy()
+    assert counter.dtype == np.int64
+    assert counter > 1
+
+
+# The grid itself
+
+
+def echo() -> ClientApp:
+    """Counts its messages in the context, and does what the message says: sleep, die, exit."""
+    app = ClientApp()
+
+    @app.train()
+    def train(message: Message, context: Context) -> Message:
+        orders = message.content.config_records["orders"]
+        seen = int(context.state.metric_records.get("seen", MetricRecord({"n": 0}))["n"]) + 1  # type: ignore[arg-type]
+        context.state["seen"] = MetricRecord({"n": seen})
+        node = str(context.node_id)
+        if node in orders:
+            order = str(orders[node])
+            if order == "exit":
+                sys.exit(3)
+            if order == "die":
+                os.kill(os.getpid(), signal.SIGKILL)
+            if order == "raise":
+                raise ValueError("patient 4711 has a secret")
+            time.sleep(float(order))
+        told = MetricRecord({WEIGHT: seen, "pid": os.getpid(), "node": context.node_id})
+        return Message(RecordDict({METRICS: told}), reply_to=message)
+
+    return app
+
+
+def orders(nodes: Iterable[int], **what: str) -> list[Message]:
+    told = {name.removeprefix("n"): order for name, order in what.items()}
+    content = RecordDict({"orders": ConfigRecord(told)})  # type: ignore[arg-type]
+    return [Message(content, node, "train") for node in nodes]
+
+
+def told(replies: Iterable[Message], key: str) -> list[int]:
+    return [reply.content.metric_records[METRICS][key] for reply in replies if reply.has_content()]  # type: ignore[misc]
+
+
+@pytest.fixture
+def grid() -> Iterator[LocalGrid]:
+    with Local(workers=2).grid(echo(), [10, 40, 20, 30], 4) as grid:
+        yield grid
+
+
+def test_the_largest_client_comes_first() -> None:
+    with Local(workers=1).grid(echo(), [10, 40, 20, 30], 4) as grid:
+        assert told(stream(grid, orders(grid.partitions), 60), "node") == [3, 5, 4, 2]
+
+
+def test_state_is_kept_for_each_node(grid: LocalGrid) -> None:
+    for number in range(1, 4):
+        assert told(stream(grid, orders(grid.partitions), 60), WEIGHT) == [number] * 4
+    assert told(stream(grid, orders([2]), 60), WEIGHT) == [4]
+
+
+def test_every_node_answers_for_itself(grid: LocalGrid) -> None:
+    for reply in stream(grid, orders(grid.partitions), 60):
+        assert reply.metadata.src_node_id == reply.content.metric_records[METRICS]["node"]
+        assert reply.metadata.reply_to_message_id
+
+
+def test_more_workers_than_messages_and_fewer_than_clients() -> None:
+    with Local(workers=8).grid(echo(), [1] * 3, 2) as grid:
+        assert len(grid._workers) == 2
+        assert sorted(told(stream(grid, orders(grid.partitions), 60), "node")) == [2, 3, 4]
+    with Local().grid(echo(), [1], 1) as grid:
+        assert told(stream(grid, orders([2]), 60), "node") == [2]
+
+
+@pytest.mark.parametrize("order", ["die", "exit"])
+def test_a_worker_that_dies_is_replaced(grid: LocalGrid, order: str) -> None:
+    for number in (1, 2):
+        replies = list(stream(grid, orders(grid.partitions, n4=order), 60))
+        assert len(replies) == 4
+        (failed,) = [reply for reply in replies if reply.has_error()]
+        assert failed.metadata.src_node_id == 4
+        assert failed.error.code == ErrorCode.CLIENT_APP_CRASHED
+        assert told(replies, WEIGHT) == [number] * 3
+    assert told(stream(grid, orders([4]), 60), WEIGHT) == [1]  # what it did before it died is lost
+
+
+def test_a_worker_killed_in_the_middle_is_replaced(grid: LocalGrid) -> None:
+    victim = grid._workers[0].process.pid
+    assert victim is not None
+    timer = threading.Timer(0.3, os.kill, (victim, signal.SIGKILL))
+    timer.start()
+    replies = list(stream(grid, orders(grid.partitions, n3="0.8", n5="0.8"), 60))
+    timer.join()
+    assert Counter(reply.has_error() for reply in replies) == {True: 1, False: 3}
+    assert len(list(stream(grid, orders(grid.partitions), 60))) == 4
+
+
+def test_workers_killed_while_idle_cost_nothing(grid: LocalGrid) -> None:
+    for worker in grid._workers:
+        worker.process.kill()
+        worker.process.join()
+    assert len(told(stream(grid, orders(grid.partitions), 60), "node")) == 4
+
+
+def test_a_worker_killed_between_the_look_and_the_send_is_one_failure(
+    grid: LocalGrid, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker = grid._workers[0]
+    worker.process.kill()
+    worker.process.join()
+    looks = iter([True])
+    monkeypatch.setattr(worker.process, "is_alive", lambda: next(looks, False))
+    replies = list(stream(grid, orders(grid.partitions), 60))
+    assert Counter(reply.has_error() for reply in replies) == {True: 1, False: 3}
+
+
+def test_an_app_without_a_guard_does_not_leak_its_error_either(grid: LocalGrid) -> None:
+    (reply,) = stream(grid, orders([2], n2="raise"), 60)
+    assert reply.error.code == ErrorCode.CLIENT_APP_RAISED_EXCEPTION
+    assert "4711" not in repr(reply)
+
+
+def test_late_replies_are_not_counted_in_a_later_round() -> None:
+    with Local(workers=1).grid(echo(), [10, 40, 20, 30], 4) as grid:
+        assert told(stream(grid, orders(grid.partitions, n3="1.0"), 0.4), "node") == []  # 3 blocks the others
+        time.sleep(0.9)
+        late = list(stream(grid, orders([2, 3]), 60))
+        assert sorted(told(late, "node")) == [2, 3]
+        assert told(late, WEIGHT) == [2, 1]  # node 3 did train in the round it was late for; node 2 did not
+        assert not grid._queue
+
+
+def test_a_round_that_times_out_counts_the_silent_as_failures() -> None:
+    job = job_of("cohort=null rounds=1 round_timeout=3.0 engine.workers=2")
+    job.prepare()
+    app = client_app(lambda _: job)
+
+    def slow(message: Message, context: Context) -> Message:
+        time.sleep(60.0 if context.node_id == 2 else 0.0)
+        return app(message, context)
+
+    with Local(workers=2).grid(slow, [1] * 5, 5) as grid:  # type: ignore[arg-type]
+        _, records = rounds_on(job, grid)
+    assert (records[0].replies, records[0].failures) == (4, 1)
+
+
+# Nothing is left behind
+
+
+@pytest.mark.parametrize("how", ["well", "badly", "while busy"])
+def test_no_process_and_no_pipe_outlives_the_grid(how: str) -> None:
+    before = set(os.listdir("/proc/self/fd"))
+    kept: list[LocalGrid] = []
+    try:
+        with Local(workers=3).grid(echo(), [1] * 3, 3) as grid:
+            kept.append(grid)
+            assert len(multiprocessing.active_children()) == 3
+            list(stream(grid, orders(grid.partitions, n3="die"), 60))
+            if how == "badly":
+                raise KeyError("in the middle")
+            if how == "while busy":
+                list(stream(grid, orders(grid.partitions, n2="60", n3="60"), 0.2))
+    except KeyError:
+        pass
+    assert not multiprocessing.active_children()
+    assert set(os.listdir("/proc/self/fd")) == before
+
+
+ORPHANS = """
+import os, signal
+from fedapp.engine.local import LocalGrid
+from flwr.clientapp import ClientApp
+grid = LocalGrid(ClientApp(), [1] * 3, 3)
+print(*(worker.process.pid for worker in grid._workers), flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_workers_end_when_their_parent_is_killed() -> None:
+    with subprocess.Popen([sys.executable, "-c", ORPHANS], stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        workers = [int(pid) for pid in parent.stdout.readline().split()]
+        parent.wait(60)
+        deadline = time.monotonic() + 20
+        while any(map(_lives, workers)) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        left = [pid for pid in workers if _lives(pid)]
+        for pid in left:
+            os.kill(pid, signal.SIGKILL)
+    assert len(workers) == 3
+    assert not left
+
+
+def _lives(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.parametrize("workers", [0, -1, 1025, 2.0, "two", True])
+def test_worker_counts_out_of_range_are_named(workers: Any) -> None:
+    with pytest.raises(ConfigError, match=r"engine.workers must be a whole number from 1 to 1024, got"):
+        Local(workers)
