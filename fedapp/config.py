@@ -14,29 +14,40 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
+from fedapp import check
 from fedapp.errors import ConfigError
 from fedapp.job import Job
 
 _HERE = Path(__file__).parent
 CONF = _HERE / "conf" if (_HERE / "conf").is_dir() else _HERE.parent / "conf"  # wheel; checkout and bundle
 
-_STRATEGIES = (
-    "FedAvg FedAvgM FedAdam FedYogi FedAdagrad FedProx QFedAvg FedMedian FedTrimmedAvg Krum MultiKrum Bulyan"
-)
-TARGETS = frozenset(
-    [f"flwr.serverapp.strategy.{name}" for name in _STRATEGIES.split()]
-    + [f"fedapp.models.{name}" for name in ("Logistic", "Mlp", "SmallCnn", "Cnn", "Resnet18")]
-    + [f"fedapp.tasks.images.{name}" for name in ("FashionMnist", "Digits")]
-    + ["fedapp.tasks.tables.Csv", "fedapp.tasks.folders.ImageFolder"]
-    + [f"fedapp.tasks.partition.{n}" for n in ("Iid", "Dirichlet", "Shard", "Pathological", "Natural")]
-    + ["fedapp.training.Sgd", "fedapp.training.DpSgd"]
-    + [f"fedapp.codec.chain.{name}" for name in ("Identity", "Chain", "ErrorFeedback", "pipeline")]
-    + ["fedapp.codec.prune.TopK", "fedapp.codec.quantize.DeadZone", "fedapp.codec.entropy.Ans"]
-    + ["fedapp.engine.local.Local"]
-    + ["fedapp.privacy.none.NoPrivacy", "fedapp.privacy.example.ExamplePrivacy"]
-)
-"""Everything a `_target_` may name, exactly: an override string comes over the network."""
-
+_NAMES = {  # group: where its classes live, and which
+    "task": ("fedapp.tasks", "images.FashionMnist images.Digits tables.Csv folders.ImageFolder"),
+    "partition": ("fedapp.tasks.partition", "Iid Dirichlet Shard Pathological Natural"),
+    "model": ("fedapp.models", "Logistic Mlp SmallCnn Cnn Resnet18"),
+    "trainer": ("fedapp.training", "Sgd DpSgd"),
+    "codec": (
+        "fedapp.codec",
+        "chain.Identity chain.Chain chain.ErrorFeedback chain.pipeline "
+        "prune.TopK quantize.DeadZone entropy.Ans",
+    ),
+    "strategy": (
+        "flwr.serverapp.strategy",
+        "FedAvg FedAvgM FedAdam FedYogi FedAdagrad FedProx QFedAvg "
+        "FedMedian FedTrimmedAvg Krum MultiKrum Bulyan",
+    ),
+    "engine": ("fedapp.engine.local", "Local"),
+    "privacy": ("fedapp.privacy", "none.NoPrivacy example.ExamplePrivacy"),
+}
+TARGETS = {group: [f"{home}.{n}" for n in names.split()] for group, (home, names) in _NAMES.items()}
+"""Everything a `_target_` of a group may name, exactly: an override string comes over the network."""
+_POSITIVE, _SHARE = {"above": 0.0, "high": 1e6}, {"low": 0.0, "below": 1.0}
+_STRATEGY_BOUNDS = {  # Flower checks few of these itself
+    "eta": _POSITIVE, "tau": _POSITIVE, "server_learning_rate": _POSITIVE, "client_learning_rate": _POSITIVE,
+    "beta_1": _SHARE, "beta_2": _SHARE, "server_momentum": _SHARE, "beta": {"low": 0.0, "below": 0.5},
+    "proximal_mu": {"low": 0.0, "high": 1e3}, "q": {"low": 0.0, "high": 100.0},
+}  # fmt: skip
+_STRATEGY_COUNTS = {"num_malicious_nodes": 0, "num_nodes_to_select": 1}
 
 _KEYS = ("clients", "cohort", "rounds", "seed", "sampling", "evaluate", "device", "round_timeout")
 _GROUPS = (
@@ -65,9 +76,12 @@ def split(overrides: str) -> list[str]:
     except ValueError as error:
         raise ConfigError(f"overrides {overrides!r} cannot be read: {error}") from error
     for part in parts:
-        if "=" not in part or part[0] in "+~" or part.startswith("hydra") or "${" in part:
+        key, _, value = part.partition("=")
+        plain = re.fullmatch(r"[A-Za-z]\w*(\.\w+)*", key) and "${" not in value and "=" in part
+        if not plain or key.startswith("hydra") or (key in _GROUPS and not re.fullmatch(r"\w+", value)):
             raise ConfigError(
-                f"{part!r} is no plain override: write key=value without +, ~, interpolation or hydra keys"
+                f"{part!r} is no plain override: write key=value or group=choice, without +, ~, paths, "
+                f"interpolation or hydra keys"
             )
     return parts
 
@@ -80,6 +94,8 @@ def _compose(overrides: tuple[str, ...]) -> DictConfig:
             return with_choices(config, config.hydra.runtime.choices)
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(one_line(error)) from error
+    except ValueError as error:  # codec=null
+        raise ConfigError(f"{' '.join(overrides)} cannot be composed: {one_line(error)}") from error
 
 
 def one_line(error: Exception) -> str:
@@ -108,6 +124,7 @@ def job(config: DictConfig) -> Job:
     assert isinstance(tree, dict)
     for key in sorted(set(map(str, tree)) - {*_KEYS, *_GROUPS, "run_dir", "choices"}):
         raise ConfigError(f"{key} is no setting of fedapp: see `fedapp simulate --help` for those there are")
+    _check_strategy(tree["strategy"])
     shared = {
         "build": build(tree["model"], "model"),
         "partition": build(tree["partition"], "partition"),
@@ -130,6 +147,14 @@ def job(config: DictConfig) -> Job:
     )
 
 
+def _check_strategy(settings: Mapping[str, Any]) -> None:
+    for key, value in settings.items():
+        if key in _STRATEGY_BOUNDS:
+            check.real(f"strategy.{key}", value, **_STRATEGY_BOUNDS[key])
+        if key in _STRATEGY_COUNTS:
+            check.whole(f"strategy.{key}", value, _STRATEGY_COUNTS[key])
+
+
 def build(node: Any, path: str, **extra: Any) -> Any:
     """Make the object that a node's `_target_` names, its children first."""
     if isinstance(node, list):
@@ -142,16 +167,15 @@ def build(node: Any, path: str, **extra: Any) -> Any:
     target = resolve(node["_target_"], path)
     try:
         return target(**fields, **extra)
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         raise ConfigError(f"{path} does not fit {node['_target_']}: {error}") from error
 
 
 def resolve(name: object, path: str) -> Callable[..., Any]:
-    """The object of an allowed target name."""
-    if name not in TARGETS:
-        raise ConfigError(
-            f"{path}._target_={name!r} is not allowed: choose one of conf/{path.split('.')[0]}/"
-        )
+    """The object that a target names, if its group may name it."""
+    group = re.split(r"[.\[]", path)[0]
+    if name not in TARGETS[group]:
+        raise ConfigError(f"{path}._target_={name!r} is not allowed: choose one of conf/{group}/")
     module, _, attribute = str(name).rpartition(".")
     found: Callable[..., Any] = getattr(import_module(module), attribute)
     if found.__qualname__ != attribute or not found.__module__.startswith(module):

@@ -11,7 +11,7 @@ from flwr.serverapp.strategy import Strategy
 from torch import nn
 
 from fedapp import check
-from fedapp.codec import Codec
+from fedapp.codec import Codec, Layout, Slot
 from fedapp.codec.chain import Identity
 from fedapp.errors import ConfigError
 from fedapp.privacy.example import ExamplePrivacy
@@ -111,6 +111,8 @@ class Job:
         """Do once what every worker would do again, and refuse a model that the trainer cannot train."""
         import torch._dynamo  # noqa: F401  (any optimizer imports it, in every worker)
 
+        _check_codec(self.codec)
+
         if isinstance(self.trainer, DpSgd):
             _check_private_model(self.task.model(self.seed))
             self.epsilon(self.rounds)  # finds the noise, and imports Opacus
@@ -132,6 +134,16 @@ class Job:
     def public_rng(self, server_round: int, partition: int, use: int) -> np.random.Generator:
         """Public randomness of one client in one round; `use` tells its consumers apart."""
         return np.random.default_rng([self.seed, server_round, partition, use])
+
+
+def _check_codec(codec: Codec) -> None:
+    """Code a few values there and back: stages may not fit together."""
+    x, layout = np.linspace(-1, 1, 16, dtype=np.float32), Layout((Slot("x", (16,), 0),), 16)
+    try:
+        packet, _ = codec.encode(x, layout, {}, np.random.default_rng(0))
+        codec.decode(packet, layout)
+    except Exception as error:
+        raise ConfigError(f"codec={codec} cannot code an update ({error}): order its stages anew") from error
 
 
 def _check_private_model(model: nn.Module) -> None:

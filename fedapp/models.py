@@ -34,11 +34,12 @@ class Mlp:
     activation: str = "relu"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "hidden", tuple(self.hidden))
-        if not self.hidden or not all(isinstance(width, int) and width > 0 for width in self.hidden):
+        widths = self.hidden if isinstance(self.hidden, Sequence) else ()
+        if not widths or not all(isinstance(width, int) and width > 0 for width in widths):
             raise ConfigError(
                 f"model.hidden must list widths of at least 1, got {self.hidden}: set model.hidden=[64]"
             )
+        object.__setattr__(self, "hidden", tuple(widths))
         check.choice("model.activation", self.activation, ("tanh", "relu"))
 
     def __call__(self, input_shape: tuple[int, ...], classes: int) -> nn.Module:
@@ -112,12 +113,13 @@ class Cnn:
     dropout: Sequence[float] = (0.25, 0.5)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "dropout", tuple(self.dropout))
-        if len(self.dropout) != 2 or not all(0 <= share < 1 for share in self.dropout):
+        shares = self.dropout if isinstance(self.dropout, Sequence) else ()
+        if len(shares) != 2 or not all(isinstance(s, int | float) and 0 <= s < 1 for s in shares):
             raise ConfigError(
                 f"model.dropout must be two shares from 0 to below 1, got {self.dropout}: "
                 "set model.dropout=[0.25,0.5]"
             )
+        object.__setattr__(self, "dropout", tuple(shares))
 
     def __call__(self, input_shape: tuple[int, ...], classes: int) -> nn.Module:
         """Logits (n, classes) from (n, channels, height, width). Raises ConfigError under 6 pixels."""

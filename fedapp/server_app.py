@@ -59,7 +59,6 @@ def run(
     if job.choices["engine"] == "local":
         folder.write_split(job.task.label_counts().tolist())
     federation = Federation(job, grid)
-    records: list[Round] = []
     failure: BaseException | None = None
     startup = time.perf_counter() - started
     try:
@@ -67,10 +66,9 @@ def run(
             for record in federation.run(progress):
                 folder.append(record)
                 progress.round(record)
-                records.append(record)
     except (KeyboardInterrupt, FedappError) as error:
         failure = error
-    summary = _summary(job, federation, records, startup, started, failure)
+    summary = _summary(job, federation, folder.rounds(), startup, started, failure)
     folder.write_summary(summary)
     folder.write_model(federation.arrays.to_torch_state_dict())
     write_page(folder.path)

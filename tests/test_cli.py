@@ -70,7 +70,7 @@ def test_hydra_run_dir_is_the_run_folder_too(tmp_path: Path) -> None:
     [
         (["clients=0"], "clients must be"),
         (["colour=red"], "colour"),
-        (["codec.step=0"], "codec step must be a number at least 1e-06 and at most 1e+06, got 0"),
+        (["codec.step=0"], "codec.step must be a number at least 1e-06 and at most 1e+06, got 0"),
         (["+trainer.speed=1"], "speed"),
         (["task=csv", "task.path=nowhere.csv", "model=mlp"], "nowhere.csv"),
     ],
