@@ -6,8 +6,6 @@ server:  unpack -> codec.decode -> running sum -> strategy  (`Wire`, a wrapper a
 Without this pair the app is plain Flower; with the identity codec the pair is not installed at all.
 """
 
-import struct
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from io import BytesIO
@@ -23,16 +21,14 @@ from flwr.supercore import log
 from numpy.lib.format import read_array_header_1_0, read_magic
 from numpy.typing import NDArray
 
-from fedapp.codec import Codec, Layout, Packet, Slot
-from fedapp.codec.varint import Reader, varint
+from fedapp.codec import Codec, Layout, Slot
+from fedapp.codec.packet import decode_update, pack
 from fedapp.errors import DecodeError
+from fedapp.exact_sum import ExactSum
 
 STYPE = "fedapp.packet"
 ARRAYS, METRICS, CONFIG, UPDATE = "arrays", "metrics", "config", "update"
 WEIGHT, LOSS = "num-examples", "train_loss"
-_VERSION = 1
-_PREFIX = struct.Struct("<BBI")  # version, dtype of the body, CRC-32 of all that follows
-_DTYPES = (np.dtype("u1"), np.dtype("<i4"), np.dtype("<f4"))
 
 
 # --- weights <-> one flat vector ---------------------------------------------------------------------
@@ -67,58 +63,6 @@ def unravel(flat: NDArray[Any], layout: Layout, like: ArrayRecord) -> dict[str, 
         .astype(like[slot.name].dtype)
         for slot in layout.slots
     }
-
-
-# --- packet <-> bytes --------------------------------------------------------------------------------
-
-
-def pack(packet: Packet, codec: Codec, layout: Layout) -> bytes:
-    """One byte string: version, dtype, CRC-32, header with its length, body (little endian).
-
-    The CRC is seeded with the codec's settings and the layout, so that a packet made by another codec or
-    for another model is refused, at no byte more.
-    """
-    body = packet.body.astype(packet.body.dtype.newbyteorder("<"), copy=False)
-    if body.dtype not in _DTYPES:
-        raise TypeError(f"a packet's body is uint8, int32 or float32, got {body.dtype}")
-    rest = varint(len(packet.header)) + packet.header + body.tobytes()
-    return _PREFIX.pack(_VERSION, _DTYPES.index(body.dtype), zlib.crc32(rest, _seed(codec, layout))) + rest
-
-
-def unpack(data: bytes, codec: Codec, layout: Layout) -> Packet:
-    """Undo `pack`; raises DecodeError on anything else. Allocates no more than the bytes received."""
-    reader = Reader(data)
-    version, kind, crc = _PREFIX.unpack(reader.take(_PREFIX.size))
-    if version != _VERSION:
-        raise DecodeError(f"packet has version {version}, this fedapp reads {_VERSION}")
-    if kind >= len(_DTYPES):
-        raise DecodeError(f"packet names body type {kind}, which does not exist")
-    if zlib.crc32(memoryview(data)[_PREFIX.size :], _seed(codec, layout)) != crc:
-        raise DecodeError("packet was damaged, or made by another codec or for another model")
-    header = reader.take(reader.varint(len(data)))
-    body = reader.rest()
-    if len(body) % _DTYPES[kind].itemsize:
-        raise DecodeError("packet's body is not a whole number of values")
-    return Packet(np.frombuffer(body, _DTYPES[kind]), header)
-
-
-def decode_update(data: bytes, codec: Codec, layout: Layout) -> NDArray[np.float32]:
-    """Float32 (size,), finite; raises DecodeError on anything else, whatever a codec's stages do."""
-    try:
-        update = codec.decode(unpack(data, codec, layout), layout)
-    except DecodeError:
-        raise
-    except Exception as error:  # hostile bytes may reach any line of any stage
-        raise DecodeError(f"packet cannot be decoded: {error}") from error
-    if update.shape != (layout.size,) or update.dtype != np.float32 or not np.isfinite(update).all():
-        raise DecodeError(
-            f"packet decodes to {update.dtype} {update.shape}, not {layout.size} finite float32"
-        )
-    return update
-
-
-def _seed(codec: Codec, layout: Layout) -> int:
-    return zlib.crc32(repr((codec, layout)).encode())
 
 
 # --- the client's end --------------------------------------------------------------------------------
@@ -165,35 +109,6 @@ def store_state(context: Context, key: str, state: Mapping[str, NDArray[Any]]) -
 
 
 # --- the server's end --------------------------------------------------------------------------------
-
-
-class ExactSum:
-    """Weighted sum of vectors that is the same in any order of arrival.
-
-    Fixed point in two int64 limbs, 2**-14 and 2**-60 a unit, because integer addition commutes and float
-    addition does not. A float32 times a whole weight below 2**24 is exact in float64; what is below 2**-60
-    is rounded off. Holds 2**16 terms of magnitude below 2**32 each.
-    """
-
-    _COARSE, _FINE, _MOST = 2.0**14, 2.0**60, 2.0**32
-
-    def __init__(self, size: int) -> None:
-        self._coarse, self._fine = np.zeros(size, np.int64), np.zeros(size, np.int64)
-        self.weight = 0
-
-    def add(self, x: NDArray[Any], weight: int) -> None:
-        """Add `weight * x`; raises DecodeError on values that no honest client sends."""
-        term = x.astype(np.float64) * weight
-        if not (np.abs(term) < self._MOST).all():
-            raise DecodeError(f"values times their weight must stay below {self._MOST:g}")
-        coarse = np.rint(term * self._COARSE)
-        self._coarse += coarse.astype(np.int64)
-        self._fine += np.rint((term - coarse / self._COARSE) * self._FINE).astype(np.int64)
-        self.weight += weight
-
-    def mean(self) -> NDArray[np.float64]:
-        """The sum over the total weight."""
-        return (self._coarse / self._COARSE + self._fine / self._FINE) / self.weight
 
 
 STREAMED = frozenset({"FedAvg", "FedAvgM", "FedAdam", "FedYogi", "FedAdagrad", "FedProx"})

@@ -14,11 +14,11 @@ from numpy.typing import NDArray
 from fedapp.codec import Codec, Layout, Packet, Slot, State
 from fedapp.codec.chain import Chain, ErrorFeedback, Identity, pipeline
 from fedapp.codec.entropy import Ans, decode_symbols
+from fedapp.codec.packet import decode_update, pack, unpack
 from fedapp.codec.prune import TopK
 from fedapp.codec.quantize import DeadZone
 from fedapp.codec.varint import Reader, varint
 from fedapp.errors import ConfigError, DecodeError
-from fedapp.wire import decode_update, pack, unpack
 
 CODECS: dict[str, Codec] = {
     "identity": Identity(),

@@ -25,13 +25,15 @@ from fedapp import config, wire
 from fedapp.codec import Codec, Layout, Slot
 from fedapp.codec.chain import Chain, ErrorFeedback, Identity, pipeline
 from fedapp.codec.entropy import Ans
+from fedapp.codec.packet import decode_update, pack
 from fedapp.codec.prune import TopK
 from fedapp.codec.quantize import DeadZone
 from fedapp.codec.varint import varint
 from fedapp.engine.local import LocalGrid
 from fedapp.errors import DecodeError
+from fedapp.exact_sum import ExactSum
 from fedapp.rounds import Cohort
-from fedapp.wire import ARRAYS, METRICS, STYPE, UPDATE, WEIGHT, ExactSum, Wire, compress, decode_update, pack
+from fedapp.wire import ARRAYS, METRICS, STYPE, UPDATE, WEIGHT, Wire, compress
 
 EVERYONE = {"min_train_nodes": 1, "min_evaluate_nodes": 1, "min_available_nodes": 1}
 STRATEGIES = sorted(path.stem for path in (config.CONF / "strategy").glob("*.yaml"))
@@ -54,7 +56,7 @@ VECTOR = np.array(
     [0.5, -1.25, 0, 3, 0.125, -0.75, 8, 0, 0, 1, -2, 0.25, 40, 0, 0.0625, -6, 0, 0, 1.5, -0.5], np.float32
 )
 # A changed encoding is a breaking change: clients and servers of different versions would refuse, or worse,
-# misread each other. Raise the version in wire.py with any change here.
+# misread each other. Raise the version in codec/packet.py with any change here.
 GOLDEN: dict[str, tuple[Codec, str]] = {
     "identity": (
         Identity(),

@@ -1,0 +1,64 @@
+"""A packet as bytes: version, dtype, checksum; and bytes from outside, which may be anything."""
+
+import struct
+import zlib
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedapp.codec import Codec, Layout, Packet
+from fedapp.codec.varint import Reader, varint
+from fedapp.errors import DecodeError
+
+_VERSION = 1
+_PREFIX = struct.Struct("<BBI")  # version, dtype of the body, CRC-32 of all that follows
+_DTYPES = (np.dtype("u1"), np.dtype("<i4"), np.dtype("<f4"))
+
+
+def pack(packet: Packet, codec: Codec, layout: Layout) -> bytes:
+    """One byte string: version, dtype, CRC-32, header with its length, body (little endian).
+
+    The CRC is seeded with the codec's settings and the layout, so that a packet made by another codec or
+    for another model is refused, at no byte more.
+    """
+    body = packet.body.astype(packet.body.dtype.newbyteorder("<"), copy=False)
+    if body.dtype not in _DTYPES:
+        raise TypeError(f"a packet's body is uint8, int32 or float32, got {body.dtype}")
+    rest = varint(len(packet.header)) + packet.header + body.tobytes()
+    return _PREFIX.pack(_VERSION, _DTYPES.index(body.dtype), zlib.crc32(rest, _seed(codec, layout))) + rest
+
+
+def unpack(data: bytes, codec: Codec, layout: Layout) -> Packet:
+    """Undo `pack`; raises DecodeError on anything else. Allocates no more than the bytes received."""
+    reader = Reader(data)
+    version, kind, crc = _PREFIX.unpack(reader.take(_PREFIX.size))
+    if version != _VERSION:
+        raise DecodeError(f"packet has version {version}, this fedapp reads {_VERSION}")
+    if kind >= len(_DTYPES):
+        raise DecodeError(f"packet names body type {kind}, which does not exist")
+    if zlib.crc32(memoryview(data)[_PREFIX.size :], _seed(codec, layout)) != crc:
+        raise DecodeError("packet was damaged, or made by another codec or for another model")
+    header = reader.take(reader.varint(len(data)))
+    body = reader.rest()
+    if len(body) % _DTYPES[kind].itemsize:
+        raise DecodeError("packet's body is not a whole number of values")
+    return Packet(np.frombuffer(body, _DTYPES[kind]), header)
+
+
+def decode_update(data: bytes, codec: Codec, layout: Layout) -> NDArray[np.float32]:
+    """Float32 (size,), finite; raises DecodeError on anything else, whatever a codec's stages do."""
+    try:
+        update = codec.decode(unpack(data, codec, layout), layout)
+    except DecodeError:
+        raise
+    except Exception as error:  # hostile bytes may reach any line of any stage
+        raise DecodeError(f"packet cannot be decoded: {error}") from error
+    if update.shape != (layout.size,) or update.dtype != np.float32 or not np.isfinite(update).all():
+        raise DecodeError(
+            f"packet decodes to {update.dtype} {update.shape}, not {layout.size} finite float32"
+        )
+    return update
+
+
+def _seed(codec: Codec, layout: Layout) -> int:
+    return zlib.crc32(repr((codec, layout)).encode())
