@@ -175,6 +175,7 @@ class DpSgd:
     ) -> tuple[Metrics, State]:
         history = self._charge(state)
         model.train()
+        torch.manual_seed(int(rng.integers(2**63)))  # dropout draws from the global generator
         noise, draws = self._secret_generators(rng, data.x.device)
         step = _Step(task, model, self, noise, scheduled(self.lr, self.schedule, progress))
         for _ in range(self.steps):

@@ -275,3 +275,18 @@ def test_cosine_schedule_falls_to_a_twentieth(trainer: Sgd | DpSgd) -> None:
     assert norms[2] / norms[0] == pytest.approx(0.05, rel=1e-3)
     constant = np.linalg.norm(fit(replace(one_step, schedule="constant"), count, progress=0.7)[0])
     assert constant == pytest.approx(norms[0])
+
+
+@pytest.mark.parametrize(
+    "trainer", [Sgd(batch_size=10), replace(PRIVATE, ghost_above=10**9)], ids=["sgd", "dp_sgd"]
+)
+def test_dropout_is_public_randomness(trainer: Trainer) -> None:
+    """Masks come from the client's public stream, whatever the process drew before."""
+    task = Digits(build=Cnn(), partition=Iid(), clients=4, seed=0)
+    results = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        model = task.model(0)
+        trainer.fit(task, model, data(20), {}, np.random.default_rng(0), 0.0)
+        results.append(flat(model))
+    assert np.array_equal(*results)

@@ -19,8 +19,9 @@ def stream(grid: Grid, messages: Iterable[Message], timeout: float) -> Iterator[
     while waiting and time.monotonic() < deadline:
         replies = list(grid.pull_messages(waiting))
         for reply in replies:
-            waiting.discard(reply.metadata.reply_to_message_id)
-            yield reply
+            if reply.metadata.reply_to_message_id in waiting:  # each message is answered once
+                waiting.discard(reply.metadata.reply_to_message_id)
+                yield reply
         pause = _SHORTEST if replies else min(2 * pause, _LONGEST)
         if waiting and not replies:
             time.sleep(pause)
