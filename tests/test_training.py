@@ -289,4 +289,4 @@ def test_dropout_is_public_randomness(trainer: Trainer) -> None:
         model = task.model(0)
         trainer.fit(task, model, data(20), {}, np.random.default_rng(0), 0.0)
         results.append(flat(model))
-    assert np.array_equal(*results)
+    assert np.array_equal(results[0], results[1])
