@@ -14,6 +14,7 @@ def stream(grid: Grid, messages: Iterable[Message], timeout: float) -> Iterator[
 
     Flower's own `send_and_receive` returns one list at the end, and polls every 3 s in a deployment.
     """
+    longest = getattr(grid, "longest_pause", _LONGEST)
     waiting = set(grid.push_messages(messages))
     deadline, pause = time.monotonic() + timeout, _SHORTEST
     while waiting and time.monotonic() < deadline:
@@ -22,6 +23,6 @@ def stream(grid: Grid, messages: Iterable[Message], timeout: float) -> Iterator[
             if reply.metadata.reply_to_message_id in waiting:  # each message is answered once
                 waiting.discard(reply.metadata.reply_to_message_id)
                 yield reply
-        pause = _SHORTEST if replies else min(2 * pause, _LONGEST)
+        pause = _SHORTEST if replies else min(2 * pause, longest)
         if waiting and not replies:
             time.sleep(pause)

@@ -69,6 +69,8 @@ class _Worker:
 class LocalGrid(Grid):
     """Pushes messages to idle workers, largest client first; each node's Context lives here."""
 
+    longest_pause = 0.0  # a pull waits for replies itself; a pause after it would leave workers idle
+
     def __init__(self, app: ClientApp, sizes: Sequence[int], workers: int) -> None:
         # Message() reads the run from here, process-wide, outside Flower's own runtimes.
         TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, SUPERLINK_NODE_ID, 1
