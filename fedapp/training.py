@@ -4,6 +4,7 @@ import math
 import os
 import warnings
 from collections.abc import Iterator, Mapping
+from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -177,11 +178,11 @@ class DpSgd:
         model.train()
         torch.manual_seed(int(rng.integers(2**63)))  # dropout draws from the global generator
         noise, draws = self._secret_generators(rng, data.x.device)
-        step = _Step(task, model, self, noise, scheduled(self.lr, self.schedule, progress))
-        for _ in range(self.steps):
-            drawn = torch.rand(len(data), generator=draws, device=data.x.device) < self.sampling_rate
-            step(data, drawn.nonzero().squeeze(1))
-        step.close()
+        lr = scheduled(self.lr, self.schedule, progress)
+        with closing(_Step(task, model, self, noise, lr)) as step:
+            for _ in range(self.steps):
+                drawn = torch.rand(len(data), generator=draws, device=data.x.device) < self.sampling_rate
+                step(data, drawn.nonzero().squeeze(1))
         return {"num-examples": 1}, {"history": np.array(history, np.float64)}
 
     def _charge(self, state: State) -> History:

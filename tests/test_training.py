@@ -290,3 +290,14 @@ def test_dropout_is_public_randomness(trainer: Trainer) -> None:
         trainer.fit(task, model, data(20), {}, np.random.default_rng(0), 0.0)
         results.append(flat(model))
     assert np.array_equal(results[0], results[1])
+
+
+@pytest.mark.parametrize("ghost_above", [0, 200_000])
+def test_a_fit_that_fails_leaves_the_model_clean(ghost_above: int) -> None:
+    """The model is resident: what one client's failure left on it, the next client would meet."""
+    dp, model = replace(PRIVATE, ghost_above=ghost_above, sampling_rate=1.0), TASK.model(0)
+    wrong = Data(torch.zeros(5, 1, 9, 9), torch.zeros(5, dtype=torch.int64))
+    with pytest.raises(RuntimeError):
+        dp.fit(TASK, model, wrong, {}, np.random.default_rng(0), 0.0)
+    model.load_state_dict(TASK.model(0).state_dict())
+    assert np.array_equal(fit(dp, 50, model=model)[0], fit(dp, 50)[0])
