@@ -12,6 +12,7 @@ from fedapp import check
 from fedapp.errors import ConfigError, DataError
 from fedapp.tasks import Data
 from fedapp.tasks.classification import Classification, check_names, held_out, once
+from fedapp.tasks.features import CHOICES, features, features_shape
 
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"}
 
@@ -24,7 +25,7 @@ class ImageFolder(Classification):
     the sorted folder names of the training tree. size: images are cropped to a square and scaled to
     size x size pixels. channels: 1 (grey) or 3 (red, green, blue). Without a test folder, test_fraction of
     the training images is held out, the same ones for every seed. Pixels become -1 to 1 by public constants.
-    All images stay in memory.
+    features: pixels, or oriented (`fedapp.tasks.features`). All images stay in memory.
 
     Raises ConfigError for a value out of range, or when neither path nor class_names says the classes.
     """
@@ -33,6 +34,7 @@ class ImageFolder(Classification):
     class_names: Sequence[str] | None = None
     size: int = 32
     channels: int = 3
+    features: str = "pixels"
     test_fraction: float = 0.2
 
     def __post_init__(self) -> None:
@@ -43,7 +45,8 @@ class ImageFolder(Classification):
             raise ConfigError(
                 "task=image_folder does not know its classes: set task.path, or task.class_names=[a,b]"
             )
-        check.whole("task.size", self.size, 1, 4096)
+        check.choice("task.features", self.features, CHOICES)
+        check.whole("task.size", self.size, 8 if self.features == "oriented" else 1, 4096)
         if self.channels not in (1, 3):
             raise ConfigError(
                 f"task.channels must be 1 (grey) or 3 (colour), got {self.channels}: set task.channels=3"
@@ -52,8 +55,8 @@ class ImageFolder(Classification):
 
     @property
     def input_shape(self) -> tuple[int, ...]:
-        """(channels, size, size)."""
-        return (self.channels, self.size, self.size)
+        """(channels, size, size) pixels, or (17 * channels, size // 4, size // 4) oriented features."""
+        return features_shape(self.features, self.channels, self.size, self.size)
 
     @property
     def classes(self) -> int:
@@ -77,11 +80,12 @@ class ImageFolder(Classification):
             raise DataError(
                 f"{path} has unknown classes {unknown}: rename the folders to some of {list(names)}"
             )
-        pixels = np.empty((len(files), *self.input_shape), dtype=np.float32)
+        pixels = np.empty((len(files), self.channels, self.size, self.size), dtype=np.float32)
         for index, (file, _) in enumerate(files):
             pixels[index] = self._pixels(file)
         labels = [names.index(name) for _, name in files]
-        return Data(torch.from_numpy(pixels).div_(127.5).sub_(1), torch.tensor(labels, dtype=torch.int64))
+        images = torch.from_numpy(pixels).div_(127.5).sub_(1)
+        return Data(features(self.features, images), torch.tensor(labels, dtype=torch.int64))
 
     def _names(self) -> tuple[str, ...]:
         return tuple(self.class_names) if self.class_names is not None else tuple(_classes(self._trees()[0]))

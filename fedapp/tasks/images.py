@@ -11,9 +11,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from fedapp import check
 from fedapp.errors import ConfigError, DataError
 from fedapp.tasks import Data
 from fedapp.tasks.classification import Classification, held_out
+from fedapp.tasks.features import CHOICES, features, features_shape
 
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")
 # Public constants, so that scaling tells nothing about anyone's data.
@@ -26,12 +28,20 @@ class FashionMnist(Classification):
 
     Read from $FEDAPP_DATA, from Debian's package, or downloaded by torchvision. A client's own data is a
     folder with train-images-idx3-ubyte.gz and train-labels-idx1-ubyte.gz.
+
+    features: oriented (`fedapp.tasks.features`; examples are (17, 7, 7)) or pixels. Raises ConfigError for others.
     """
+
+    features: str = "oriented"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check.choice("task.features", self.features, CHOICES)
 
     @property
     def input_shape(self) -> tuple[int, ...]:
-        """(1, 28, 28): one grey channel."""
-        return (1, 28, 28)
+        """(17, 7, 7) oriented features, or (1, 28, 28): one grey channel."""
+        return features_shape(self.features, 1, 28, 28)
 
     @property
     def classes(self) -> int:
@@ -40,15 +50,15 @@ class FashionMnist(Classification):
 
     def train_data(self) -> Data:
         """60,000 images. Raises DataError when they are nowhere to be found or damaged."""
-        return _kept(_find(), "train")
+        return _kept(_find(), "train", self.features)
 
     def test_data(self) -> Data | None:
         """10,000 images. Raises DataError when they are nowhere to be found or damaged."""
-        return _kept(_find(), "t10k")
+        return _kept(_find(), "t10k", self.features)
 
     def read(self, path: Path) -> Data:
         """The images of a folder's train pair. Raises DataError when a file is missing or damaged."""
-        return _pair(path, "train")
+        return _pair(path, "train", self.features)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,7 +130,7 @@ def _download(root: Path) -> Path:
     return root / "FashionMNIST" / "raw"
 
 
-def _pair(folder: Path, split: str) -> Data:
+def _pair(folder: Path, split: str, choice: str) -> Data:
     """The images and labels of one split of a folder."""
     names = _files(split)
     images, labels = _read_idx(folder / names[0], 3), _read_idx(folder / names[1], 1)
@@ -133,7 +143,7 @@ def _pair(folder: Path, split: str) -> Data:
     if len(labels) and labels.max() > 9:
         raise DataError(f"{folder / names[1]} has a label {labels.max()}: labels are 0 to 9")
     x = torch.from_numpy(images.astype(np.float32)).unsqueeze(1).div_(255).sub_(MEAN).div_(STD)
-    return Data(x, torch.from_numpy(labels.astype(np.int64)))
+    return Data(features(choice, x), torch.from_numpy(labels.astype(np.int64)))
 
 
 _kept = cache(_pair)
