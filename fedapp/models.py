@@ -67,9 +67,9 @@ class _MaxPool(nn.MaxPool2d):
 class SmallCnn:
     """Two convolutions and two dense layers, small enough for DP-SGD.
 
-    26,146 parameters on Fashion-MNIST's oriented features. Images of 20 pixels and more get the large kernels and
-    the pooling of the DP-SGD literature: 26,010 parameters on 28 x 28 grey pixels. activation: tanh
-    (better under clipping; Papernot et al., 2021) or relu.
+    26,146 parameters on Fashion-MNIST's oriented features. Images of 20 pixels and more get the large
+    kernels and the pooling of the DP-SGD literature: 26,010 parameters on 28 x 28 grey pixels.
+    activation: tanh (better under clipping; Papernot et al., 2021) or relu.
     """
 
     activation: str = "tanh"
@@ -128,8 +128,8 @@ class Cnn:
         object.__setattr__(self, "dropout", tuple(shares))
 
     def __call__(self, input_shape: tuple[int, ...], classes: int) -> nn.Module:
-        """Logits (n, classes) from (n, channels, height, width). Raises ConfigError under 6 pixels."""
-        channels, _ = _image(input_shape, "cnn", smallest=6)
+        """Logits (n, classes) from (n, channels, height, width). Raises ConfigError under 12 pixels."""
+        channels, _ = _image(input_shape, "cnn", smallest=12)
         features = _stack(
             conv1=nn.Conv2d(channels, 32, kernel_size=3),
             relu1=nn.ReLU(),
@@ -215,6 +215,6 @@ def _image(input_shape: tuple[int, ...], model: str, smallest: int) -> tuple[int
     if side < smallest:
         raise ConfigError(
             f"model={model} needs images of at least {smallest} pixels, got {side}: "
-            "set a larger task.size, or model=mlp"
+            "set task.features=pixels, a larger task.size, or model=small_cnn or mlp"
         )
     return input_shape[0], side

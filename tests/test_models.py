@@ -38,13 +38,25 @@ def test_parameter_counts_on_fashion_mnist(build: Any, expected: int) -> None:
     assert size(build(FASHION, 10)) == expected
 
 
+@pytest.mark.parametrize(("build", "expected"), [(SmallCnn(), 26_146), (Logistic(), 8_340)])
+def test_parameter_counts_on_oriented_features(build: Any, expected: int) -> None:
+    assert size(build((17, 7, 7), 10)) == expected
+
+
 def test_resnet18_has_torchvisions_size() -> None:
     assert size(Resnet18()((3, 224, 224), 1000)) == 11_689_512
     assert size(Resnet18(norm="batch")((3, 224, 224), 1000)) == 11_689_512
 
 
-@pytest.mark.parametrize("shape", [FASHION, DIGITS, COLOUR, (1, 6, 6), (3, 20, 24)])
-@pytest.mark.parametrize("build", [Logistic(), Mlp(), SmallCnn(), Cnn(), Resnet18(), Resnet18(norm="batch")])
+@pytest.mark.parametrize(
+    ("build", "shape"),
+    [
+        (build, shape)
+        for shape in [FASHION, COLOUR, (1, 12, 12), (3, 20, 24), DIGITS, (17, 7, 7), (1, 6, 6)]
+        for build in [Logistic(), Mlp(), SmallCnn(), Cnn(), Resnet18(), Resnet18(norm="batch")]
+        if not (isinstance(build, Cnn) and shape[1] < 12)
+    ],
+)
 def test_forward_gives_one_logit_per_class(build: Any, shape: tuple[int, ...]) -> None:
     model = build(shape, 7).eval()
     with torch.no_grad():
@@ -93,10 +105,10 @@ def test_convolutions_refuse_tables_with_the_repair(build: Any) -> None:
         build((5,), 3)
 
 
-@pytest.mark.parametrize("build", [SmallCnn(), Cnn()])
-def test_too_small_images_are_refused(build: Any) -> None:
-    with pytest.raises(ConfigError, match="at least 6 pixels, got 5"):
-        build((1, 5, 9), 3)
+@pytest.mark.parametrize(("build", "smallest"), [(SmallCnn(), 6), (Cnn(), 12)])
+def test_too_small_images_are_refused(build: Any, smallest: int) -> None:
+    with pytest.raises(ConfigError, match=f"at least {smallest} pixels, got {smallest - 1}: set "):
+        build((1, smallest - 1, 30), 3)
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from fedapp.models import Cnn, Logistic, Mlp
 from fedapp.tasks import Data, Task, images
 from fedapp.tasks import partition as splitting
 from fedapp.tasks.classification import Classification, held_out
+from fedapp.tasks.features import oriented
 from fedapp.tasks.folders import ImageFolder
 from fedapp.tasks.images import Digits, FashionMnist
 from fedapp.tasks.partition import Dirichlet, Iid, Natural, Partition, Pathological, Shard
@@ -266,8 +267,8 @@ def test_models_depend_on_their_seed_alone(digits: Digits) -> None:
 
 
 def test_evaluation_equals_one_large_batch_and_restores_the_mode(digits: Digits) -> None:
-    data = Data(torch.rand(2345, 1, 8, 8), torch.randint(0, 10, (2345,)))
-    model = Cnn()((1, 8, 8), 10).train()
+    data = Data(torch.rand(2345, 1, 12, 12), torch.randint(0, 10, (2345,)))
+    model = Cnn()((1, 12, 12), 10).train()
     found = digits.evaluate(model, data)
     assert model.training
     model.eval()
@@ -328,7 +329,7 @@ def test_examples_need_a_label_each() -> None:
 def test_fashion_mnist_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sub: str) -> None:
     write_fashion(tmp_path / "data" / sub)
     monkeypatch.setenv("FEDAPP_DATA", str(tmp_path / "data"))
-    task = FashionMnist(**RUN)
+    task = FashionMnist(**RUN, features="pixels")
     test = task.test_data()
     assert test is not None
     assert test.x.shape == (12, 1, 28, 28)
@@ -337,12 +338,17 @@ def test_fashion_mnist_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     assert float(raw.min()) == pytest.approx(0, abs=1e-6)
     assert float(raw.max()) == pytest.approx(1, abs=1e-6)
     assert torch.equal(test.y, torch.arange(12) % 10)
-    assert task.train_data() is FashionMnist(**RUN).train_data()
+    assert task.train_data() is FashionMnist(**RUN, features="pixels").train_data()
+    seen = FashionMnist(**RUN).test_data()
+    assert seen is not None
+    assert torch.equal(seen.x, oriented(test.x))
+    assert FashionMnist(**RUN).input_shape == seen.x.shape[1:] == (17, 7, 7)
 
 
 def test_fashion_mnist_deployed_reads_the_nodes_folder_alone(tmp_path: Path) -> None:
     write_fashion(tmp_path / "own", train=5)
-    assert len(FashionMnist(**RUN).client_data({"data": str(tmp_path / "own")})) == 5
+    own = FashionMnist(**RUN).client_data({"data": str(tmp_path / "own")})
+    assert own.x.shape == (5, 17, 7, 7)
 
 
 def test_fashion_mnist_names_three_remedies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -393,6 +399,11 @@ def test_damaged_fashion_mnist(tmp_path: Path, damage: Callable[[Path], object],
     damage(tmp_path)
     with pytest.raises(DataError, match=message):
         FashionMnist(**RUN).read(tmp_path)
+
+
+def test_wrong_features_of_fashion_mnist() -> None:
+    with pytest.raises(ConfigError, match="pixels, oriented, got 'edges'"):
+        FashionMnist(**RUN, features="edges")
 
 
 @pytest.mark.skipif(not images.DEBIAN.is_dir(), reason="needs Debian's dataset-fashion-mnist")
@@ -648,6 +659,8 @@ def test_bad_image_trees(tmp_path: Path, prepare: Callable[[Path], object], mess
         ({"path": "x", "size": 0}, r"task\.size must be a whole number from 1 to 4096, got 0"),
         ({"path": "x", "channels": 2}, r"task\.channels must be 1 \(grey\) or 3 \(colour\), got 2"),
         ({"path": "x", "test_fraction": -0.1}, r"task\.test_fraction"),
+        ({"path": "x", "features": "edges"}, r"task\.features must be one of pixels, oriented, got 'edges'"),
+        ({"path": "x", "features": "oriented", "size": 7}, r"task\.size must be a whole number from 8"),
     ],
 )
 def test_wrong_image_folder_settings(settings: dict[str, Any], message: str) -> None:

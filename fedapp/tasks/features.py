@@ -11,7 +11,7 @@ _CHUNK = 64  # images at a time: their 17 maps before pooling stay in a core's c
 
 
 def features(choice: str, images: torch.Tensor) -> torch.Tensor:
-    """The images (n, channels, h, w) as a task hands them to its model: "pixels" as they are, or "oriented"."""
+    """What a task makes of its images (n, channels, h, w): "pixels" are themselves, "oriented" see below."""
     return oriented(images) if choice == "oriented" else images
 
 

@@ -29,7 +29,7 @@ class FashionMnist(Classification):
     Read from $FEDAPP_DATA, from Debian's package, or downloaded by torchvision. A client's own data is a
     folder with train-images-idx3-ubyte.gz and train-labels-idx1-ubyte.gz.
 
-    features: oriented (`fedapp.tasks.features`; examples are (17, 7, 7)) or pixels. Raises ConfigError for others.
+    features: oriented (`fedapp.tasks.features`) or pixels. Raises ConfigError for anything else.
     """
 
     features: str = "oriented"
