@@ -128,8 +128,8 @@ class Cnn:
         object.__setattr__(self, "dropout", tuple(shares))
 
     def __call__(self, input_shape: tuple[int, ...], classes: int) -> nn.Module:
-        """Logits (n, classes) from (n, channels, height, width). Raises ConfigError under 12 pixels."""
-        channels, _ = _image(input_shape, "cnn", smallest=12)
+        """Logits (n, classes) from (n, channels, height, width). Raises ConfigError under 8 pixels."""
+        channels, _ = _image(input_shape, "cnn", smallest=8)
         features = _stack(
             conv1=nn.Conv2d(channels, 32, kernel_size=3),
             relu1=nn.ReLU(),

@@ -267,8 +267,8 @@ def test_models_depend_on_their_seed_alone(digits: Digits) -> None:
 
 
 def test_evaluation_equals_one_large_batch_and_restores_the_mode(digits: Digits) -> None:
-    data = Data(torch.rand(2345, 1, 12, 12), torch.randint(0, 10, (2345,)))
-    model = Cnn()((1, 12, 12), 10).train()
+    data = Data(torch.rand(2345, 1, 8, 8), torch.randint(0, 10, (2345,)))
+    model = Cnn()((1, 8, 8), 10).train()
     found = digits.evaluate(model, data)
     assert model.training
     model.eval()

@@ -66,7 +66,7 @@ class RunFolder:
                 if file.write(line) != len(line):  # a disk about to be full takes part of a write
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
                 os.fsync(file.fileno())
-            except BaseException:
+            except OSError:  # and no other: a line that is whole stays when Ctrl-C cuts the waiting short
                 file.truncate(end)
                 raise
 
