@@ -22,6 +22,7 @@ COMPANIONS = {  # what a choice cannot be without
     "trainer=dp_sgd": "privacy=example",
     "trainer=sgd": "privacy=none",
     "privacy=none": "",
+    "model=cnn": "task.features=pixels",  # refuses maps of 7 x 7
     "strategy=qfedavg": "privacy=none",
     "strategy=fedprox": "privacy=none",
 }
