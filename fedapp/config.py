@@ -29,7 +29,7 @@ _NAMES = {  # group: where its classes live, and which
     "codec": (
         "fedapp.codec",
         "chain.Identity chain.Chain chain.ErrorFeedback chain.pipeline "
-        "prune.TopK quantize.DeadZone entropy.Ans",
+        "rate_distortion.default rate_distortion.RateDistortion prune.TopK quantize.DeadZone entropy.Ans",
     ),
     "strategy": (
         "flwr.serverapp.strategy",

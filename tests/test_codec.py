@@ -17,6 +17,7 @@ from fedapp.codec.entropy import Ans, decode_symbols
 from fedapp.codec.packet import decode_update, pack, unpack
 from fedapp.codec.prune import TopK
 from fedapp.codec.quantize import DeadZone
+from fedapp.codec.rate_distortion import RateDistortion, default  # noqa: F401  (by name in eval)
 from fedapp.codec.varint import Reader, varint
 from fedapp.errors import ConfigError, DecodeError
 
@@ -29,6 +30,11 @@ CODECS: dict[str, Codec] = {
     "top_k": TopK(0.1),
     "top_k_all": TopK(1.0),
     "top_k_dead_zone_ans": Chain((TopK(0.1), DeadZone(0.5, 0.5), Ans())),
+    "default": default(),
+    "default_step": default(step=0.5),
+    "default_error": default(nmse=0.02),
+    "default_low_rate": default(rate=0.1),
+    "default_feedback": default(error_feedback=True),
     "pipeline": pipeline(),
     "pipeline_feedback": pipeline(error_feedback=True),
     "pipeline_top_k": pipeline(keep=0.1, step=0.5, offset=0.5, error_feedback=True),
@@ -38,8 +44,16 @@ CODECS: dict[str, Codec] = {
 }
 START: State = {}
 LOSSLESS = ("identity", "chain_of_identities", "top_k_all", "feedback_identity")
-FEEDBACK = ("pipeline_feedback", "pipeline_top_k", "feedback_top_k")
-LOSSY = ("dead_zone", "dead_zone_ans", "top_k", "top_k_dead_zone_ans", "pipeline")
+FEEDBACK = ("default_feedback", "pipeline_feedback", "pipeline_top_k", "feedback_top_k")
+LOSSY = (
+    "default",
+    "default_low_rate",
+    "dead_zone",
+    "dead_zone_ans",
+    "top_k",
+    "top_k_dead_zone_ans",
+    "pipeline",
+)
 
 every_codec = pytest.mark.parametrize("codec", CODECS.values(), ids=CODECS.keys())
 
@@ -192,7 +206,9 @@ def test_any_float32_vector_survives_two_rounds(x: NDArray[np.float32], name: st
         assert np.isfinite(decoded).all()
 
 
-@pytest.mark.parametrize("name", ["dead_zone", "dead_zone_ans", "pipeline_feedback"])
+@pytest.mark.parametrize(
+    "name", ["default", "default_step", "dead_zone", "dead_zone_ans", "pipeline_feedback"]
+)
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_a_diverged_update_is_not_encoded(name: str, bad: float) -> None:
     x = gaussian()

@@ -127,7 +127,7 @@ SAID = [
     ("round_timeout=0", r"round_timeout .* above 0, got 0"),
     ("round_timeout=soon", r"round_timeout .* got 'soon'"),
     ("codec.step=0", r"codec.step .* at least 1e-06 .*, got 0"),
-    ("codec.offset=0.7", r"codec.offset .* at most 0.5, got 0.7"),
+    ("codec=topk codec.offset=0.7", r"codec.offset .* at most 0.5, got 0.7"),
     ("codec=topk codec.keep=0", r"codec.keep .* above 0 and at most 1, got 0"),
     ("codec=topk codec.keep=half", r"codec.keep .* got 'half'"),
     ("codec.error_feedback=maybe", r"codec.error_feedback must be true or false, got 'maybe'"),
@@ -278,7 +278,7 @@ def test_an_allowed_name_that_leads_elsewhere_is_refused(monkeypatch: pytest.Mon
 
     monkeypatch.setattr(chain, "pipeline", os.system)
     with pytest.raises(ConfigError, match="not what it seems"):
-        job_of("codec=default codec.step=1.5")
+        job_of("codec=topk codec.step=1.5")
 
 
 def test_a_codec_can_be_put_together_from_its_stages() -> None:

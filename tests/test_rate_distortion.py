@@ -1,0 +1,277 @@
+"""The default codec: targets it meets, bits it saves, and bytes that it refuses."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from numpy.typing import NDArray
+
+from fedapp.codec import Codec, Layout, Packet, Slot, context
+from fedapp.codec import rate_distortion as module
+from fedapp.codec.packet import decode_update, pack
+from fedapp.codec.rate_distortion import RateDistortion, default
+from fedapp.errors import ConfigError, DecodeError
+
+SHAPES: list[tuple[int, ...]] = [(16, 1, 5, 5), (16,), (), (40, 256), (40,), (10, 40), (10,)]
+NEAREST = np.full(2048, 0.5, np.float32)  # edges: every value goes to its nearest level, but 1 from 1/2 on
+
+
+def layout_of(shapes: list[tuple[int, ...]]) -> Layout:
+    offsets = np.cumsum([0, *(int(np.prod(shape, dtype=np.int64)) for shape in shapes)])
+    slots = [
+        Slot(str(i), shape, int(offset))
+        for i, (shape, offset) in enumerate(zip(shapes, offsets[:-1], strict=True))
+    ]
+    return Layout(tuple(slots), int(offsets[-1]))
+
+
+LAYOUT = layout_of(SHAPES)
+
+
+def update(seed: int = 0, activity: float = 1.0) -> NDArray[np.float32]:
+    """What updates look like: some rows and some columns move much more than others."""
+    rng = np.random.default_rng(seed)
+    parts = []
+    for shape in SHAPES:
+        rows = shape[0] if len(shape) > 1 else 1
+        grid = (rows, int(np.prod(shape, dtype=np.int64)) // rows)
+        scale = np.exp(activity * (rng.standard_normal((grid[0], 1)) + rng.standard_normal((1, grid[1]))))
+        parts.append((scale * rng.standard_normal(grid)).ravel())
+    return (1e-3 * np.concatenate(parts)).astype(np.float32)
+
+
+def coded(codec: Codec, x: NDArray[np.float32], layout: Layout = LAYOUT) -> tuple[int, NDArray[np.float32]]:
+    """Bytes on the wire, and the vector on the server."""
+    data = pack(codec.encode(x, layout, {}, np.random.default_rng(0))[0], codec, layout)
+    return len(data), decode_update(data, codec, layout)
+
+
+def nmse(x: NDArray[np.float32], y: NDArray[np.float32]) -> float:
+    wide = x.astype(np.float64)
+    return float(np.sum((wide - y) ** 2) / np.sum(wide**2))
+
+
+VECTORS = {
+    "structured": (update(), LAYOUT),
+    "white": (np.random.default_rng(1).standard_normal(26_010).astype(np.float32), layout_of([(26_010,)])),
+    "heavy": (np.random.default_rng(2).standard_t(2, 20_000).astype(np.float32), layout_of([(100, 200)])),
+}
+every_vector = pytest.mark.parametrize(("x", "layout"), VECTORS.values(), ids=VECTORS)
+
+
+@pytest.fixture
+def encodes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Counts full encodes."""
+    counted, encode = [0], context.encode
+
+    def counting(*given: Any) -> Any:
+        counted[0] += 1
+        return encode(*given)
+
+    monkeypatch.setattr(context, "encode", counting)
+    return counted
+
+
+@every_vector
+@pytest.mark.parametrize("rate", [0.05, 0.1, 0.3, 0.5, 1, 2, 4, 8, 12])
+def test_a_rate_is_met_in_bytes_on_the_wire(
+    x: NDArray[np.float32], layout: Layout, rate: float, encodes: list[int]
+) -> None:
+    size, _ = coded(RateDistortion(rate=rate), x, layout)
+    wanted = rate * len(x) / 8
+    assert abs(size - wanted) <= max(0.03 * wanted, 32)
+    assert encodes[0] <= 3
+
+
+@every_vector
+@pytest.mark.parametrize("error", [0.5, 0.1, 1e-2, 1e-4, 1e-6, 1e-8])
+def test_an_error_is_met(x: NDArray[np.float32], layout: Layout, error: float, encodes: list[int]) -> None:
+    assert nmse(x, coded(RateDistortion(nmse=error), x, layout)[1]) == pytest.approx(error, rel=0.03)
+    assert encodes[0] <= 3
+
+
+def test_a_step_wins_over_a_rate_and_is_relative() -> None:
+    x = VECTORS["white"][0]
+    layout = VECTORS["white"][1]
+    for scale in (1.0, 1e-20, 1e20):
+        y = coded(RateDistortion(step=0.1), x * np.float32(scale), layout)[1]
+        assert np.sqrt(nmse(x * np.float32(scale), y)) == pytest.approx(0.1 / np.sqrt(12), rel=0.03)
+
+
+def test_a_target_out_of_reach_gets_the_nearest_packet_and_a_warning_that_names_it(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    x = np.tile(np.array([-1, 1], np.float32), 4000)
+    size, y = coded(RateDistortion(rate=0.1), x, layout_of([(8000,)]))
+    assert nmse(x, y) < 1e-4
+    assert f"the target is 100 and the nearest that this update allows {size}" in caplog.text
+
+
+def test_the_frame_takes_thirteen_bytes() -> None:
+    packet, _ = default().encode(update(), LAYOUT, {}, np.random.default_rng(0))
+    assert len(pack(packet, default(), LAYOUT)) == len(packet.body) + 13
+
+
+def entropy(level: NDArray[np.int32]) -> float:
+    """Bytes of levels coded one by one, with a table that costs nothing."""
+    counts = np.unique(level, return_counts=True)[1]
+    return float(-(counts * np.log2(counts / len(level))).sum() / 8)
+
+
+@pytest.mark.parametrize("scale", [0.2, 0.5, 2.0, 30.0, 3000.0])
+@pytest.mark.parametrize("draw", ["normal", "laplace"])
+def test_levels_without_structure_take_their_entropy(draw: str, scale: float) -> None:
+    level = np.rint(getattr(np.random.default_rng(3), draw)(0, scale, 40_000)).astype(np.float32)
+    code, found, _ = context.encode(level, 1.0, NEAREST, [(200, 200)])
+    assert np.array_equal(found, level)
+    source = np.rint(getattr(np.random.default_rng(4), draw)(0, scale, 2_000_000)).astype(np.int32)
+    assert len(code) <= 1.015 * max(entropy(level.astype(np.int32)), entropy(source) / 50) + 20
+
+
+def test_levels_with_active_rows_and_columns_take_less() -> None:
+    level = np.rint(update() / 2e-3).astype(np.float32)
+    shapes = SHAPES
+    alone = sum(
+        entropy(part.astype(np.int32)) for part in np.split(level, [s.offset for s in LAYOUT.slots][1:])
+    )
+    assert len(context.encode(level, 1.0, NEAREST, shapes)[0]) < 0.85 * alone
+    shuffled = np.random.default_rng(0).permutation(level)
+    assert len(context.encode(shuffled, 1.0, NEAREST, shapes)[0]) > 0.95 * entropy(shuffled.astype(np.int32))
+
+
+def test_weighing_bits_against_distance_beats_the_nearest_level(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = update()
+    size, y = coded(RateDistortion(rate=0.7), x)
+    monkeypatch.setattr(module, "_EDGES", module._edges(0.0))
+    plain_size, plain = coded(RateDistortion(rate=0.7), x)
+    assert size == pytest.approx(plain_size, rel=0.02)
+    assert nmse(x, y) < 0.98 * nmse(x, plain)
+
+
+@settings(deadline=None, max_examples=80)
+@given(
+    st.lists(
+        st.one_of(
+            st.just(()), st.tuples(st.integers(0, 9)), st.tuples(st.integers(0, 5), st.integers(0, 5)),
+            st.tuples(st.integers(1, 3), st.integers(1, 3), st.integers(1, 2), st.integers(1, 2)),
+        ),
+        max_size=5,
+    ),
+    st.data(),
+)  # fmt: skip
+def test_any_levels_in_layers_of_any_shape_come_back(
+    shapes: list[tuple[int, ...]], data: st.DataObject
+) -> None:
+    size = layout_of(shapes).size
+    few = st.integers(-3, 3)
+    level = data.draw(arrays(np.int32, size, elements=st.one_of(few, st.integers(-(2**22), 2**22))))
+    code, found, _ = context.encode(level.astype(np.float32), 1.0, NEAREST, shapes)
+    assert np.array_equal(found, level)
+    assert np.array_equal(context.decode(code, shapes), level)
+
+
+@pytest.mark.parametrize("outlier", [40_000, 2**20 + 1, 2**30])
+def test_outliers_neither_wrap_nor_cost_the_others(outlier: int) -> None:
+    level = np.zeros(3000, np.float32)
+    level[[7, 1500]] = outlier, -outlier
+    code, found, _ = context.encode(level, 1.0, NEAREST, [(50, 60)])
+    assert found[[7, 1500]].tolist() == [outlier, -outlier]
+    assert np.array_equal(context.decode(code, [(50, 60)]), level.astype(np.int32))
+    assert len(code) <= 60
+
+
+@pytest.mark.parametrize("value", [2.0**31, np.inf, np.nan])
+def test_levels_beyond_the_largest_are_refused(value: float) -> None:
+    x = np.zeros(9, np.float32)
+    x[4] = value
+    with pytest.raises(ValueError, match="not finite or beyond 2\\^30 steps"):
+        context.encode(x, 1.0, NEAREST, [(9,)])
+
+
+def test_golden_bytes() -> None:
+    """A changed bitstream needs a new version number."""
+    level = np.array([0, 0, 1, -1, 0, 2, 0, 0, -3, 0, 0, 0, 40_000, 1, 0, 0, -1, 0, 0, 5], np.float32)
+    code, _, _ = context.encode(level, 1.0, NEAREST, [(4, 4), (), (3,)])
+    assert code.hex() == "213e6c84d4ecbc3ac893b111401b365079"
+    header = b"\xcd\xcc\xcc\x3d\x40\xf0"  # step 0.1, points of 1 and of more moved by 64/256 and -16/256
+    packet = Packet(np.frombuffer(code, np.uint8), header)
+    x = RateDistortion().decode(packet, layout_of([(4, 4), (), (3,)]))
+    point = np.where(np.abs(level) > 1, np.abs(level) - np.float32(1 / 16), np.abs(level) * np.float32(1.25))
+    assert np.array_equal(x, np.sign(level) * point * np.float32(0.1))
+
+
+def damaged(code: bytes, rng: np.random.Generator) -> bytes:
+    """A few bytes changed, lost, doubled or added."""
+    out = bytearray(code)
+    for _ in range(int(rng.integers(1, 4))):
+        at = int(rng.integers(0, len(out) + 1))
+        kind = rng.integers(0, 4)
+        if kind == 0 and at < len(out):
+            out[at] ^= 1 << int(rng.integers(0, 8))
+        elif kind == 1:
+            del out[at : at + int(rng.integers(1, 9))]
+        elif kind == 2:
+            out[at:at] = rng.bytes(int(rng.integers(1, 9)))
+        else:
+            out = bytearray(rng.bytes(at))
+    return bytes(out)
+
+
+@pytest.mark.parametrize("count", [4000, pytest.param(200_000, marks=pytest.mark.slow)])
+def test_damaged_packets_decode_to_something_finite_or_raise_one_error(count: int) -> None:
+    rng = np.random.default_rng(0)
+    codec, layout = RateDistortion(), layout_of([(8, 9), (8,), ()])
+    refused = 0
+    for number in range(count):
+        x = (rng.standard_t(1.2, layout.size) * 10.0 ** rng.integers(-40, 30)).astype(np.float32)
+        if number % 50 == 0:
+            packet, _ = RateDistortion(rate=float(rng.uniform(1, 8))).encode(x, layout, {}, rng)
+        body, header = packet.body.tobytes(), packet.header
+        body, header = (damaged(body, rng), header) if number % 8 else (body, damaged(header, rng))
+        try:
+            y = codec.decode(Packet(np.frombuffer(body, np.uint8), header), layout)
+            assert y.shape == (layout.size,)
+            assert np.isfinite(y).all()
+        except DecodeError:
+            refused += 1
+    assert refused > count / 4
+
+
+@pytest.mark.parametrize(
+    ("header", "body", "said"),
+    [
+        (b"\0\0\x80?\0\0", np.zeros(4, np.float32), "does not hold a header"),
+        (b"\0\0\x80?\0", np.zeros(4, np.uint8), "does not hold a header"),
+        (b"\0\0\x80\xff\0\0", np.zeros(4, np.uint8), "step of -inf"),
+        (b"\0\0\xc0\x7f\0\0", np.zeros(4, np.uint8), "step of nan"),
+        (b"\0\0\0\0\0\0", np.zeros(1, np.uint8), "levels without a step"),
+        (b"\0\0\x80?\0\0", np.zeros(900, np.uint8), "does not end"),
+    ],
+)
+def test_packets_that_no_encoder_makes_are_refused(header: bytes, body: NDArray[Any], said: str) -> None:
+    with pytest.raises(DecodeError, match=said):
+        RateDistortion().decode(Packet(body, header), LAYOUT)
+
+
+def test_a_part_of_a_vector_is_no_update() -> None:
+    with pytest.raises(TypeError, match="whole float32 vector"):
+        default().encode(update()[:-1], LAYOUT, {}, np.random.default_rng(0))
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"rate": 0}, r"codec.rate .* above 0 and at most 12, got 0"),
+        ({"rate": 13}, r"codec.rate .* got 13"),
+        ({"step": 0.0}, r"codec.step .* at least 1e-06 .* got 0.0"),
+        ({"nmse": 1.0}, r"codec.nmse .* below 1, got 1.0"),
+        ({"nmse": 0.0}, r"codec.nmse .* at least 1e-09 .* got 0.0"),
+        ({"error_feedback": 1}, r"codec.error_feedback .* got 1"),
+    ],
+)
+def test_bad_settings_are_named(given: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        default(**given)
