@@ -29,7 +29,8 @@ _NAMES = {  # group: where its classes live, and which
     "codec": (
         "fedapp.codec",
         "chain.Identity chain.Chain chain.ErrorFeedback chain.pipeline "
-        "prune.TopK quantize.DeadZone entropy.Ans",
+        "prune.TopK quantize.DeadZone entropy.Ans "
+        "founding.rules founding.RandomPrune founding.FixedPoint layers.PerLayer",
     ),
     "strategy": (
         "flwr.serverapp.strategy",

@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 from fedapp.codec import Codec, Layout, Packet, Slot, State
 from fedapp.codec.chain import Chain, ErrorFeedback, Identity, pipeline
 from fedapp.codec.entropy import Ans, decode_symbols
+from fedapp.codec.founding import FixedPoint, RandomPrune, rules
+from fedapp.codec.layers import PerLayer
 from fedapp.codec.packet import decode_update, pack, unpack
 from fedapp.codec.prune import TopK
 from fedapp.codec.quantize import DeadZone
@@ -32,22 +34,62 @@ CODECS: dict[str, Codec] = {
     "pipeline": pipeline(),
     "pipeline_feedback": pipeline(error_feedback=True),
     "pipeline_top_k": pipeline(keep=0.1, step=0.5, offset=0.5, error_feedback=True),
+    "prune": RandomPrune(0.5),
+    "prune_written": RandomPrune(0.9, 0.5, corrected=False),
+    "prune_kernels": RandomPrune(0.5, structure="kernel"),
+    "prune_kernels_written": RandomPrune(0.9, 0.5, "kernel", corrected=False),
+    "prune_quantize": rules("weight", share=0.3, beta=0.1),
+    "prune_quantize_written_feedback": rules("weight", beta=0.1, corrected=False, error_feedback=True),
+    "fixed_point": FixedPoint(15),
+    "fixed_point_drop": FixedPoint(15, 0.2),
+    "fixed_point_written": FixedPoint(15, 0.2, corrected=False),
+    "fixed_point_ans": rules(beta=0.5),
+    "per_layer": PerLayer((("rest", Chain((DeadZone(1.0, 0.38), Ans()))),), RandomPrune(structure="kernel")),
+    "per_layer_lossless": PerLayer((("r*", Identity()),), TopK(1.0)),
+    "per_layer_feedback": PerLayer((("*", ErrorFeedback(TopK(0.25))),), Identity()),
+    "feedback_per_layer": ErrorFeedback(PerLayer((("rest", TopK(0.25)),), DeadZone(1.0, 0.5))),
     "feedback_identity": ErrorFeedback(Identity()),
     "feedback_top_k": ErrorFeedback(TopK(0.25)),
     "feedback_of_feedback": ErrorFeedback(Chain((ErrorFeedback(TopK(0.5)), DeadZone(1.0, 0.5), Ans()))),
 }
 START: State = {}
-LOSSLESS = ("identity", "chain_of_identities", "top_k_all", "feedback_identity")
-FEEDBACK = ("pipeline_feedback", "pipeline_top_k", "feedback_top_k")
-LOSSY = ("dead_zone", "dead_zone_ans", "top_k", "top_k_dead_zone_ans", "pipeline")
+LOSSLESS = ("identity", "chain_of_identities", "top_k_all", "feedback_identity", "per_layer_lossless")
+FEEDBACK = (
+    "pipeline_feedback",
+    "pipeline_top_k",
+    "feedback_top_k",
+    "prune_quantize_written_feedback",
+    "feedback_per_layer",
+)
+LOSSY = (
+    "dead_zone",
+    "dead_zone_ans",
+    "top_k",
+    "top_k_dead_zone_ans",
+    "pipeline",
+    "prune",
+    "prune_quantize",
+    "fixed_point_drop",
+    "per_layer",
+)
+UNBIASED = ("prune", "prune_kernels", "prune_quantize", "fixed_point", "fixed_point_drop", "fixed_point_ans")
+BIASED = ("dead_zone", "pipeline", "top_k", "prune_written", "prune_kernels_written", "fixed_point_written")
+CONTRACTION = {  # by what share of its energy the error is smaller than the vector, at least, in the mean
+    "top_k": 0.1,
+    "feedback_top_k": 0.25,
+    "dead_zone": 0.5,
+    "prune_written": 1 - 0.5 * np.sqrt(1 / 1.9),
+    "fixed_point_written": 0.75,
+}
 
 every_codec = pytest.mark.parametrize("codec", CODECS.values(), ids=CODECS.keys())
 
 
 def layout_for(size: int) -> Layout:
-    """A layout with a matrix, a 0-d array and the rest, as far as there is room for them."""
+    """A layout with a matrix, a 0-d array, a convolution and the rest, as far as there is room for them."""
     slots, offset = [], 0
-    for name, shape in (("matrix", (2, 3)), ("scalar", ()), ("rest", (max(0, size - 7),))):
+    shapes = {"matrix": (2, 3), "scalar": (), "kernels": (4, 5, 3, 3), "rest": (max(0, size - 187),)}
+    for name, shape in shapes.items():
         count = int(np.prod(shape, dtype=np.int64))
         if offset + count <= size:
             slots.append(Slot(name, shape, offset))
@@ -99,10 +141,12 @@ def fresh(seed: int = 5) -> np.random.Generator:
     return np.random.default_rng(seed)
 
 
-def through(codec: Codec, x: NDArray[np.float32], state: State) -> tuple[NDArray[np.float32], State, int]:
+def through(
+    codec: Codec, x: NDArray[np.float32], state: State, seed: int = 5
+) -> tuple[NDArray[np.float32], State, int]:
     """Encode, pack, unpack, decode: the vector on the server, the next state, bytes on the wire."""
     layout = layout_for(len(x))
-    packet, state = codec.encode(x, layout, state, fresh())
+    packet, state = codec.encode(x, layout, state, fresh(seed))
     data = pack(packet, codec, layout)
     return decode_update(data, codec, layout), state, len(data)
 
@@ -192,13 +236,60 @@ def test_any_float32_vector_survives_two_rounds(x: NDArray[np.float32], name: st
         assert np.isfinite(decoded).all()
 
 
-@pytest.mark.parametrize("name", ["dead_zone", "dead_zone_ans", "pipeline_feedback"])
+REFUSING = (
+    "dead_zone",
+    "dead_zone_ans",
+    "pipeline_feedback",
+    "prune",
+    "prune_kernels_written",
+    "fixed_point",
+)
+
+
+@pytest.mark.parametrize("name", [*REFUSING, "per_layer"])
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_a_diverged_update_is_not_encoded(name: str, bad: float) -> None:
+@pytest.mark.parametrize(("place", "layer"), [(0, "matrix"), (6, "scalar"), (7, "kernels"), (3999, "rest")])
+def test_a_diverged_update_is_not_encoded(name: str, bad: float, place: int, layer: str) -> None:
     x = gaussian()
-    x[3] = bad
-    with pytest.raises(ValueError, match="diverged"):
+    x[place] = bad
+    with pytest.raises(ValueError, match=f"in {layer}; training diverged"):
         CODECS[name].encode(x, layout_for(4000), {}, fresh())
+
+
+def bias_of(codec: Codec, rounds: int = 400) -> float:
+    """The squared error of the mean of many decoded vectors, over what it is in expectation if unbiased."""
+    x, layout, rng = gaussian(1000), layout_for(1000), fresh()
+    total, squares = np.zeros(len(x)), np.zeros(len(x))
+    for _ in range(rounds):
+        decoded = codec.decode(codec.encode(x, layout, {}, rng)[0], layout).astype(np.float64)
+        total += decoded
+        squares += (decoded - x) ** 2
+    off = total / rounds - x
+    return float((off**2).sum() / np.maximum((squares - rounds * off**2).sum() / (rounds - 1) / rounds, 1e-9))
+
+
+@pytest.mark.parametrize("name", UNBIASED)
+def test_the_mean_of_many_encodings_of_an_unbiased_codec_is_the_vector(name: str) -> None:
+    """Within five sigma of 1 for 20 independent kernels, and a fortiori for a thousand weights."""
+    assert bias_of(CODECS[name]) < 1 + 5 * np.sqrt(2 / 20)
+
+
+@pytest.mark.parametrize("name", BIASED)
+def test_the_law_of_unbiased_codecs_fails_for_others(name: str) -> None:
+    assert bias_of(CODECS[name]) > 10
+
+
+@pytest.mark.parametrize(("name", "delta"), CONTRACTION.items())
+def test_a_contraction_errs_by_less_than_the_vector(name: str, delta: float) -> None:
+    rng, layout = fresh(), layout_for(4000)
+    for x in (gaussian(), gaussian(scale=1e-30), np.full(4000, -0.25, np.float32)):
+        errors = [
+            np.linalg.norm(
+                (x - CODECS[name].decode(CODECS[name].encode(x, layout, {}, rng)[0], layout)) / x[0]
+            )
+            for _ in range(10)
+        ]
+        assert np.mean(np.square(errors)) < (1 - delta) * np.linalg.norm(x / x[0]) ** 2 * 1.02
 
 
 # Quantizing
@@ -260,8 +351,8 @@ def test_top_k_keeps_the_largest_and_breaks_ties_by_place() -> None:
 def test_error_feedback_sends_everything_in_the_long_run(name: str, vector: str) -> None:
     x, state, rounds = VECTORS[vector](), START, 60
     sent = np.zeros(len(x))
-    for _ in range(rounds):
-        decoded, state, _ = through(CODECS[name], x, state)
+    for number in range(rounds):
+        decoded, state, _ = through(CODECS[name], x, state, number)
         sent += decoded
     assert np.allclose(sent + state["residual"], rounds * x.astype(np.float64), rtol=1e-4, atol=0)
     assert np.linalg.norm(sent / rounds - x) < 0.2 * np.linalg.norm(x.astype(np.float64))
