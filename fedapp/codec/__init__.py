@@ -54,13 +54,3 @@ class Codec(Protocol):
     ) -> tuple[Packet, State]: ...
 
     def decode(self, packet: Packet, layout: Layout) -> NDArray[Any]: ...
-
-
-def check_finite(x: NDArray[Any], layout: Layout) -> None:
-    """Raise ValueError for NaN and infinite values, naming the first layer that holds one."""
-    if np.isfinite(x).all():
-        return
-    first, where = int(np.argmin(np.isfinite(x))), ""
-    if len(x) == layout.size:  # otherwise places in it are not places in the model
-        where = next((f" in {s.name}" for s in reversed(layout.slots) if s.offset <= first), "")
-    raise ValueError(f"update holds NaN or infinite values{where}; training diverged")

@@ -13,9 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedapp import check
-from fedapp.codec import Codec, Layout, Packet, State, check_finite
+from fedapp.codec import Codec, Layout, Packet, State
 from fedapp.codec.chain import Chain, ErrorFeedback
 from fedapp.codec.entropy import Ans
+from fedapp.codec.layers import require_finite, require_whole
 from fedapp.codec.varint import Reader, varint
 from fedapp.errors import ConfigError, DecodeError
 
@@ -37,8 +38,8 @@ class RandomPrune:
     of the vector, as a loop that stops there would; at k = 0 updates pass whole, and nothing is saved.
 
     What is unsound: r_k falls from 1 to 0.71 as k grows, so the more is to go, the less is dropped; the share
-    dropped in a round is p = alpha * r_k, whatever k / n is; and E[decoded] = (1 - p) x, NMSE = p: each
-    round, the mean of any number of clients is too short.
+    dropped in a round is p = alpha * r_k, whatever k / n is, until k ends it; and E[decoded] = (1 - p) x,
+    NMSE = p: the mean of any number of clients is too short.
 
     Corrected: p = share in every round, and what is left is scaled by 1 / (1 - p). Then E[decoded] = x and
     E||decoded - x||^2 = p / (1 - p) ||x||^2, which the mean of m clients divides by m.
@@ -60,9 +61,8 @@ class RandomPrune:
     def encode(
         self, x: NDArray[Any], layout: Layout, state: State, rng: np.random.Generator
     ) -> tuple[Packet, State]:
-        if len(x) != layout.size or x.dtype != np.float32:
-            raise TypeError(f"pruning takes the whole update, {layout.size} float32: put it first")
-        check_finite(x, layout)
+        require_whole(x, layout)
+        require_finite(x, layout)
         seed = int(rng.integers(2**32))
         header = seed.to_bytes(4, "little")
         if self.corrected:
@@ -165,7 +165,7 @@ class FixedPoint:
     def encode(
         self, x: NDArray[Any], layout: Layout, state: State, rng: np.random.Generator
     ) -> tuple[Packet, State]:
-        check_finite(x, layout)
+        require_finite(x, layout)
         remain = 1 - self.beta if self.corrected else 1.0
         largest = float(np.abs(x).max(initial=0.0))
         step = _rounded_up(largest / self.levels / remain)
@@ -175,19 +175,20 @@ class FixedPoint:
         level = np.floor(scaled + rng.random(len(x))) if self.corrected else np.rint(scaled)
         if self.beta:
             level[rng.random(len(x)) <= self.beta] = 0
-        most = min(self.levels, _LARGEST // step)  # a scaled value may pass float32's range
-        return Packet(np.clip(level, -most, most).astype(np.int32), _STEP.pack(step)), {}
+        level = np.clip(level, -self.levels, self.levels)  # where the sum of two floats was rounded up
+        return Packet(level.astype(np.int32), _STEP.pack(step)), {}
 
     def decode(self, packet: Packet, layout: Layout) -> NDArray[Any]:
         level = packet.body
         if level.dtype != np.int32 or len(packet.header) != _STEP.size:
             raise DecodeError("packet does not hold fixed-point levels")
         (step,) = _STEP.unpack(packet.header)
-        most = min(self.levels, _LARGEST // step) if 0 < step < np.inf else 0
+        most = self.levels if step else 0
         if not 0 <= step < np.inf or level.min(initial=0) < -most or level.max(initial=0) > most:
-            raise DecodeError(f"packet names a step of {step}, or levels beyond {most} of it")
-        x: NDArray[np.float32] = level.astype(np.float32) * np.float32(step)
-        return x
+            raise DecodeError(f"packet names a step of {step}, or levels beyond {most}")
+        with np.errstate(over="ignore"):
+            x: NDArray[np.float32] = level.astype(np.float32) * np.float32(step)
+        return np.clip(x, -_LARGEST, _LARGEST, out=x)  # a scaled value may lie beyond float32
 
 
 def _rounded_up(width: float) -> float:

@@ -1,9 +1,8 @@
-"""Different layers, different codecs."""
+"""What a stage may ask of the whole vector, and a codec for each group of layers."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from math import prod
 from typing import Any
 
 import numpy as np
@@ -13,6 +12,27 @@ from fedapp.codec import Codec, Layout, Packet, Slot, State
 from fedapp.codec.packet import from_bytes, to_bytes
 from fedapp.codec.varint import Reader, varint
 from fedapp.errors import ConfigError, DecodeError
+
+
+def require_finite(x: NDArray[Any], layout: Layout) -> None:
+    """Raise ValueError on NaN or infinity, naming the layer that holds it if `x` is the whole vector."""
+    if np.isfinite(x).all():
+        return
+    place, slots = int(np.flatnonzero(~np.isfinite(x))[0]), layout.slots if len(x) == layout.size else ()
+    at = [slot.name for slot in slots if 0 <= place - slot.offset < size(slot)]
+    where = f" in {at[0]}" if at else ""
+    raise ValueError(f"update holds NaN or infinite values{where}; training diverged")
+
+
+def require_whole(x: NDArray[Any], layout: Layout) -> None:
+    """Raise TypeError unless `x` is the whole vector, the layers of which the caller needs."""
+    if len(x) != layout.size:
+        raise TypeError(f"this stage needs the layers, got {len(x)} of {layout.size} values: put it first")
+
+
+def size(slot: Slot) -> int:
+    """How many values an array of the model has; a 0-d array has one."""
+    return int(np.prod(slot.shape, dtype=np.int64))
 
 
 @dataclass(frozen=True)
@@ -33,8 +53,11 @@ class PerLayer:
     rest: Codec
 
     def __post_init__(self) -> None:
-        rules = self.rules.items() if isinstance(self.rules, Mapping) else self.rules
-        object.__setattr__(self, "rules", tuple((str(pattern), codec) for pattern, codec in rules))
+        given = self.rules
+        rules = tuple((str(k), v) for k, v in given.items()) if isinstance(given, Mapping) else given
+        if not isinstance(rules, tuple):
+            raise ConfigError(f"codec.rules must map patterns of layer names to codecs, got {given!r}")
+        object.__setattr__(self, "rules", rules)
         for pattern, codec in (*self.rules, ("rest", self.rest)):
             if not (hasattr(codec, "encode") and hasattr(codec, "decode")):
                 raise ConfigError(f"codec.rules: {pattern} must name a codec, got {codec!r}: give a _target_")
@@ -42,8 +65,7 @@ class PerLayer:
     def encode(
         self, x: NDArray[Any], layout: Layout, state: State, rng: np.random.Generator
     ) -> tuple[Packet, State]:
-        if len(x) != layout.size or x.dtype != np.float32:
-            raise TypeError(f"rules for layers take the whole update, {layout.size} float32: put them first")
+        require_whole(x, layout)
         body, after = b"", dict[str, NDArray[Any]]()
         for index, (codec, slots) in self._groups(layout).items():
             own = {key.partition(".")[2]: v for key, v in state.items() if key.startswith(f"{index}.")}
@@ -57,7 +79,7 @@ class PerLayer:
     def decode(self, packet: Packet, layout: Layout) -> NDArray[Any]:
         if packet.body.dtype != np.uint8 or packet.header:
             raise DecodeError("packet does not hold groups of layers")
-        x, reader = np.zeros(layout.size, np.float32), Reader(packet.body.tobytes())
+        x, reader = np.zeros(layout.size, np.float32), Reader(packet.body.data)
         for codec, slots in self._groups(layout).values():
             group = _end_to_end(slots)
             length, kind = reader.varint(len(packet.body)), reader.take(1)[0]
@@ -93,7 +115,7 @@ def _first(name: str, patterns: list[str]) -> int:
 
 
 def _span(slot: Slot) -> slice:
-    return slice(slot.offset, slot.offset + prod(slot.shape))
+    return slice(slot.offset, slot.offset + size(slot))
 
 
 def _end_to_end(slots: list[Slot]) -> Layout:
@@ -101,5 +123,5 @@ def _end_to_end(slots: list[Slot]) -> Layout:
     moved, offset = [], 0
     for slot in slots:
         moved.append(Slot(slot.name, slot.shape, offset))
-        offset += prod(slot.shape)
+        offset += size(slot)
     return Layout(tuple(moved), offset)

@@ -8,7 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedapp import check
-from fedapp.codec import Layout, Packet, State, check_finite
+from fedapp.codec import Layout, Packet, State
+from fedapp.codec.layers import require_finite
 from fedapp.errors import DecodeError
 
 _HEADER = struct.Struct("<fbb")  # step, then how far the points of level 1 and of levels >= 2 move, in 1/256
@@ -37,7 +38,7 @@ class DeadZone:
     def encode(
         self, x: NDArray[Any], layout: Layout, state: State, rng: np.random.Generator
     ) -> tuple[Packet, State]:
-        check_finite(x, layout)
+        require_finite(x, layout)
         magnitude = np.abs(x.astype(np.float64))
         largest = magnitude.max(initial=0.0)
         step = np.float32(min(self.step * np.sqrt(np.mean(magnitude**2)), largest) if largest else 0.0)
