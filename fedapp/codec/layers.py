@@ -41,7 +41,7 @@ class PerLayer:
 
     A layer belongs to the first pattern that matches its name (shell patterns: `*`, `?`, `[abc]`; capitals
     count), or to `rest`. The layers of a group lie end to end in a vector and a layout of their own, so a
-    codec sees its group as it would a model. Groups without layers send nothing.
+    codec sees its group as it would a model.
 
     float32 (size,) <-> uint8 (bytes,): for each group its length, the type of its body, its header with
     its length, its body. State: each group's, under its number.
