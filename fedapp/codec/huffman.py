@@ -33,9 +33,7 @@ class Huffman:
     ) -> tuple[Packet, State]:
         symbols, counts, most, escapes = split_levels(x, row=1.0)
         lengths = code_lengths(counts)
-        spent = (
-            lengths if np.count_nonzero(lengths) > 1 else np.zeros_like(lengths)
-        )  # a constant takes no bit
+        spent = lengths * (np.count_nonzero(lengths) > 1)  # a constant takes no bit
         code = (_canonical(lengths) | spent << 16)[_by_lane(symbols)]  # one gather for both
         bits, ends = _write(code & 0xFFFF, code >> 16), _ends(len(x), code >> 16)
         header = b"".join(varint(v) for v in (len(x), most, len(escapes) // 4))
@@ -144,7 +142,7 @@ def _read(data: bytes, count: int, lengths: NDArray[np.uint8], ends: NDArray[np.
     share = 1 << (_LONGEST - lengths[order].astype(np.int64))
     if share.sum() != 1 << _LONGEST:
         raise DecodeError("packet's table is no Huffman code")
-    table = np.repeat(order << 4 | lengths[order], share).astype(np.int32)  # by the next 15 bits
+    table = np.repeat((order << 4 | lengths[order]).astype(np.int16), share)  # by the next 15 bits
     byte = np.frombuffer(data + bytes(2 * _LANE), np.uint8).astype(
         np.int32
     )  # no lane reads further than this

@@ -32,7 +32,8 @@ def round_up(scale: NDArray[np.float64]) -> NDArray[np.float32]:
 def levels_of(x: NDArray[Any], step: NDArray[np.float32]) -> NDArray[np.float64]:
     """|x| in steps, not yet rounded; 0 where the step is 0."""
     each = step.astype(np.float64)
-    return np.divide(np.abs(x), each, out=np.zeros(len(x)), where=each > 0)
+    steps: NDArray[np.float64] = np.divide(np.abs(x), each, out=np.zeros(len(x)), where=each > 0)
+    return steps
 
 
 def times(level: NDArray[Any], scale: NDArray[np.float32]) -> NDArray[np.float32]:
