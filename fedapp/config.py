@@ -28,8 +28,9 @@ _NAMES = {  # group: where its classes live, and which
     "trainer": ("fedapp.training", "Sgd DpSgd"),
     "codec": (
         "fedapp.codec",
-        "chain.Identity chain.Chain chain.ErrorFeedback chain.pipeline "
-        "prune.TopK quantize.DeadZone entropy.Ans "
+        "chain.Identity chain.Chain chain.ErrorFeedback chain.pipeline chain.staged "
+        "prune.TopK prune.RandomMask quantize.DeadZone uniform.Uniform uniform.Stochastic uniform.Dither "
+        "ternary.Ternary sign.Sign rotate.Eden lowrank.LowRank entropy.Ans huffman.Huffman zstd.Zstd "
         "founding.rules founding.RandomPrune founding.FixedPoint layers.PerLayer",
     ),
     "strategy": (

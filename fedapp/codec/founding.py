@@ -13,14 +13,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedapp import check
-from fedapp.codec import Codec, Layout, Packet, State
+from fedapp.codec import Codec, Layout, Packet, State, seed
 from fedapp.codec.chain import Chain, ErrorFeedback
 from fedapp.codec.entropy import Ans
 from fedapp.codec.layers import require_finite, require_whole
+from fedapp.codec.scale import LARGEST, read_scales, round_up, times
 from fedapp.codec.varint import Reader, varint
 from fedapp.errors import ConfigError, DecodeError
 
-_LARGEST = float(np.finfo(np.float32).max)
 _STEP = struct.Struct("<f")
 
 
@@ -63,26 +63,25 @@ class RandomPrune:
     ) -> tuple[Packet, State]:
         require_whole(x, layout)
         require_finite(x, layout)
-        seed = int(rng.integers(2**32))
-        header = seed.to_bytes(4, "little")
+        shared = seed.draw(rng)
         if self.corrected:
             scaled = x.astype(np.float64)
             for offset, count, weights in self._rows(layout):
                 scaled[offset : offset + count * weights] *= 2**32 / (2**32 - _threshold(self.share))
-            survivors = scaled[self._kept(layout, self._hits(layout, seed, None))]
-            return Packet(np.clip(survivors, -_LARGEST, _LARGEST).astype(np.float32), header), {}
+            survivors = scaled[self._kept(layout, self._hits(layout, shared, None))]
+            return Packet(np.clip(survivors, -LARGEST, LARGEST).astype(np.float32), shared), {}
         units = _count(self._rows(layout))
         left = min(int(state["left"][0]), units) if "left" in state else round(self.share * units)
-        hits = self._hits(layout, seed, left)
+        hits = self._hits(layout, shared, left)
         after = {"left": np.array([left - np.count_nonzero(hits)], np.int64)}
-        return Packet(x[self._kept(layout, hits)], header + varint(left)), after
+        return Packet(x[self._kept(layout, hits)], shared + varint(left)), after
 
     def decode(self, packet: Packet, layout: Layout) -> NDArray[Any]:
         reader = Reader(packet.header)
-        seed = int.from_bytes(reader.take(4), "little")
+        shared = reader.take(seed.SIZE)
         left = None if self.corrected else reader.varint(_count(self._rows(layout)))
         reader.end()
-        kept = self._kept(layout, self._hits(layout, seed, left))
+        kept = self._kept(layout, self._hits(layout, shared, left))
         if packet.body.dtype != np.float32 or len(packet.body) != np.count_nonzero(kept):
             raise DecodeError(f"packet does not hold the {np.count_nonzero(kept)} values that it kept")
         x = np.zeros(layout.size, np.float32)
@@ -96,16 +95,17 @@ class RandomPrune:
         convolutions = [slot for slot in layout.slots if len(slot.shape) == 4]
         return [(s.offset, s.shape[0] * s.shape[1], s.shape[2] * s.shape[3]) for s in convolutions]
 
-    def _hits(self, layout: Layout, seed: int, left: int | None) -> NDArray[np.bool_]:
+    def _hits(self, layout: Layout, shared: bytes, left: int | None) -> NDArray[np.bool_]:
         """Bool (units,): which are dropped; `left` is k as written, None where the rule is corrected.
 
         The same on any machine, since quotients and square roots are correctly rounded everywhere.
         """
         units = _count(self._rows(layout))
+        u = seed.words(shared, (units + 1) // 2).astype("<u8", copy=False).view("<u4")[:units]
         if left is None:
-            return _uniform(seed, units) < _threshold(self.share)
+            return u < _threshold(self.share)
         ratio = math.sqrt(units / (units + left)) if left else 0.0
-        hits = _uniform(seed, units) < _threshold(self.alpha * ratio)
+        hits = u < _threshold(self.alpha * ratio)
         hits[np.flatnonzero(hits)[left:]] = False
         return hits
 
@@ -125,12 +125,6 @@ def _count(rows: list[tuple[int, int, int]]) -> int:
 def _threshold(p: float) -> int:
     """Draws below it have probability p, in units of 2^-32; under 2^32 for p < 1."""
     return int(p * 2**32)
-
-
-def _uniform(seed: int, count: int) -> NDArray[np.uint32]:
-    """Uint32 (count,) of the generator's raw output, which numpy promises not to change."""
-    raw = np.random.PCG64(seed).random_raw((count + 1) // 2)
-    return raw.astype("<u8", copy=False).view("<u4")[:count]
 
 
 @dataclass(frozen=True)
@@ -168,7 +162,7 @@ class FixedPoint:
         require_finite(x, layout)
         remain = 1 - self.beta if self.corrected else 1.0
         largest = float(np.abs(x).max(initial=0.0))
-        step = _rounded_up(largest / self.levels / remain)
+        step = float(round_up(np.array(largest / self.levels / remain)))
         if not step:
             return Packet(np.zeros(len(x), np.int32), _STEP.pack(0.0)), {}
         scaled = x.astype(np.float64) / (step * remain)
@@ -180,21 +174,13 @@ class FixedPoint:
 
     def decode(self, packet: Packet, layout: Layout) -> NDArray[Any]:
         level = packet.body
-        if level.dtype != np.int32 or len(packet.header) != _STEP.size:
+        if level.dtype != np.int32:
             raise DecodeError("packet does not hold fixed-point levels")
-        (step,) = _STEP.unpack(packet.header)
-        most = self.levels if step else 0
-        if not 0 <= step < np.inf or level.min(initial=0) < -most or level.max(initial=0) > most:
-            raise DecodeError(f"packet names a step of {step}, or levels beyond {most}")
-        with np.errstate(over="ignore"):
-            x: NDArray[np.float32] = level.astype(np.float32) * np.float32(step)
-        return np.clip(x, -_LARGEST, _LARGEST, out=x)  # a scaled value may lie beyond float32
-
-
-def _rounded_up(width: float) -> float:
-    """The next float32 that is no smaller, so that no value lies above the highest level."""
-    step = np.float32(min(width, _LARGEST))
-    return float(step if float(step) >= min(width, _LARGEST) else np.nextafter(step, np.float32(np.inf)))
+        step = read_scales(packet.header, 1)
+        most = self.levels if step[0] else 0
+        if level.min(initial=0) < -most or level.max(initial=0) > most:
+            raise DecodeError(f"packet holds levels beyond {most}")
+        return times(level, step)
 
 
 def rules(

@@ -13,6 +13,9 @@ from fedapp.codec.packet import from_bytes, to_bytes
 from fedapp.codec.varint import Reader, varint
 from fedapp.errors import ConfigError, DecodeError
 
+PER = ("layer", "channel")
+"""What may have a scale of its own: an array of the model, or each of its output channels (rows)."""
+
 
 def require_finite(x: NDArray[Any], layout: Layout) -> None:
     """Raise ValueError on NaN or infinity, naming the layer that holds it if `x` is the whole vector."""
@@ -33,6 +36,19 @@ def require_whole(x: NDArray[Any], layout: Layout) -> None:
 def size(slot: Slot) -> int:
     """How many values an array of the model has; a 0-d array has one."""
     return int(np.prod(slot.shape, dtype=np.int64))
+
+
+def runs(layout: Layout, per: str) -> NDArray[np.int64]:
+    """Lengths, none 0, of the runs of the vector that share one scale.
+
+    Channels are the rows along an array's first axis; arrays with fewer than two axes are one channel, for
+    a scale for every value would cost what it saves.
+    """
+    lengths = []
+    for slot in layout.slots:
+        rows = slot.shape[0] if per == "channel" and len(slot.shape) > 1 else 1
+        lengths += [size(slot) // rows] * rows if size(slot) else []
+    return np.array(lengths, np.int64)
 
 
 @dataclass(frozen=True)
