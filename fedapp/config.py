@@ -28,8 +28,11 @@ _NAMES = {  # group: where its classes live, and which
     "trainer": ("fedapp.training", "Sgd DpSgd"),
     "codec": (
         "fedapp.codec",
-        "chain.Identity chain.Chain chain.ErrorFeedback chain.pipeline "
-        "rate_distortion.default rate_distortion.RateDistortion prune.TopK quantize.DeadZone entropy.Ans",
+        "chain.Identity chain.Chain chain.ErrorFeedback chain.pipeline chain.staged "
+        "prune.TopK prune.RandomMask quantize.DeadZone uniform.Uniform uniform.Stochastic uniform.Dither "
+        "rate_distortion.default rate_distortion.RateDistortion "
+        "ternary.Ternary sign.Sign rotate.Eden lowrank.LowRank entropy.Ans huffman.Huffman zstd.Zstd "
+        "founding.rules founding.RandomPrune founding.FixedPoint per_layer.PerLayer",
     ),
     "strategy": (
         "flwr.serverapp.strategy",

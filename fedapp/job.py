@@ -111,10 +111,10 @@ class Job:
         """Do once what every worker would do again, and refuse a model that the trainer cannot train."""
         import torch._dynamo  # noqa: F401  (any optimizer imports it, in every worker)
 
-        _check_codec(self.codec)
-
+        model = self.task.model(self.seed)
+        _check_codec(self.codec, model)
         if isinstance(self.trainer, DpSgd):
-            _check_private_model(self.task.model(self.seed))
+            _check_private_model(model)
             self.epsilon(self.rounds)  # finds the noise, and imports Opacus
 
     def epsilon(self, participations: int) -> float | None:
@@ -136,12 +136,19 @@ class Job:
         return np.random.default_rng([self.seed, server_round, partition, use])
 
 
-def _check_codec(codec: Codec) -> None:
-    """Code a few values there and back: stages may not fit together."""
-    x, layout = np.linspace(-1, 1, 16, dtype=np.float32), Layout((Slot("x", (16,), 0),), 16)
+def _check_codec(codec: Codec, model: nn.Module) -> None:
+    """Code a few values a layer there and back: stages may not fit together, or not this model."""
+    slots, size = [], 0
+    for name, array in model.state_dict().items():
+        if array.is_floating_point():
+            slots.append(Slot(name, (2,) * array.ndim, size))
+            size += 2**array.ndim
+    x, layout = np.linspace(-1, 1, size, dtype=np.float32), Layout(tuple(slots), size)
     try:
         packet, _ = codec.encode(x, layout, {}, np.random.default_rng(0))
         codec.decode(packet, layout)
+    except ConfigError:
+        raise
     except Exception as error:
         raise ConfigError(f"codec={codec} cannot code an update ({error}): order its stages anew") from error
 

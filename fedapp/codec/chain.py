@@ -9,9 +9,11 @@ from numpy.typing import NDArray
 from fedapp import check
 from fedapp.codec import Codec, Layout, Packet, State
 from fedapp.codec.entropy import Ans
+from fedapp.codec.huffman import Huffman
 from fedapp.codec.prune import TopK
 from fedapp.codec.quantize import DeadZone
 from fedapp.codec.varint import Reader, varint
+from fedapp.codec.zstd import Zstd
 from fedapp.errors import ConfigError
 
 
@@ -93,4 +95,22 @@ def pipeline(
     check.flag("codec.error_feedback", error_feedback)
     prune = (TopK(keep),) if keep != 1.0 else ()
     chain = Chain((*prune, DeadZone(step, offset), Ans()))
+    return ErrorFeedback(chain) if error_feedback else chain
+
+
+_ENTROPY: dict[str, tuple[Codec, ...]] = {
+    "none": (),
+    "ans": (Ans(),),
+    "huffman": (Huffman(),),
+    "zstd": (Zstd(),),
+}
+
+
+def staged(
+    stage: Codec, prune: Codec | None = None, entropy: str = "none", error_feedback: bool = False
+) -> Codec:
+    """One stage, pruning before it and an entropy coder behind it: the family of codecs in conf/codec/."""
+    check.choice("codec.entropy", entropy, tuple(_ENTROPY))
+    check.flag("codec.error_feedback", error_feedback)
+    chain = Chain((*(() if prune is None else (prune,)), stage, *_ENTROPY[entropy]))
     return ErrorFeedback(chain) if error_feedback else chain

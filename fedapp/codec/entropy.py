@@ -11,7 +11,7 @@ from fedapp.codec import Layout, Packet, State
 from fedapp.codec.varint import Reader, varint
 from fedapp.errors import DecodeError
 
-_MOST = 255  # the largest magnitude that gets a row of its own in the table
+MOST = 255  # the largest magnitude that gets a row of its own in the table
 
 
 def encode_symbols(symbols: NDArray[np.int32], counts: NDArray[np.int64]) -> bytes:
@@ -59,14 +59,9 @@ class Ans:
     def encode(
         self, x: NDArray[Any], layout: Layout, state: State, rng: np.random.Generator
     ) -> tuple[Packet, State]:
-        if x.dtype != np.int32:
-            raise TypeError(f"entropy coding takes int32 levels, got {x.dtype}: put a quantizer before it")
-        most = _table_reach(np.abs(x))
-        escaped = np.abs(x) > most
-        symbols = np.where(escaped, 2 * most + 1, x + most).astype(np.int32)
-        counts = np.bincount(symbols, minlength=2 * most + 2)
+        symbols, counts, most, escapes = split_levels(x, row=2.2)  # about a byte a count
         header = b"".join(varint(int(v)) for v in (len(x), most, *counts))
-        body = x[escaped].astype("<i4").tobytes() + encode_symbols(symbols, counts)
+        body = escapes + encode_symbols(symbols, counts)
         return Packet(np.frombuffer(body, np.uint8), header), {}
 
     def decode(self, packet: Packet, layout: Layout) -> NDArray[Any]:
@@ -74,21 +69,37 @@ class Ans:
             raise DecodeError("packet's body is not bytes")
         table, data = Reader(packet.header), Reader(packet.body.tobytes())
         size = table.varint(layout.size)
-        most = table.varint(_MOST)
+        most = table.varint(MOST)
         counts = np.array([table.varint(size) for _ in range(2 * most + 2)], np.int64)
         table.end()
         if counts.sum() != size:
             raise DecodeError(f"packet's table counts {counts.sum()} symbols, its header says {size}")
-        escapes = np.frombuffer(data.take(4 * int(counts[-1])), "<i4")
-        level = decode_symbols(data.rest(), counts) - np.int32(most)
-        level[level > most] = escapes
-        return level
+        escapes = data.take(4 * int(counts[-1]))
+        return join_levels(decode_symbols(data.rest(), counts), most, escapes)
 
 
-def _table_reach(magnitude: NDArray[np.int32]) -> int:
-    """The K that makes table (about a byte a row) and escapes (four bytes and a code word) smallest."""
-    if not len(magnitude):
-        return 0
-    rows = np.bincount(np.minimum(magnitude, _MOST + 1), minlength=_MOST + 2)
-    beyond = len(magnitude) - np.cumsum(rows)[: _MOST + 1]  # how many are above K
-    return int(np.argmin(2.2 * np.arange(_MOST + 1) + 5.5 * beyond))
+def split_levels(x: NDArray[Any], row: float) -> tuple[NDArray[np.int32], NDArray[np.int64], int, bytes]:
+    """Symbols 0..2K+1 of int32 levels -K..K and of an escape, their counts, K, the escaped levels as bytes.
+
+    K is chosen so that its rows of the table, `row` bytes for a level and its negative, and escapes (four
+    bytes and a code word each) are smallest together.
+    """
+    if x.dtype != np.int32:
+        raise TypeError(f"entropy coding takes int32 levels, got {x.dtype}: put a quantizer before it")
+    magnitude = np.abs(x)
+    rows = np.bincount(np.minimum(magnitude, MOST + 1), minlength=MOST + 2)
+    beyond = len(x) - np.cumsum(rows)[: MOST + 1]  # how many are above K
+    most = int(np.argmin(row * np.arange(MOST + 1) + 5.5 * beyond)) if len(x) else 0
+    escaped = magnitude > most
+    symbols = np.where(escaped, 2 * most + 1, x + most).astype(np.int32)
+    return symbols, np.bincount(symbols, minlength=2 * most + 2), most, x[escaped].astype("<i4").tobytes()
+
+
+def join_levels(symbols: NDArray[np.int32], most: int, escapes: bytes) -> NDArray[np.int32]:
+    """Undo `split_levels`; raises DecodeError where the number of escapes does not fit."""
+    level = symbols - np.int32(most)
+    escaped = level > most
+    if 4 * np.count_nonzero(escaped) != len(escapes):
+        raise DecodeError("packet does not hold the levels that it escapes")
+    level[escaped] = np.frombuffer(escapes, "<i4")
+    return level

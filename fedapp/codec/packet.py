@@ -21,11 +21,8 @@ def pack(packet: Packet, codec: Codec, layout: Layout) -> bytes:
     The CRC is seeded with the codec's settings and the layout, so that a packet made by another codec or
     for another model is refused, at no byte more.
     """
-    body = packet.body.astype(packet.body.dtype.newbyteorder("<"), copy=False)
-    if body.dtype not in _DTYPES:
-        raise TypeError(f"a packet's body is uint8, int32 or float32, got {body.dtype}")
-    rest = varint(len(packet.header)) + packet.header + body.tobytes()
-    return _PREFIX.pack(_VERSION, _DTYPES.index(body.dtype), zlib.crc32(rest, _seed(codec, layout))) + rest
+    kind, rest = to_bytes(packet)
+    return _PREFIX.pack(_VERSION, kind, zlib.crc32(rest, _seed(codec, layout))) + rest
 
 
 def unpack(data: bytes, codec: Codec, layout: Layout) -> Packet:
@@ -34,10 +31,24 @@ def unpack(data: bytes, codec: Codec, layout: Layout) -> Packet:
     version, kind, crc = _PREFIX.unpack(reader.take(_PREFIX.size))
     if version != _VERSION:
         raise DecodeError(f"packet has version {version}, this fedapp reads {_VERSION}")
-    if kind >= len(_DTYPES):
-        raise DecodeError(f"packet names body type {kind}, which does not exist")
     if zlib.crc32(memoryview(data)[_PREFIX.size :], _seed(codec, layout)) != crc:
         raise DecodeError("packet was damaged, or made by another codec or for another model")
+    return from_bytes(kind, reader.rest())
+
+
+def to_bytes(packet: Packet) -> tuple[int, bytes]:
+    """The number of the body's type; and the header with its length, then the body (little endian)."""
+    body = packet.body.astype(packet.body.dtype.newbyteorder("<"), copy=False)
+    if body.dtype not in _DTYPES:
+        raise TypeError(f"a packet's body is uint8, int32 or float32, got {body.dtype}")
+    return _DTYPES.index(body.dtype), varint(len(packet.header)) + packet.header + body.tobytes()
+
+
+def from_bytes(kind: int, data: bytes) -> Packet:
+    """Undo `to_bytes`; raises DecodeError on anything else. Allocates no more than the bytes received."""
+    if kind >= len(_DTYPES):
+        raise DecodeError(f"packet names body type {kind}, which does not exist")
+    reader = Reader(data)
     header = reader.take(reader.varint(len(data)))
     body = reader.rest()
     if len(body) % _DTYPES[kind].itemsize:

@@ -7,8 +7,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedapp import check
-from fedapp.codec import Layout, Packet, State
+from fedapp.codec import Layout, Packet, State, seed
 from fedapp.codec.entropy import decode_symbols, encode_symbols
+from fedapp.codec.layers import require_finite
+from fedapp.codec.scale import LARGEST
 from fedapp.codec.varint import Reader, varint
 from fedapp.errors import DecodeError
 
@@ -30,12 +32,11 @@ class TopK:
     def encode(
         self, x: NDArray[Any], layout: Layout, state: State, rng: np.random.Generator
     ) -> tuple[Packet, State]:
-        keep = min(len(x), max(1, round(self.fraction * len(x))))
-        # A stable sort, not argpartition: equal magnitudes must fall the same way on every machine.
-        kept = np.zeros(len(x), np.int32)
-        kept[np.argsort(-np.abs(x), kind="stable")[:keep]] = 1
-        mask = encode_symbols(kept, np.array([len(x) - keep, keep]))
-        return Packet(x[kept == 1], varint(keep) + mask), {}
+        require_finite(x, layout)
+        kept = largest(x, self.fraction)
+        keep = int(kept.sum())
+        mask = encode_symbols(kept.astype(np.int32), np.array([len(x) - keep, keep]))
+        return Packet(x[kept], varint(keep) + mask), {}
 
     def decode(self, packet: Packet, layout: Layout) -> NDArray[Any]:
         reader = Reader(packet.header)
@@ -46,3 +47,56 @@ class TopK:
         x = np.zeros(layout.size, np.float32)
         x[mask == 1] = packet.body
         return x
+
+
+@dataclass(frozen=True)
+class RandomMask:
+    """Keeps the given fraction of the values at random places (at least one), which a seed tells: no indices.
+
+    float32 (n,) <-> float32 (k,); header: the seed, 4 bytes. `unbiased` scales what is kept by n / k (values
+    that leave float32 stop at its largest): then the mean of many is the update, at a variance of
+    (n / k - 1) x^2 each. Unscaled, it takes error feedback. Places do not depend on the update, so they tell
+    nothing of it.
+    Source: Konecny et al. 2016, "Federated learning: strategies for improving communication efficiency",
+    section 2 (random mask) and section 3 (subsampling).
+    """
+
+    fraction: float = 0.1
+    unbiased: bool = True
+
+    def __post_init__(self) -> None:
+        check.real("codec.fraction", self.fraction, above=0.0, high=1.0)
+        check.flag("codec.unbiased", self.unbiased)
+
+    def encode(
+        self, x: NDArray[Any], layout: Layout, state: State, rng: np.random.Generator
+    ) -> tuple[Packet, State]:
+        require_finite(x, layout)
+        keep, shared = _count(self.fraction, len(x)), seed.draw(rng)
+        kept = x[seed.places(shared, len(x), keep)]
+        if self.unbiased and keep:
+            kept = np.clip(kept.astype(np.float64) * (len(x) / keep), -LARGEST, LARGEST).astype(np.float32)
+        return Packet(kept, shared), {}
+
+    def decode(self, packet: Packet, layout: Layout) -> NDArray[Any]:
+        keep = _count(self.fraction, layout.size)
+        if packet.body.dtype != np.float32 or len(packet.body) != keep or len(packet.header) != seed.SIZE:
+            raise DecodeError(f"packet does not hold a seed and the {keep} values that its mask keeps")
+        x = np.zeros(layout.size, np.float32)
+        x[seed.places(packet.header, layout.size, keep)] = packet.body
+        return x
+
+
+def largest(x: NDArray[Any], fraction: float) -> NDArray[np.bool_]:
+    """Mask of this fraction of the values, those of largest magnitude; of equal ones the first in place."""
+    keep, magnitude = _count(fraction, len(x)), np.abs(x)
+    if not keep:
+        return np.zeros(0, bool)
+    least = np.partition(magnitude, len(x) - keep)[len(x) - keep]
+    kept: NDArray[np.bool_] = magnitude > least
+    kept[np.flatnonzero(magnitude == least)[: keep - int(kept.sum())]] = True
+    return kept
+
+
+def _count(fraction: float, size: int) -> int:
+    return min(size, max(1, round(fraction * size)))

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from fedapp import check
 from fedapp.codec import Layout, Packet, State
+from fedapp.codec.layers import require_finite
 from fedapp.errors import DecodeError
 
 _HEADER = struct.Struct("<fbb")  # step, then how far the points of level 1 and of levels >= 2 move, in 1/256
@@ -37,8 +38,7 @@ class DeadZone:
     def encode(
         self, x: NDArray[Any], layout: Layout, state: State, rng: np.random.Generator
     ) -> tuple[Packet, State]:
-        if not np.isfinite(x).all():
-            raise ValueError("update holds NaN or infinite values; training diverged")
+        require_finite(x, layout)
         magnitude = np.abs(x.astype(np.float64))
         largest = magnitude.max(initial=0.0)
         step = np.float32(min(self.step * np.sqrt(np.mean(magnitude**2)), largest) if largest else 0.0)

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from fedapp import check
 from fedapp.codec import Codec, Layout, Packet, State, context
 from fedapp.codec.chain import ErrorFeedback
+from fedapp.codec.layers import require_finite, require_whole
 from fedapp.codec.target import Target, meet
 from fedapp.errors import DecodeError
 
@@ -60,11 +61,9 @@ class RateDistortion:
     def encode(
         self, x: NDArray[Any], layout: Layout, state: State, rng: np.random.Generator
     ) -> tuple[Packet, State]:
-        if x.dtype != np.float32 or len(x) != layout.size:
-            raise TypeError("a context coder takes the whole float32 vector: put nothing before it")
+        require_whole(x, layout)
+        require_finite(x, layout)
         largest = float(np.max(np.abs(x), initial=0.0))
-        if not np.isfinite(largest):
-            raise ValueError("update holds NaN or infinite values; training diverged")
         if not largest:
             return Packet(np.zeros(0, np.uint8), _HEADER.pack(0.0, 0, 0)), {}
         finest, coarsest = _FINEST * largest, _COARSEST * largest

@@ -16,7 +16,7 @@ def varint(value: int) -> bytes:
 class Reader:
     """Takes fields off the front of received bytes; raises DecodeError where they run out."""
 
-    def __init__(self, data: bytes) -> None:
+    def __init__(self, data: bytes | memoryview) -> None:
         self._data = memoryview(data)
 
     def take(self, count: int) -> bytes:
