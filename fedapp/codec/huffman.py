@@ -14,6 +14,7 @@ from fedapp.errors import DecodeError
 
 _LONGEST = 15  # bits of a code: its length fits half a byte, and every code a table of 2**15 entries
 _LANE = 1024  # symbols; their codes take less than 2**16 bits
+_AT_ONCE = 2**16  # symbols whose codes are placed together, in the processor's cache
 
 
 @dataclass(frozen=True)
@@ -33,12 +34,10 @@ class Huffman:
     ) -> tuple[Packet, State]:
         symbols, counts, most, escapes = split_levels(x, row=1.0)
         lengths = code_lengths(counts)
-        spent = lengths * (np.count_nonzero(lengths) > 1)  # a constant takes no bit
-        code = (_canonical(lengths) | spent << 16)[_by_lane(symbols)]  # one gather for both
-        bits, ends = _write(code & 0xFFFF, code >> 16), _ends(len(x), code >> 16)
+        bits, lanes = _write(_by_lane(symbols), lengths)
         header = b"".join(varint(v) for v in (len(x), most, len(escapes) // 4))
         header += pack_bits(lengths.astype(np.uint8), 4).tobytes()
-        header += np.diff(ends, prepend=0).astype("<u2").tobytes()
+        header += lanes.astype("<u2").tobytes()
         return Packet(np.frombuffer(escapes + bits, np.uint8), header), {}
 
     def decode(self, packet: Packet, layout: Layout) -> NDArray[Any]:
@@ -80,13 +79,13 @@ def code_lengths(counts: NDArray[np.int64]) -> NDArray[np.int64]:
     return lengths
 
 
-def _canonical(lengths: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Codes in the order of their lengths, then of their symbols: each begins where the one before ends."""
+def _canonical(lengths: NDArray[np.int64]) -> NDArray[np.uint64]:
+    """Codes, as the first of 64 bits: by length, then by symbol, each begins where the one before ends."""
     share = np.where(lengths > 0, 1 << (_LONGEST - lengths), 0)  # of all strings of 15 bits
     order = np.argsort(lengths, kind="stable")
-    first = np.zeros_like(share)
+    first = np.zeros(len(lengths), np.uint64)
     first[order] = np.cumsum(share[order]) - share[order]
-    return first >> (_LONGEST - lengths)
+    return first << np.uint64(64 - _LONGEST)
 
 
 def _lanes(count: int) -> int:
@@ -95,37 +94,31 @@ def _lanes(count: int) -> int:
 
 def _by_lane(symbols: NDArray[np.int32]) -> NDArray[np.int32]:
     """Symbol i goes to lane i mod L; lane after lane."""
-    lanes = max(1, _lanes(len(symbols)))
-    full = len(symbols) // lanes * lanes
-    rows = symbols[:full].reshape(-1, lanes).T
-    longer = len(symbols) - full  # so many lanes have one symbol more
-    if not longer:
-        return rows.reshape(-1)
-    head = np.concatenate([rows[:longer], symbols[full:, None]], axis=1)
-    return np.concatenate([head.reshape(-1), rows[longer:].reshape(-1)])
+    lanes = _lanes(len(symbols))
+    return np.concatenate([symbols[:0], *(symbols[lane::lanes] for lane in range(lanes))])
 
 
-def _ends(count: int, lengths: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Where each lane ends, in bits."""
-    lanes = _lanes(count)
-    sizes = count // max(1, lanes) + (np.arange(lanes) < count % max(1, lanes))
-    return np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])[np.cumsum(sizes)]
-
-
-def _write(codes: NDArray[np.int64], lengths: NDArray[np.int64]) -> bytes:
-    """The codes one behind the other, most significant bit first."""
-    end = np.cumsum(lengths)
-    if not lengths.any():
-        return b""
-    total = int(end[-1])
-    word, place = np.divmod(end - lengths, 32)
-    spread = codes.astype(np.uint64) << (64 - place - lengths).astype(np.uint64)  # over its word and the next
-    first = np.flatnonzero(np.diff(word, prepend=-1))
-    sums = np.add.reduceat(spread, first)  # no bit is set twice
-    words = np.zeros(total // 32 + 2, np.uint64)
-    words[word[first]] = sums >> np.uint64(32)
-    words[word[first] + 1] |= sums & np.uint64(0xFFFFFFFF)
-    return words.astype(">u4").tobytes()[: (total + 7) // 8]
+def _write(symbols: NDArray[np.int32], lengths: NDArray[np.int64]) -> tuple[bytes, NDArray[np.int64]]:
+    """The codes one behind the other, most significant bit first, and how many bits each lane takes."""
+    lanes = _lanes(len(symbols))
+    if np.count_nonzero(lengths) < 2:
+        return b"", np.zeros(lanes, np.int64)  # a constant takes no bit
+    code, taken = _canonical(lengths), lengths.astype(np.uint8)[symbols]
+    sizes = len(symbols) // lanes + (np.arange(lanes) < len(symbols) % lanes)
+    of_lanes: NDArray[np.int64] = np.add.reduceat(taken, np.cumsum(sizes) - sizes, dtype=np.int64)
+    words, at = np.zeros(int(of_lanes.sum()) // 32 + 2, np.uint64), 0
+    for start in range(0, len(symbols), _AT_ONCE):
+        part = slice(start, start + _AT_ONCE)
+        end = at + np.cumsum(taken[part], dtype=np.int64)
+        begin = end - taken[part]
+        word = begin >> 5
+        spread = code[symbols[part]] >> (begin & 31).astype(np.uint64)  # over its word and the next
+        first = np.flatnonzero(np.diff(word, prepend=-1))
+        sums = np.add.reduceat(spread, first)  # no bit is set twice
+        words[word[first]] |= sums >> np.uint64(32)
+        words[word[first] + 1] |= sums & np.uint64(0xFFFFFFFF)
+        at = int(end[-1])
+    return words.astype(">u4").tobytes()[: (at + 7) // 8], of_lanes
 
 
 def _read(data: bytes, count: int, lengths: NDArray[np.uint8], ends: NDArray[np.int64]) -> NDArray[np.int32]:

@@ -12,8 +12,9 @@ LARGEST = np.finfo(np.float32).max
 
 def even_runs(count: int, length: int) -> NDArray[np.int64]:
     """Lengths of runs of `length` values each; the last has what is left of `count`."""
-    full, left = divmod(count, length)
-    return np.array([length] * full + [left] * (left > 0), np.int64)
+    runs = np.full(-(-count // length), length, np.int64)
+    runs[-1:] = count - length * (len(runs) - 1)
+    return runs
 
 
 def over_runs(reduce: np.ufunc, x: NDArray[np.float64], lengths: NDArray[np.int64]) -> NDArray[np.float64]:
