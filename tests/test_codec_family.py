@@ -139,9 +139,11 @@ def test_ternary_sends_the_mean_magnitude_of_what_it_keeps() -> None:
 
 
 def test_ternary_codes_its_places_below_the_golomb_code_of_its_paper() -> None:
-    x = gaussian(100_000)
-    golomb = 8.38 + 1  # bits for the place and sign of a value, at a hundredth (Sattler et al., equation 17)
-    assert 8 * length(staged(Ternary(0.01), entropy="ans"), x) < golomb * 1000
+    x = gaussian(1_000_000)
+    low = 1 + int(np.log2(np.log((np.sqrt(5) - 1) / 2) / np.log(0.99)))  # the best Golomb parameter is 2**low
+    place = low + 1 / (1 - 0.99 ** (2**low))  # bits on average, the distance to the place before
+    assert place == pytest.approx(8.108, abs=1e-3)
+    assert 8 * length(staged(Ternary(0.01), entropy="ans"), x) < (place + 1) * 10_000
 
 
 # Sign and binary

@@ -20,7 +20,7 @@ class Sign:
     float32 (n,) <-> uint8 (n / 8,), a set bit for a negative value; header: the scales, float32. That scale
     leaves the least squared error of all. Zero counts as positive. Biased: takes error feedback.
     Source: Karimireddy et al. 2019, "Error feedback fixes SignSGD and other gradient compression schemes",
-    section 4 (scaled sign, by layer); by channel it is the binary filter of Rastegari et al. 2016,
+    Algorithm 1 (EF-signSGD), a layer at a time; by channel it is the binary filter of Rastegari et al. 2016,
     "XNOR-Net", section 3.1.
     """
 

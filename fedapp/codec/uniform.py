@@ -21,7 +21,7 @@ class Uniform:
     float32 (n,) <-> int32 (n,); header: the steps, float32, one for each layer or channel. The error is at
     most half a step. Biased, the more the fewer the bits: takes error feedback.
     Source: Krishnamoorthi 2018, "Quantizing deep convolutional networks for efficient inference: a
-    whitepaper", section 2.2 (symmetric uniform quantizer) and section 3.1 (by layer or channel).
+    whitepaper" (symmetric uniform quantizer, by layer or channel).
     """
 
     bits: int = 8
@@ -95,7 +95,7 @@ class Dither:
     decoder knows it). `step` is relative to the root mean square of the vector. float32 (n,) <-> int32 (n,);
     header: seed and step. A static entropy coder does not know the dither and pays for it at wide steps.
     Source: Roberts 1962, "Picture coding using pseudo-random noise"; Gray and Stockham 1993, "Dithered
-    quantizers", section III.
+    quantizers".
     """
 
     step: float = 1.0
