@@ -24,6 +24,7 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
+from fedapp.codec import trellis
 from fedapp.errors import DecodeError
 
 MOST = 2**30  # the largest magnitude of a level
@@ -74,10 +75,10 @@ def _learn(p: Whole, n: Whole, bit: Whole) -> Whole:
 
 
 @_jit
-def _begin(states: Words, column: Levels, units: NDArray[np.int64], mean: Whole) -> None:
+def _begin(states: Words, column: Levels, units: NDArray[np.int64], mean: Whole, count: Whole) -> None:
     """Start a layer: old counts weigh less, column means come from the units of the layer before."""
     for i in range(1, len(states), 2):
-        states[i] = min(states[i], 30)
+        states[i] = min(states[i], count)
     n, width = len(units), len(column)
     if n and width % n == 0:
         average = units.sum() // n + 1
@@ -121,13 +122,17 @@ def _raw_bits(
     return v, low, span, at
 
 
-def _layer_coder(encoding: bool) -> Callable[..., bool]:
-    """The coder of one layer: one text for both directions, compiled twice.
+def _layer_coder(encoding: bool, dependent: bool) -> Callable[..., bool]:
+    """The coder of one layer: one text for both directions and quantizers, compiled four times.
 
     `low` is the low end of the interval when encoding, and the code above it when decoding. `words` takes
     (with carries yet to settle) or gives 16 bits an entry. False: no room in `words`, or no valid level.
     """
     sense = 1 if encoding else -1
+    rounding = encoding and not dependent
+    pace, decay, nudge = (trellis.PACE, trellis.DECAY, trellis.NUDGE) if dependent else (4, 4, 4)
+    raw_of, most = (trellis.RAW, trellis.MOST) if dependent else (_RAW, MOST)
+    signs = len(trellis.INITIAL if dependent else _INITIAL) - 32
 
     @_jit
     def layer(
@@ -136,6 +141,8 @@ def _layer_coder(encoding: bool) -> Callable[..., bool]:
     ) -> bool:  # fmt: skip
         low, span, at = coder[0], coder[1], coder[2]
         width = len(column)
+        state: Whole = 0
+        searched = 0
         for row in range(len(units)):
             x, level = updates[row if encoding else 0], levels[row]
             expected = column.sum() // width + 1  # what the column means promise of this row so far
@@ -147,21 +154,35 @@ def _layer_coder(encoding: bool) -> Callable[..., bool]:
                 if encoding and at + 600 > len(words):
                     return False
                 factor: Whole = min(np.int64(np.uint64(found << 12) // np.uint64(expected)), 1 << 20)
-                end = min(width, begin + min(4, max(1, begin)))
+                end = min(width, begin + min(pace, max(1, begin)))
+                if dependent and encoding and row * width + begin == searched:
+                    searched = trellis.search(
+                        updates.reshape(-1), scale, edge[0], levels.reshape(-1), searched, state, found, expected,
+                        left, lean, column, states,
+                    )  # fmt: skip
+                    if searched < 0:
+                        coder[2] = -1
+                        return False
                 for c in range(begin, end):
                     u = np.uint64(c)
                     mean = np.int64(column[u])
                     e = (mean * factor) >> 16
-                    e += ((left << 8) - e) >> 4
+                    e += ((left << 8) - e) >> nudge
                     context = np.int64(_CONTEXT[np.uint64(e if e < 4096 else 4096 + min(e >> 10, 4095))])
-                    base = context * (2 * _BINS)
+                    odd = state // trellis.HALF if dependent else 0
+                    base = (context + odd * _CONTEXTS) * (2 * _BINS)
                     i = np.uint64(base)
                     p, n = np.int64(states[i]), np.int64(states[i + _ONE])
                     part = (span >> 16) * ((p >> 16) | 1)
-                    v = x[u] * scale if encoding else np.float32(0)
+                    v = x[u] * scale if rounding else np.float32(0)
                     a = abs(v)
                     m: Whole = 0
-                    if (a < edge[states[i] >> np.uint32(22)]) if encoding else (low >= part):
+                    far: Whole = 0
+                    if rounding:
+                        nothing = a < edge[states[i] >> np.uint32(22)]
+                    else:
+                        nothing = level[u] == 0 if encoding else low >= part
+                    if nothing:
                         low, span = low + sense * part, span - part
                         states[i], states[i + _ONE] = _learn(p, n, 0), n + (n < _PATIENCE)
                         if span < _WORD:
@@ -172,8 +193,10 @@ def _layer_coder(encoding: bool) -> Callable[..., bool]:
                         states[i], states[i + _ONE] = _learn(p, n, 1), n + (n < _PATIENCE)
                         if span < _WORD:
                             low, span, at = _shift(encoding, low, span, at, words)
-                        raw = np.int64(_RAW[context])
-                        if encoding:
+                        raw = np.int64(raw_of[context])
+                        if dependent and encoding:
+                            m = (abs(np.int64(level[u])) + odd) >> 1
+                        if rounding:
                             if not a <= np.float32(1 << 30):
                                 coder[2] = -1
                                 return False
@@ -186,10 +209,13 @@ def _layer_coder(encoding: bool) -> Callable[..., bool]:
                             beyond[more_than_one] += a - np.float32(m)
                             beyond[more_than_one + np.uint64(2)] += 1
 
-                        k = np.uint64(_SIGN + ((lean + 4096) >> 9 << 1))
+                        k = np.uint64(signs + ((lean + 4096) >> 9 << 1))
                         p, n = np.int64(states[k]), np.int64(states[k + _ONE])
                         part = (span >> 16) * ((p >> 16) | 1)
-                        minus = np.int64(v < 0) if encoding else np.int64(low < part)
+                        if rounding:
+                            minus = np.int64(v < 0)
+                        else:
+                            minus = np.int64(level[u] < 0) if encoding else np.int64(low < part)
                         low += sense * part * (1 - minus)
                         span = part if minus else span - part
                         states[k], states[k + _ONE] = _learn(p, n, minus), n + (n < _PATIENCE)
@@ -230,15 +256,18 @@ def _layer_coder(encoding: bool) -> Callable[..., bool]:
                             if span < _WORD:
                                 low, span, at = _shift(encoding, low, span, at, words)
                         m = t + 1
-                        if m > 1 << 30 or (not encoding and low >= span):
+                        if m > most or (not encoding and low >= span):
                             return False  # raw bits do not fill the interval: no encoder points at the rest
-                        level[u] = (m ^ -minus) + minus
-                    left = m
-                    found += m << 12
+                        far = 2 * m - odd if dependent else m
+                        level[u] = (far ^ -minus) + minus
+                    if dependent:
+                        state = trellis.NEXT[np.uint64(state), np.uint64(m & 1)]
+                    left = far
+                    found += far << 12
                     expected += mean
                 begin = end
-                found -= found >> 4
-                expected -= expected >> 4
+                found -= found >> decay
+                expected -= expected >> decay
             units[row] = _end_row(column, level, row)
         coder[0], coder[1], coder[2] = low, span, at
         return True
@@ -246,20 +275,23 @@ def _layer_coder(encoding: bool) -> Callable[..., bool]:
     return layer
 
 
-_encode_layer, _decode_layer = _layer_coder(True), _layer_coder(False)
+_CODERS = {(encoding, dependent): _layer_coder(encoding, dependent)
+           for encoding in (False, True) for dependent in (False, True)}
 
 
 def _walk(
-    layer: Callable[..., bool], x: NDArray[np.float32], scale: Any, edge: NDArray[np.float32],
+    encoding: bool, dependent: bool, x: NDArray[np.float32], scale: Any, edge: NDArray[np.float32],
     level: Levels, shapes: Shapes, coder: NDArray[np.int64], words: Words, beyond: Beyond,
 ) -> bool:  # fmt: skip
     """All layers in turn; a vector is one row, whatever holds nothing is passed over."""
-    states, units, mean, start = _INITIAL.copy(), np.zeros(0, np.int64), 400, 0
+    layer = _CODERS[encoding, dependent]
+    states = (trellis.INITIAL if dependent else _INITIAL).copy()
+    units, mean, start = np.zeros(0, np.int64), 400, 0
     for shape in shapes:
         rows, size = shape[0] if len(shape) > 1 else 1, prod(shape)
         if size:
             column, now = np.empty(size // rows, np.int32), np.zeros(rows, np.int64)
-            _begin(states, column, units, mean)
+            _begin(states, column, units, mean, trellis.REMEMBER if dependent else 30)
             part = slice(start, start + size)
             values = x[part].reshape(rows, -1) if len(x) else x.reshape(1, 0)
             into = level[part].reshape(rows, -1)
@@ -271,7 +303,7 @@ def _walk(
 
 
 def encode(
-    x: NDArray[np.float32], scale: float, edge: NDArray[np.float32], shapes: Shapes
+    x: NDArray[np.float32], scale: float, edge: NDArray[np.float32], shapes: Shapes, dependent: bool = False
 ) -> tuple[bytes, Levels, Beyond]:
     """Code of float32 (n,) x * scale, its levels (int32 (n,)), and how far the values lie beyond them.
 
@@ -282,7 +314,7 @@ def encode(
     room = 2 * len(x) + 4096
     while True:  # once, unless the levels are huge
         words, coder, beyond = np.empty(room, np.uint32), np.array([0, _FULL, 0]), np.zeros(4)
-        if _walk(_encode_layer, x, np.float32(scale), edge, level, shapes, coder, words, beyond):
+        if _walk(True, dependent, x, np.float32(scale), edge, level, shapes, coder, words, beyond):
             return _finish(coder, words), level, beyond
         if coder[2] < 0:
             raise ValueError("update holds values that are not finite or beyond 2^30 steps")
@@ -313,13 +345,13 @@ def _settle(words: Words, low: Whole, out: NDArray[np.uint16]) -> None:
         carry >>= 16
 
 
-def decode(code: bytes, shapes: Shapes) -> Levels:
+def decode(code: bytes, shapes: Shapes, dependent: bool = False) -> Levels:
     """Undo `encode`: int32 levels. Raises DecodeError for bytes that it did not make, if they show it."""
     level = np.empty(sum(prod(shape) for shape in shapes), np.int32)
     words = np.frombuffer(code + bytes(6 + len(code) % 2), ">u2").astype(np.uint32)
     coder = np.array([int(words[0]) << 32 | int(words[1]) << 16 | int(words[2]), _FULL, 3])
     none = np.zeros(0, np.float32)
-    if not _walk(_decode_layer, none, np.float32(0), none, level, shapes, coder, words, np.zeros(4)):
+    if not _walk(False, dependent, none, np.float32(0), none, level, shapes, coder, words, np.zeros(4)):
         raise DecodeError("packet holds a level that no encoder makes")
     if not 0 <= len(code) - 2 * (int(coder[2]) - 3) <= 3:
         raise DecodeError("packet does not end where its levels do")
