@@ -17,89 +17,27 @@ Sullivan and Wiegand 1998, "Rate-distortion optimization for video compression" 
 """
 
 from collections.abc import Callable, Sequence
-from math import isqrt, prod
+from math import prod
 from typing import Any
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
-from fedapp.codec import trellis
+from fedapp.codec import model
+from fedapp.codec.model import BINS, CONTEXT, CONTEXTS, PATIENCE, UNARY, Levels, Whole, Words, end_row, jit, learn
+from fedapp.codec.trellis import DECAY, HALF, NEXT, PACE, search
 from fedapp.errors import DecodeError
 
 MOST = 2**30  # the largest magnitude of a level
 
-Whole = Any  # an int, or a NumPy integer: one and the same once compiled
 Shapes = Sequence[tuple[int, ...]]
-Levels = NDArray[np.int32]
-Words = NDArray[np.uint32]
 Beyond = NDArray[np.float64]  # how far values lie beyond levels of 1, and above, in steps; how many each
 
-_CONTEXTS, _BINS = 48, 16  # half octaves of expected magnitude from 2^-9; adaptive bits of each
-_UNARY = 14  # magnitudes are counted in so many bits, then escape
-_SIGN = 2 * _CONTEXTS * _BINS  # the 16 states of signs lie behind those of magnitudes
-_PATIENCE = 500  # a state's count stops here: it averages over about so many bits
 _FULL, _WORD, _LOW = 1 << 48, 1 << 32, (1 << 32) - 1  # the interval at the start; below _WORD, 16 bits leave
 _ONE = np.uint64(1)  # unsigned indices are used as they are; signed ones cost a test for negative
 
 
-def _contexts() -> NDArray[np.uint8]:
-    """Context of an expectation e in 1/256: entry e below 4096, then entry 4096 + (e >> 10)."""
-    middles = [*range(1, 8192, 2), *range(1024, 4096 * 2048, 2048)]  # in 1/512
-    return np.array([min((e * e).bit_length() - 1, _CONTEXTS - 1) for e in middles], np.uint8)
-
-
-def _initial() -> tuple[NDArray[np.uint8], Words]:
-    """Low bits that a context leaves raw; states (probability in 2^-32, count) of geometric magnitudes."""
-    raw = [max(0, (context - 18) // 2 - 1) for context in range(_CONTEXTS)]
-    states = np.full((_SIGN // 2 + 16, 2), (1 << 31, 6), np.uint32)
-    for context in range(_CONTEXTS):
-        mean = isqrt(1 << (context + 32))  # in 2^-25
-        for b in range(_BINS):
-            unit = 1 << (25 + (raw[context] if b else 0))
-            states[context * _BINS + b, 0] = min(max((mean << 32) // (mean + unit), 1 << 22), 15 << 28)
-    return np.array(raw, np.uint8), states.ravel()
-
-
-_CONTEXT = _contexts()
-_RAW, _INITIAL = _initial()
-_GAIN = np.array([min(131072 // (2 * n + 3), 65535) for n in range(_PATIENCE + 1)], np.uint16)
-
-_jit = njit(cache=True, error_model="numpy", nogil=True)
-
-
-@_jit
-def _learn(p: Whole, n: Whole, bit: Whole) -> Whole:
-    """Probability that the bit is set, moved towards `bit` (0 or 1) by 1 / (n + 1.5)."""
-    return p + ((((bit << 32) - bit - p) * np.int64(_GAIN[n])) >> 16)
-
-
-@_jit
-def _begin(states: Words, column: Levels, units: NDArray[np.int64], mean: Whole, count: Whole) -> None:
-    """Start a layer: old counts weigh less, column means come from the units of the layer before."""
-    for i in range(1, len(states), 2):
-        states[i] = min(states[i], count)
-    n, width = len(units), len(column)
-    if n and width % n == 0:
-        average = units.sum() // n + 1
-        for c in range(width):
-            column[c] = min(units[c // (width // n)] * mean // average + (mean >> 5) + 1, 2047 << 12)
-    else:
-        column[:] = mean + 1
-
-
-@_jit
-def _end_row(column: Levels, level: Levels, row: Whole) -> Whole:
-    """Column means, in 1/4096, take in a row of levels (up to 2047); returns the row's own mean."""
-    rate, total = max(256 // (2 * row + 5), 2), 0  # of 128
-    for c in range(len(column)):
-        m: Whole = min(abs(np.int64(level[c])), 2047)
-        column[c] += (((m << 12) - column[c]) * rate) >> 7
-        total += m
-    return (total << 12) // len(column)
-
-
-@_jit
+@jit
 def _shift(encoding: bool, low: Whole, span: Whole, at: Whole, words: Words) -> tuple[Whole, Whole, Whole]:
     if encoding:
         words[at] = low >> 32
@@ -107,7 +45,7 @@ def _shift(encoding: bool, low: Whole, span: Whole, at: Whole, words: Words) -> 
     return low << 16 | (np.int64(words[at]) if at < len(words) else 0), span << 16, at + 1
 
 
-@_jit
+@jit
 def _raw_bits(
     encoding: bool, v: Whole, n: Whole, low: Whole, span: Whole, at: Whole, words: Words
 ) -> tuple[Whole, Whole, Whole, Whole]:
@@ -123,18 +61,22 @@ def _raw_bits(
 
 
 def _layer_coder(encoding: bool, dependent: bool) -> Callable[..., bool]:
-    """The coder of one layer: one text for both directions and quantizers, compiled four times.
+    """The coder of one layer: one text for both directions and kinds of quantizer, compiled four times.
+
+    With a `dependent` quantizer levels are places in half steps (`trellis`), and the context of the first
+    two bits and of the others is theirs by quantizer.
 
     `low` is the low end of the interval when encoding, and the code above it when decoding. `words` takes
     (with carries yet to settle) or gives 16 bits an entry. False: no room in `words`, or no valid level.
     """
     sense = 1 if encoding else -1
     rounding = encoding and not dependent
-    pace, decay, nudge = (trellis.PACE, trellis.DECAY, trellis.NUDGE) if dependent else (4, 4, 4)
-    raw_of, most = (trellis.RAW, trellis.MOST) if dependent else (_RAW, MOST)
-    signs = len(trellis.INITIAL if dependent else _INITIAL) - 32
+    pace, decay = (PACE, DECAY) if dependent else (4, 4)  # of the row factor
+    raw_of = model.RAW_DEPENDENT if dependent else model.RAW
+    most = MOST // 2 if dependent else MOST
+    signs = 2 * CONTEXTS * BINS * (2 if dependent else 1)  # where the states of signs begin
 
-    @_jit
+    @jit
     def layer(
         updates: NDArray[np.float32], scale: Any, edge: NDArray[np.float32], levels: Levels, column: Levels,
         units: NDArray[np.int64], states: Words, coder: NDArray[np.int64], words: Words, beyond: Beyond,
@@ -156,7 +98,7 @@ def _layer_coder(encoding: bool, dependent: bool) -> Callable[..., bool]:
                 factor: Whole = min(np.int64(np.uint64(found << 12) // np.uint64(expected)), 1 << 20)
                 end = min(width, begin + min(pace, max(1, begin)))
                 if dependent and encoding and row * width + begin == searched:
-                    searched = trellis.search(
+                    searched = search(
                         updates.reshape(-1), scale, edge[0], levels.reshape(-1), searched, state, found, expected,
                         left, lean, column, states,
                     )  # fmt: skip
@@ -167,10 +109,10 @@ def _layer_coder(encoding: bool, dependent: bool) -> Callable[..., bool]:
                     u = np.uint64(c)
                     mean = np.int64(column[u])
                     e = (mean * factor) >> 16
-                    e += ((left << 8) - e) >> nudge
-                    context = np.int64(_CONTEXT[np.uint64(e if e < 4096 else 4096 + min(e >> 10, 4095))])
-                    odd = state // trellis.HALF if dependent else 0
-                    base = (context + odd * _CONTEXTS) * (2 * _BINS)
+                    e += ((left << 8) - e) >> 4
+                    context = np.int64(CONTEXT[np.uint64(e if e < 4096 else 4096 + min(e >> 10, 4095))])
+                    odd = state // HALF if dependent else 0
+                    base = (context + odd * CONTEXTS) * (2 * BINS)
                     i = np.uint64(base)
                     p, n = np.int64(states[i]), np.int64(states[i + _ONE])
                     part = (span >> 16) * ((p >> 16) | 1)
@@ -184,13 +126,13 @@ def _layer_coder(encoding: bool, dependent: bool) -> Callable[..., bool]:
                         nothing = level[u] == 0 if encoding else low >= part
                     if nothing:
                         low, span = low + sense * part, span - part
-                        states[i], states[i + _ONE] = _learn(p, n, 0), n + (n < _PATIENCE)
+                        states[i], states[i + _ONE] = learn(p, n, 0), n + (n < PATIENCE)
                         if span < _WORD:
                             low, span, at = _shift(encoding, low, span, at, words)
                         level[u] = 0
                     else:
                         span = part
-                        states[i], states[i + _ONE] = _learn(p, n, 1), n + (n < _PATIENCE)
+                        states[i], states[i + _ONE] = learn(p, n, 1), n + (n < PATIENCE)
                         if span < _WORD:
                             low, span, at = _shift(encoding, low, span, at, words)
                         raw = np.int64(raw_of[context])
@@ -201,7 +143,7 @@ def _layer_coder(encoding: bool, dependent: bool) -> Callable[..., bool]:
                                 coder[2] = -1
                                 return False
                             m = max(np.int64(a + np.float32(0.5)), 1)
-                            if 1 < m < _UNARY and raw == 0:
+                            if 1 < m < UNARY and raw == 0:
                                 tenbits = states[base + 2 * m - 2] >> np.uint32(22)
                                 if a - np.float32(m - 1) < edge[np.uint64(1024) + tenbits]:
                                     m -= 1
@@ -218,18 +160,18 @@ def _layer_coder(encoding: bool, dependent: bool) -> Callable[..., bool]:
                             minus = np.int64(level[u] < 0) if encoding else np.int64(low < part)
                         low += sense * part * (1 - minus)
                         span = part if minus else span - part
-                        states[k], states[k + _ONE] = _learn(p, n, minus), n + (n < _PATIENCE)
+                        states[k], states[k + _ONE] = learn(p, n, minus), n + (n < PATIENCE)
                         lean += ((1 - 2 * minus) * 4096 - lean) >> 3
                         if span < _WORD:
                             low, span, at = _shift(encoding, low, span, at, words)
 
                         count, t = (m - 1) >> raw, 0
-                        while t < _UNARY:
+                        while t < UNARY:
                             k = np.uint64(base + 2 * t + 2)
                             p, n = np.int64(states[k]), np.int64(states[k + _ONE])
                             part = (span >> 16) * ((p >> 16) | 1)
                             more = t < count if encoding else low < part
-                            states[k], states[k + _ONE] = _learn(p, n, more), n + (n < _PATIENCE)
+                            states[k], states[k + _ONE] = learn(p, n, more), n + (n < PATIENCE)
                             if more:
                                 span = part
                             else:
@@ -239,13 +181,13 @@ def _layer_coder(encoding: bool, dependent: bool) -> Callable[..., bool]:
                             if not more:
                                 break
                             t += 1
-                        if t == _UNARY:  # an escape: how many bits, then the bits
-                            rest, size = count - _UNARY + 1 if encoding else 0, 0
+                        if t == UNARY:  # an escape: how many bits, then the bits
+                            rest, size = count - UNARY + 1 if encoding else 0, 0
                             while rest >> size:
                                 size += 1
                             size, low, span, at = _raw_bits(encoding, size, 5, low, span, at, words)
                             rest, low, span, at = _raw_bits(encoding, rest, size, low, span, at, words)
-                            t = rest + _UNARY - 1
+                            t = rest + UNARY - 1
                         if raw:
                             span >>= raw
                             bits = (
@@ -261,14 +203,14 @@ def _layer_coder(encoding: bool, dependent: bool) -> Callable[..., bool]:
                         far = 2 * m - odd if dependent else m
                         level[u] = (far ^ -minus) + minus
                     if dependent:
-                        state = trellis.NEXT[np.uint64(state), np.uint64(m & 1)]
+                        state = NEXT[np.uint64(state), np.uint64(m & 1)]
                     left = far
                     found += far << 12
                     expected += mean
                 begin = end
                 found -= found >> decay
                 expected -= expected >> decay
-            units[row] = _end_row(column, level, row)
+            units[row] = end_row(column, level, row)
         coder[0], coder[1], coder[2] = low, span, at
         return True
 
@@ -276,7 +218,7 @@ def _layer_coder(encoding: bool, dependent: bool) -> Callable[..., bool]:
 
 
 _CODERS = {(encoding, dependent): _layer_coder(encoding, dependent)
-           for encoding in (False, True) for dependent in (False, True)}
+           for encoding in (False, True) for dependent in (False, True)}  # fmt: skip
 
 
 def _walk(
@@ -285,13 +227,13 @@ def _walk(
 ) -> bool:  # fmt: skip
     """All layers in turn; a vector is one row, whatever holds nothing is passed over."""
     layer = _CODERS[encoding, dependent]
-    states = (trellis.INITIAL if dependent else _INITIAL).copy()
+    states = (model.INITIAL_DEPENDENT if dependent else model.INITIAL).copy()
     units, mean, start = np.zeros(0, np.int64), 400, 0
     for shape in shapes:
         rows, size = shape[0] if len(shape) > 1 else 1, prod(shape)
         if size:
             column, now = np.empty(size // rows, np.int32), np.zeros(rows, np.int64)
-            _begin(states, column, units, mean, trellis.REMEMBER if dependent else 30)
+            model.begin_layer(states, column, units, mean)
             part = slice(start, start + size)
             values = x[part].reshape(rows, -1) if len(x) else x.reshape(1, 0)
             into = level[part].reshape(rows, -1)
@@ -335,7 +277,7 @@ def _finish(coder: NDArray[np.int64], words: Words) -> bytes:
     return settled.astype(">u2").tobytes()[: 2 * at + spare]
 
 
-@_jit
+@jit
 def _settle(words: Words, low: Whole, out: NDArray[np.uint16]) -> None:
     n, carry = len(words), low >> 48
     out[n], out[n + 1] = (low >> 32) & 0xFFFF, (low >> 16) & 0xFFFF

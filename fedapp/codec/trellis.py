@@ -1,247 +1,211 @@
-"""Dependent quantization: which levels of two interleaved quantizers cost least together.
+"""Dependent quantization: the levels that cost least together, of two quantizers that take turns.
 
-A value is rounded to an even multiple of half a step, or to an odd one or zero; which of the two is allowed
-is a matter of the levels before, by an automaton that both ends run:
+Values are rounded to places half a step apart: the even quantizer holds the even places, the odd one the
+odd places and zero. Which of them a level k belongs to follows from the parities of all levels before it:
 
-    place = 2 k - (sign of k if the state is odd)  half steps;  state <- NEXT[state, k & 1]
+    place = 2 k - (sign of k in the odd quantizer);  state <- NEXT[state, parity of k]
 
-So a path through the states sees points twice as dense as its levels say: a packing in many dimensions,
-which scalar quantizers lack. The encoder finds the best path by dynamic programming (Viterbi). Every
-survivor predicts the magnitudes to come from its own past, as the coder will, and prices bits by the coder's
-own adaptive states, as they are when a stretch of values begins.
+Places half a step apart are thus coded at about the price of whole steps: cells are those of a dense packing
+in many dimensions. The encoder finds the best path through the states by dynamic programming (Viterbi). Each
+survivor expects magnitudes from its own past, as the coder will; bits cost what the coder's adaptive states
+say where a stretch of values begins, and the column means of rows yet to be decided are the best survivor's.
 
 Sources: Marcellin and Fischer 1990, "Trellis coded quantization of memoryless and Gauss-Markov sources";
-Ungerboeck 1982, "Channel coding with multilevel/phase signals" (the automaton: parity checks 45 and 10,
-octal); Schwarz et al. 2021, "Quantization and entropy coding in the Versatile Video Coding (VVC) standard"
-(parity drives the states; zero in both quantizers); Haase et al. 2021, "Dependent scalar quantization for
-neural network compression".
+Ungerboeck 1982, "Channel coding with multilevel/phase signals" (the code of 32 states); Schwarz et al. 2021,
+"Quantization and entropy coding in the Versatile Video Coding (VVC) standard" (parity drives the states, zero
+in both quantizers); Haase et al. 2021, "Dependent scalar quantization for neural network compression".
 """
 
-from math import isqrt
 from typing import Any
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
-HALF = 16  # states of each quantizer: those from HALF on take odd places
-STATES = 2 * HALF
-PACE, DECAY, NUDGE = 1, 5, 4  # of the row factor and the left neighbour, see `context`
-MOST = 2**29  # the largest magnitude of a level
+from fedapp.codec.model import BINS, CONTEXTS, RAW_DEPENDENT, UNARY, Levels, Whole, Words, end_row, jit
 
-Whole = Any  # an int, or a NumPy integer: one and the same once compiled
-Floats = NDArray[np.float32]
+HALF = 16  # states of each quantizer: those from HALF on are the odd one's
+PACE, DECAY = 1, 5  # columns after which the row factor changes, and how fast it forgets (2^-5)
 
-_STRETCH, _AHEAD = 512, 48  # values decided at once, and looked at beyond them
-_CONTEXTS, _BINS = 48, 16  # as in `context`
+_STATES = 2 * HALF
+_CHECKS = 0o45, 0o10  # the code's parity checks, of the low and of the high bit of a place modulo 4
+_STRETCH, _AHEAD = 512, 48  # values decided at once, and values seen beyond them
 _ROWS = 32  # magnitudes whose prices are in the table
-_CHECKS = (0o45, 0o10)
-_LOG = -np.log2((np.arange(4096) + 0.5) / 4096).astype(np.float32)
-_ONE, _NEVER = np.uint64(1), np.float32(1e30)
+_JUMP = 64  # marks a branch that goes to zero where another even level is nearer
+_NEVER = np.float32(1e30)
+_BITS = -np.log2((np.arange(4096) + 0.5) / 4096).astype(np.float32)  # by twelve bits of a probability
+_ALL = 0xFFFFFFFF
 
-_jit = njit(cache=True, error_model="numpy", nogil=True)
+Floats = NDArray[np.float32]
 
 
 def _automaton() -> NDArray[np.int64]:
-    """The next state by state and parity of the level: a systematic convolutional encoder with feedback.
+    """The next state by state and parity: a systematic convolutional encoder with feedback.
 
-    Subsets of places are numbered modulo 4 and kept apart by the code; its low bit is known one step ahead
-    and is the quantizer. In the odd quantizer level 1 is place 1 and level 2 is place 3.
+    Its input is the high bit of a place modulo 4, and its state gives the low one: the quantizer. Level 1 of
+    the odd quantizer is place 1, and level 2 is place 3, so there the high bit is the parity's opposite.
     """
-    bits = STATES.bit_length() - 1
-    following = np.zeros((STATES, 2), np.int64)
-    for state in range(STATES):
-        odd, register = state // HALF, state % HALF  # the register's other bits
+    following = np.zeros((_STATES, 2), np.int64)
+    for state in range(_STATES):
+        low, register = state // HALF, state % HALF
         for parity in (0, 1):
-            high = parity ^ odd
-            following[state, parity] = register
-            for bit in range(1, bits + 1):
-                fed = (_CHECKS[0] >> bit & odd) ^ (_CHECKS[1] >> bit & high)
-                following[state, parity] ^= fed << (bit - 1)
-    return following % 2 * HALF + following // 2
+            fed = (_CHECKS[0] >> 1) * low ^ (_CHECKS[1] >> 1) * (parity ^ low)
+            after = register ^ fed
+            following[state, parity] = after % 2 * HALF + after // 2
+    return following
 
 
 NEXT = _automaton()
-# Branches into a state, numbered state + STATES * parity.
-_INTO = np.array([[s + STATES * p for p in (0, 1) for s in range(STATES) if NEXT[s, p] == k] for k in range(STATES)])
+# The two branches into each state; branch = state it comes from + _STATES * parity.
+_INTO = np.argsort(NEXT.T.ravel(), kind="stable").reshape(_STATES, 2)
 
 
-# Log2 of the odds of a set bit at first, in quarters, in contexts 10 to 23, of steps that a mean update takes.
-_ODDS = (
-    (-21, -20, -19, -17, -15, -13, -9, -5, -1, 1, 4, 6, 8, 10),  # not zero, even quantizer
-    (-24, -17, -12, -7, -1, 2, 5, 8, 10, 12, 13, 15, 17, 18),  # not zero, odd quantizer
-    (-20, -20, -20, -20, -20, -19, -17, -13, -10, -6, -2, 2, 4, 7),  # above 1, even
-    (-20, -21, -22, -22, -22, -19, -15, -12, -7, -3, 0, 3, 5, 8),  # above 1, odd
-    (-12, -12, -12, -12, -12, -12, -13, -11, -9, -6, -3, 1, 4, 7),  # above 2
-    (-7, -7, -7, -7, -7, -7, -8, -7, -6, -5, -3, 0, 3, 6),  # above 3 and more
-)
-
-
-def _initial() -> tuple[NDArray[np.uint8], NDArray[np.uint32]]:
-    """Low bits that a context leaves raw; states (probability in 2^-32, count), see `context`."""
-    raw = [max(0, (context - 20) // 2 - 1) for context in range(_CONTEXTS)]
-    states = np.full((2 * _CONTEXTS * _BINS + 16, 2), (1 << 31, 30), np.uint32)
-    for q in range(2):
-        for context in range(_CONTEXTS):
-            for b in range(_BINS):
-                odds = _ODDS[q if b == 0 else 2 + q if b == 1 else min(b + 2, 5)]
-                beyond = 2 * (min(context - 10, 0) + max(context - 23, 0)) if b == 0 else 0
-                at = min(max(context - 10, 0), 13 if b == 0 or context < 24 else 12 + context % 2)
-                odd = isqrt(isqrt(1 << (64 + max(-48, min(odds[at] + beyond, 40)))))  # in 2^-16
-                states[(q * _CONTEXTS + context) * _BINS + b, 0] = (odd << 32) // (odd + (1 << 16))
-    return np.array(raw, np.uint8), states.ravel()
-
-
-RAW, INITIAL = _initial()
-REMEMBER = 30
-
-
-@_jit
-def _price(states: NDArray[np.uint32], weight: Any, stop: Floats, price: Floats) -> None:
-    """Weighted bits of magnitudes, all but the sign: by quantizer, magnitude and context."""
-    top = np.int64(0xFFFFFFFF)
-    contexts, bins = price.shape[2], stop.shape[1]
-    for q in range(2):
-        for context in range(contexts):
-            at = (q * contexts + context) * 2 * bins
-            spent = np.float32(0)
-            for t in range(bins - 1):
+@jit
+def _price(states: Words, weight: Any, stop: Floats, price: Floats) -> None:
+    """Weighted bits of magnitudes without signs: `stop` by quantizer, number of set bits and context, and
+    `price` by quantizer, magnitude and context."""
+    for odd in range(2):
+        for context in range(CONTEXTS):
+            at, bits = 2 * (odd * CONTEXTS + context) * BINS, np.float32(0)
+            for t in range(UNARY + 1):
                 p = np.int64(states[at + 2 * t])
-                stop[q, t, context] = weight * (spent + _LOG[(top - p) >> 20])
-                spent += _LOG[p >> 20] + (np.float32(RAW[context]) if t == 0 else np.float32(0))
-            stop[q, bins - 1, context] = weight * (spent + np.float32(5))
-    for q in range(2):
+                stop[odd, t, context] = weight * (bits + _BITS[(_ALL - p) >> 20])
+                bits += _BITS[p >> 20]
+                if t == 0:
+                    bits += np.float32(RAW_DEPENDENT[context])
+            stop[odd, UNARY + 1, context] = weight * (bits + np.float32(5))
         for m in range(_ROWS):
-            _row(stop, weight, q, m, price[q, m], 0, contexts - 1)
+            _row(stop, weight, odd, m, 0, CONTEXTS - 1, price[odd, m])
 
 
-@_jit
-def _row(stop: Floats, weight: Any, q: Whole, m: Whole, row: Floats, lowest: Whole, highest: Whole) -> None:
-    last = stop.shape[1] - 1
+@jit
+def _row(stop: Floats, weight: Any, odd: Whole, m: Whole, lowest: Whole, highest: Whole, row: Floats) -> None:
+    """Prices of one magnitude in contexts from lowest to highest."""
     for context in range(lowest, highest + 1):
-        t = ((m - 1) >> RAW[context]) + 1 if m else 0
-        row[context] = stop[q, min(t, last), context]
-        if t >= last:
-            row[context] += weight * np.float32(np.log2(t - last + 1.5))
+        t = ((m - 1) >> RAW_DEPENDENT[context]) + 1 if m else 0
+        row[context] = stop[odd, min(t, UNARY + 1), context]
+        if t > UNARY:
+            row[context] += weight * np.float32(np.log2(t - UNARY + 0.5))
 
 
-@_jit
+@jit
 def search(
-    x: Floats, scale: Any, weight: Any, levels: NDArray[np.int32], begin: Whole, state: Whole, found: Whole,
-    expected: Whole, left: Whole, lean: Whole, column: NDArray[np.int32], states: NDArray[np.uint32],
+    x: Floats, scale: Any, weight: Any, levels: Levels, begin: Whole, state: Whole, found: Whole,
+    expected: Whole, left: Whole, lean: Whole, column: Levels, states: Words,
 ) -> int:  # fmt: skip
-    """Decide places (signed, in half steps) of a layer's values from `begin` on; returns where they end."""
+    """Decide places of values x * scale (half steps) of a layer, from `begin` on; returns where they end.
+
+    `weight`: what a bit costs, in squared half steps. `found`, `expected`, `left` and `lean` are the coder's,
+    `column` the means for the row of `begin`. Places beyond the end are changed too, but not decided. Returns
+    -1 where a value is not finite or beyond 2^30.
+    """
     width, end = len(column), min(len(x), begin + _STRETCH + _AHEAD)
-    stop, price = np.empty((2, _BINS, _CONTEXTS), np.float32), np.empty((2, _ROWS, _CONTEXTS), np.float32)
+    stop = np.empty((2, UNARY + 2, CONTEXTS), np.float32)
+    price = np.empty((2, _ROWS, CONTEXTS), np.float32)
+    far = np.empty((2, CONTEXTS), np.float32)  # two rows of the table, for magnitudes beyond it
     _price(states, weight, stop, price)
-    own = column.copy()
-    back = np.empty((end - begin, STATES), np.uint8)  # branch that led here, and whether it jumped to zero
+    back = np.empty((end - begin, _STATES), np.uint8)  # the branch into each state, and _JUMP
     places = np.empty((end - begin, 4), np.int32)  # by parity and quantizer
-    far = np.empty((4, _CONTEXTS), np.float32)
-    stays = np.empty(_CONTEXTS, np.float32)
-    stay, leap, leaps = np.empty(_CONTEXTS, np.float32), np.empty(_CONTEXTS, np.float32), np.empty(_CONTEXTS, np.uint8)
+    mean_of = column.copy()
 
-    cost, sums, lefts = np.full(STATES, _NEVER), np.zeros(STATES, np.float32), np.zeros(STATES, np.float32)
-    before = np.zeros(STATES, np.float32)
-    square = np.zeros(STATES, np.float32)
-    bits = square.view(np.int32)
-    context = np.zeros(STATES, np.int32)
-    branch, to = np.zeros(2 * STATES, np.float32), np.zeros(2 * STATES, np.float32)
-    how = np.arange(2 * STATES).astype(np.uint8)
+    # Survivors: their cost, sum of places in the row (decayed, in 1/4096), last place; context of the value.
+    cost = np.full(_STATES, _NEVER)
+    sums, lefts = np.zeros(_STATES, np.float32), np.zeros(_STATES, np.float32)
+    context = np.zeros(_STATES, np.int32)
+    square = np.zeros(_STATES, np.float32)
+    exponent = square.view(np.int32)
     cost[state], sums[state], lefts[state] = 0, found, left
-    promise = np.float32(expected)
-    shrink = np.float32(1 - 2.0**-DECAY)
-
-    c = begin % width
+    # Branches: their cost, place, number. By context: cost and place of the even level, cost of the odd one.
+    branch, to = np.zeros(2 * _STATES, np.float32), np.zeros(2 * _STATES, np.float32)
+    name = np.arange(2 * _STATES).astype(np.uint8)
+    even_cost, even_to = np.empty(CONTEXTS, np.float32), np.empty(CONTEXTS, np.float32)
+    odd_cost, jumped = np.empty(CONTEXTS, np.float32), np.empty(CONTEXTS, np.uint8)
+    before = np.zeros(_STATES, np.float32)
+    promise, keep = np.float32(expected), np.float32(1 - 2.0**-DECAY)
+    c: Whole = begin % width
     for j in range(begin, end):
         if c == 0 and j > begin:
             _trace(cost, back, places, levels, begin, j)
-            _end_row_float(own, levels[j - width : j], max(256 // (2 * (j // width) + 3), 2))
-            promise = np.float32(own.sum() // width + 1)
+            end_row(mean_of, levels[j - width : j], j // width - 1)
+            promise = np.float32(mean_of.sum() // width + 1)
             sums[:] = promise
             lefts[:] = 0
             lean = 0
         v = np.float64(x[j]) * scale
         a, minus = abs(v), v < 0
-        if not a <= 2.0**30:
+        if not a < 2.0**30 - 4:
             return -1
-        mean = np.float32(own[c]) * np.float32(1 / 4096)
+
+        mean = np.float32(mean_of[c]) * np.float32(1 / 4096)
         ratio, most = mean / promise, mean * np.float32(256)
-        for s in range(STATES):
+        for s in range(_STATES):
             e = min(sums[s] * ratio, most)
             e += (lefts[s] - e) * np.float32(1 / 16)
             square[s] = e * e
-        lowest, highest = np.int32(_CONTEXTS), np.int32(0)
-        for s in range(STATES):
-            at = (bits[s] >> np.int32(23)) - np.int32(109)
-            at = at if at > 0 else np.int32(0)
-            at = at if at < _CONTEXTS else np.int32(_CONTEXTS - 1)
-            context[s] = at
-            lowest = at if at < lowest else lowest
-            highest = at if at > highest else highest
-        p = np.int64(states[4 * _CONTEXTS * _BINS + ((lean + 4096) >> 9 << 1)])
-        dear = weight * _LOG[(p if minus else np.int64(0xFFFFFFFF) - p) >> 20]
+        lowest, highest = np.int32(CONTEXTS), np.int32(0)
+        for s in range(_STATES):
+            k = (exponent[s] >> np.int32(23)) - np.int32(127 - 18)
+            k = k if k > 0 else np.int32(0)
+            k = k if k < CONTEXTS else np.int32(CONTEXTS - 1)
+            context[s] = k
+            lowest = k if k < lowest else lowest
+            highest = k if k > highest else highest
+
+        p = np.int64(states[4 * CONTEXTS * BINS + ((lean + 4096) >> 9 << 1)])
+        sign = weight * _BITS[(p if minus else _ALL - p) >> 20]
         if a > 1:
             lean += ((-4096 if minus else 4096) - lean) >> 3
-        nothing = np.float32(a * a)
-        for q in range(2):
-            m = np.int64((a + q) * 0.5)
-            even, odd = m + (m & 1), m + 1 - (m & 1)
-            row_even, row_odd, row_zero = price[q, min(even, _ROWS - 1)], price[q, min(odd, _ROWS - 1)], price[q, 0]
+        for odd in range(2):
+            m = np.int64((a + odd) * 0.5)
+            m_even, m_odd = m + (m & 1), m + 1 - (m & 1)  # the two levels around the value, by parity
+            of_even, of_odd = price[odd, min(m_even, _ROWS - 1)], price[odd, min(m_odd, _ROWS - 1)]
+            of_zero = price[odd, 0]
             if m + 1 >= _ROWS:
-                row_even, row_odd = far[2 * q], far[2 * q + 1]
-                _row(stop, weight, q, even, row_even, lowest, highest)
-                _row(stop, weight, q, odd, row_odd, lowest, highest)
-            even, odd = max(2 * even - q, 0), 2 * odd - q
-            places[j - begin, q], places[j - begin, 2 + q] = even, odd
-            d_odd = np.float32((a - odd) ** 2) + dear
-            d_even = np.float32((a - even) ** 2) + dear if even else _NEVER
+                of_even, of_odd = far[0], far[1]
+                _row(stop, weight, odd, m_even, lowest, highest, of_even)
+                _row(stop, weight, odd, m_odd, lowest, highest, of_odd)
+            even, other = max(2 * m_even - odd, 0), 2 * m_odd - odd
+            places[j - begin, odd], places[j - begin, 2 + odd] = even, other
+            zero_off = np.float32(a * a)
+            even_off = np.float32((a - even) ** 2) + sign if even else _NEVER
+            odd_off = np.float32((a - other) ** 2) + sign
             for k in range(lowest, highest + 1):
-                zero, some = nothing + row_zero[k], d_even + row_even[k]
-                stays[k] = np.float32(0) if zero < some else np.float32(even)
-                leaps[k] = np.uint8(64) if zero < some else np.uint8(0)
-                stay[k] = zero if zero < some else some
-                leap[k] = d_odd + row_odd[k]
-            first = q * HALF
-            for s in range(HALF):
-                u = np.uint64(s + first)
-                k = np.uint64(context[u])
-                branch[u] = cost[u] + stay[k]
-                branch[u + np.uint64(STATES)] = cost[u] + leap[k]
-                how[u] = np.uint8(u) | leaps[k]
-                to[u] = stays[k]
-                to[u + np.uint64(STATES)] = np.float32(odd)
+                zero, some = zero_off + of_zero[k], even_off + of_even[k]
+                jumps = zero < some
+                even_cost[k], even_to[k] = (zero, np.float32(0)) if jumps else (some, np.float32(even))
+                jumped[k] = np.uint8(_JUMP) if jumps else np.uint8(0)
+                odd_cost[k] = odd_off + of_odd[k]
+            for s in range(odd * HALF, odd * HALF + HALF):
+                u = np.uint64(s)
+                i, k = np.uint64(s + _STATES), np.uint64(context[u])
+                branch[u], to[u], name[u] = cost[u] + even_cost[k], even_to[k], np.uint8(s) | jumped[k]
+                branch[i], to[i] = cost[u] + odd_cost[k], np.float32(other)
+
         before[:] = sums
-        backs = back[j - begin]
-        for k in range(STATES):
-            u = np.uint64(k)
+        into = back[j - begin]
+        for s in range(_STATES):
+            u = np.uint64(s)
             one, two = np.uint64(_INTO[u, 0]), np.uint64(_INTO[u, 1])
             i = one if branch[one] <= branch[two] else two
-            cost[u], lefts[u], backs[u] = branch[i], to[i], how[i]
-            sums[u] = (before[i & np.uint64(STATES - 1)] + np.float32(4096) * to[i]) * shrink
-        promise = (promise + np.float32(own[c])) * shrink
+            cost[u], lefts[u], into[u] = branch[i], to[i], name[i]
+            sums[u] = (before[i & np.uint64(_STATES - 1)] + np.float32(4096) * to[i]) * keep
+        promise = (promise + np.float32(mean_of[c])) * keep
         c = c + 1 if c + 1 < width else 0
+
     _trace(cost, back, places, levels, begin, end)
-    last = end if end == len(x) else begin + _STRETCH
-    for j in range(begin, last):
+    end = end if end == len(x) else begin + _STRETCH
+    for j in range(begin, end):
         if x[j] < 0:
             levels[j] = -levels[j]
-    return last
+    return end
 
 
-@_jit
+@jit
 def _trace(
-    cost: Floats, back: NDArray[np.uint8], places: NDArray[np.int32], levels: NDArray[np.int32], begin: Whole, end: Whole
+    cost: Floats, back: NDArray[np.uint8], places: Levels, levels: Levels, begin: Whole, end: Whole
 ) -> None:
-    """Write the magnitudes of the cheapest path so far."""
-    k = np.argmin(cost)
+    """Write the magnitudes on the cheapest path to `end`."""
+    state = np.argmin(cost)
     for j in range(end - 1, begin - 1, -1):
-        how = np.int64(back[j - begin, k])
-        k = how & (STATES - 1)
-        levels[j] = 0 if how & 64 else places[j - begin, (how & STATES) // STATES * 2 + k // HALF]
-
-
-@_jit
-def _end_row_float(own: NDArray[np.int32], row: NDArray[np.int32], rate: Whole) -> None:
-    for c in range(len(own)):
-        own[c] += (((min(abs(np.int64(row[c])), 2047) << 12) - own[c]) * rate) >> 7
+        branch = np.int64(back[j - begin, state])
+        state, parity = branch % _STATES, branch // _STATES % 2
+        levels[j] = 0 if branch >= _JUMP else places[j - begin, 2 * parity + state // HALF]
