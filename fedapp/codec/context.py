@@ -24,7 +24,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedapp.codec import model
-from fedapp.codec.model import BINS, CONTEXT, CONTEXTS, PATIENCE, UNARY, Levels, Whole, Words, end_row, jit, learn
+from fedapp.codec.model import (
+    BINS,
+    CONTEXT,
+    CONTEXTS,
+    PATIENCE,
+    UNARY,
+    Levels,
+    Whole,
+    Words,
+    end_row,
+    jit,
+    learn,
+)
 from fedapp.codec.trellis import DECAY, HALF, NEXT, PACE, search
 from fedapp.errors import DecodeError
 
@@ -63,8 +75,7 @@ def _raw_bits(
 def _layer_coder(encoding: bool, dependent: bool) -> Callable[..., bool]:
     """The coder of one layer: one text for both directions and kinds of quantizer, compiled four times.
 
-    With a `dependent` quantizer levels are places in half steps (`trellis`), and the context of the first
-    two bits and of the others is theirs by quantizer.
+    With `dependent` quantizers levels are places (`trellis`), and each quantizer has states of its own.
 
     `low` is the low end of the interval when encoding, and the code above it when decoding. `words` takes
     (with carries yet to settle) or gives 16 bits an entry. False: no room in `words`, or no valid level.
@@ -99,8 +110,8 @@ def _layer_coder(encoding: bool, dependent: bool) -> Callable[..., bool]:
                 end = min(width, begin + min(pace, max(1, begin)))
                 if dependent and encoding and row * width + begin == searched:
                     searched = search(
-                        updates.reshape(-1), scale, edge[0], levels.reshape(-1), searched, state, found, expected,
-                        left, lean, column, states,
+                        updates.reshape(-1), scale, edge[0], levels.reshape(-1), searched, state,
+                        found, expected, left, lean, column, states,
                     )  # fmt: skip
                     if searched < 0:
                         coder[2] = -1
@@ -250,7 +261,9 @@ def encode(
     """Code of float32 (n,) x * scale, its levels (int32 (n,)), and how far the values lie beyond them.
 
     `edge`: how far above m - 1 level m begins, by ten bits of the state's probability: 1024 entries for
-    m = 1, then for m > 1. Raises ValueError where x is not finite or beyond 2^30 steps.
+    m = 1, then for m > 1. With `dependent` quantizers levels are places in units of scale, `edge` holds one
+    number, what a bit costs in squares of that unit, and nothing is said of what lies beyond.
+    Raises ValueError where x is not finite or beyond 2^30 steps.
     """
     level = np.empty(len(x), np.int32)
     room = 2 * len(x) + 4096

@@ -91,7 +91,7 @@ def _row(stop: Floats, weight: Any, odd: Whole, m: Whole, lowest: Whole, highest
 def search(
     x: Floats, scale: Any, weight: Any, levels: Levels, begin: Whole, state: Whole, found: Whole,
     expected: Whole, left: Whole, lean: Whole, column: Levels, states: Words,
-) -> int:  # fmt: skip
+) -> Whole:  # fmt: skip
     """Decide places of values x * scale (half steps) of a layer, from `begin` on; returns where they end.
 
     `weight`: what a bit costs, in squared half steps. `found`, `expected`, `left` and `lean` are the coder's,
@@ -138,7 +138,7 @@ def search(
         mean = np.float32(mean_of[c]) * np.float32(1 / 4096)
         ratio, most = mean / promise, mean * np.float32(256)
         for s in range(_STATES):
-            e = min(sums[s] * ratio, most)
+            e: Any = min(sums[s] * ratio, most)
             e += (lefts[s] - e) * np.float32(1 / 16)
             square[s] = e * e
         lowest, highest = np.int32(CONTEXTS), np.int32(0)
@@ -155,7 +155,7 @@ def search(
         if a > 1:
             lean += ((-4096 if minus else 4096) - lean) >> 3
         for odd in range(2):
-            m = np.int64((a + odd) * 0.5)
+            m: Whole = np.int64((a + odd) * 0.5)
             m_even, m_odd = m + (m & 1), m + 1 - (m & 1)  # the two levels around the value, by parity
             of_even, of_odd = price[odd, min(m_even, _ROWS - 1)], price[odd, min(m_odd, _ROWS - 1)]
             of_zero = price[odd, 0]
