@@ -1,7 +1,7 @@
 """The default codec: the lowest error that a number of bytes buys, by scalar quantization."""
 
 import struct
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -58,7 +58,7 @@ class RateDistortion:
     step: float | None = None
     rate: float = 1.0
     nmse: float | None = None
-    trellis: bool = field(default=False, repr=False)  # packets of either kind differ in header, so not in CRC
+    trellis: bool = False
 
     def __post_init__(self) -> None:
         if self.step is not None:
@@ -67,6 +67,11 @@ class RateDistortion:
             check.real("codec.nmse", self.nmse, low=1e-9, below=1.0)
         check.real("codec.rate", self.rate, above=0.0, high=12.0)
         check.flag("codec.trellis", self.trellis)
+
+    def __repr__(self) -> str:
+        """As ever where there is no trellis: it seeds the CRC, and packets made before it shall be read."""
+        trellis = ", trellis=True" if self.trellis else ""
+        return f"RateDistortion(step={self.step!r}, rate={self.rate!r}, nmse={self.nmse!r}{trellis})"
 
     def encode(
         self, x: NDArray[Any], layout: Layout, state: State, rng: np.random.Generator
