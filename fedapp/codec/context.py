@@ -37,7 +37,7 @@ from fedapp.codec.model import (
     jit,
     learn,
 )
-from fedapp.codec.trellis import DECAY, HALF, NEXT, PACE, search
+from fedapp.codec.trellis import DECAY, HALF, NEXT, NUDGE, PACE, search
 from fedapp.errors import DecodeError
 
 MOST = 2**30  # the largest magnitude of a level
@@ -82,7 +82,7 @@ def _layer_coder(encoding: bool, dependent: bool) -> Callable[..., bool]:
     """
     sense = 1 if encoding else -1
     rounding = encoding and not dependent
-    pace, decay = (PACE, DECAY) if dependent else (4, 4)  # of the row factor
+    pace, decay, nudge = (PACE, DECAY, NUDGE) if dependent else (4, 4, 4)
     raw_of = model.RAW_DEPENDENT if dependent else model.RAW
     most = MOST // 2 if dependent else MOST
     signs = 2 * CONTEXTS * BINS * (2 if dependent else 1)  # where the states of signs begin
@@ -120,7 +120,7 @@ def _layer_coder(encoding: bool, dependent: bool) -> Callable[..., bool]:
                     u = np.uint64(c)
                     mean = np.int64(column[u])
                     e = (mean * factor) >> 16
-                    e += ((left << 8) - e) >> 4
+                    e += ((left << 8) - e) >> nudge
                     context = np.int64(CONTEXT[np.uint64(e if e < 4096 else 4096 + min(e >> 10, 4095))])
                     odd = state // HALF if dependent else 0
                     base = (context + odd * CONTEXTS) * (2 * BINS)
@@ -239,7 +239,7 @@ def _walk(
     """All layers in turn; a vector is one row, whatever holds nothing is passed over."""
     layer = _CODERS[encoding, dependent]
     states = (model.INITIAL_DEPENDENT if dependent else model.INITIAL).copy()
-    units, mean, start = np.zeros(0, np.int64), 400, 0
+    units, mean, start = np.zeros(0, np.int64), 800 if dependent else 400, 0
     for shape in shapes:
         rows, size = shape[0] if len(shape) > 1 else 1, prod(shape)
         if size:

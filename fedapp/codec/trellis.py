@@ -25,6 +25,7 @@ from fedapp.codec.model import BINS, CONTEXTS, RAW_DEPENDENT, UNARY, Levels, Who
 
 HALF = 16  # states of each quantizer: those from HALF on are the odd one's
 PACE, DECAY = 1, 5  # columns after which the row factor changes, and how fast it forgets (2^-5)
+NUDGE = 5  # what the left neighbour weighs in an expectation (2^-5)
 
 _STATES = 2 * HALF
 _CHECKS = 0o45, 0o10  # the code's parity checks, of the low and of the high bit of a place modulo 4
@@ -32,7 +33,9 @@ _STRETCH, _AHEAD = 512, 48  # values decided at once, and values seen beyond the
 _ROWS = 32  # magnitudes whose prices are in the table
 _JUMP = 64  # marks a branch that goes to zero where another even level is nearer
 _NEVER = np.float32(1e30)
-_BITS = -np.log2((np.arange(4096) + 0.5) / 4096).astype(np.float32)  # by twelve bits of a probability
+_BITS = -np.log2(np.maximum(np.arange(4096) + 0.5, 1) / 4096).astype(
+    np.float32
+)  # by twelve bits of a probability
 _ALL = 0xFFFFFFFF
 
 Floats = NDArray[np.float32]
@@ -107,19 +110,24 @@ def search(
     places = np.empty((end - begin, 4), np.int32)  # by parity and quantizer
     mean_of = column.copy()
 
-    # Survivors: their cost, sum of places in the row (decayed, in 1/4096), last place; context of the value.
+    # Survivors: their cost, sum of places in the row (decayed, in 1/4096), last place, balance of signs, and
+    # what its sign costs; context of the value.
     cost = np.full(_STATES, _NEVER)
     sums, lefts = np.zeros(_STATES, np.float32), np.zeros(_STATES, np.float32)
+    leans, dear = np.zeros(_STATES, np.float32), np.zeros(_STATES, np.float32)
     context = np.zeros(_STATES, np.int32)
     square = np.zeros(_STATES, np.float32)
     exponent = square.view(np.int32)
-    cost[state], sums[state], lefts[state] = 0, found, left
-    # Branches: their cost, place, number. By context: cost and place of the even level, cost of the odd one.
+    cost[state], sums[state], lefts[state], leans[state] = 0, found, left, lean / 4096
+    # Branches: their cost, place and number.
     branch, to = np.zeros(2 * _STATES, np.float32), np.zeros(2 * _STATES, np.float32)
     name = np.arange(2 * _STATES).astype(np.uint8)
-    even_cost, even_to = np.empty(CONTEXTS, np.float32), np.empty(CONTEXTS, np.float32)
-    odd_cost, jumped = np.empty(CONTEXTS, np.float32), np.empty(CONTEXTS, np.uint8)
-    before = np.zeros(_STATES, np.float32)
+    sums_before, leans_before = np.zeros(_STATES, np.float32), np.zeros(_STATES, np.float32)
+    signs = np.zeros((2, 17), np.float32)
+    for b in range(16):
+        p = np.int64(states[4 * CONTEXTS * BINS + 2 * b])
+        signs[0, b], signs[1, b] = weight * _BITS[(_ALL - p) >> 20], weight * _BITS[p >> 20]
+    signs[:, 16] = signs[:, 15]  # a balance of 1 is met by rounding only
     promise, keep = np.float32(expected), np.float32(1 - 2.0**-DECAY)
     c: Whole = begin % width
     for j in range(begin, end):
@@ -129,7 +137,7 @@ def search(
             promise = np.float32(mean_of.sum() // width + 1)
             sums[:] = promise
             lefts[:] = 0
-            lean = 0
+            leans[:] = 0
         v = np.float64(x[j]) * scale
         a, minus = abs(v), v < 0
         if not a < 2.0**30 - 4:
@@ -139,7 +147,7 @@ def search(
         ratio, most = mean / promise, mean * np.float32(256)
         for s in range(_STATES):
             e: Any = min(sums[s] * ratio, most)
-            e += (lefts[s] - e) * np.float32(1 / 16)
+            e += (lefts[s] - e) * np.float32(2.0**-NUDGE)
             square[s] = e * e
         lowest, highest = np.int32(CONTEXTS), np.int32(0)
         for s in range(_STATES):
@@ -150,10 +158,9 @@ def search(
             lowest = k if k < lowest else lowest
             highest = k if k > highest else highest
 
-        p = np.int64(states[4 * CONTEXTS * BINS + ((lean + 4096) >> 9 << 1)])
-        sign = weight * _BITS[(p if minus else _ALL - p) >> 20]
-        if a > 1:
-            lean += ((-4096 if minus else 4096) - lean) >> 3
+        way = np.float32(-1 if minus else 1)
+        for s in range(_STATES):
+            dear[s] = signs[np.int32(minus), np.int32((leans[s] + np.float32(1)) * np.float32(8))]
         for odd in range(2):
             m: Whole = np.int64((a + odd) * 0.5)
             m_even, m_odd = m + (m & 1), m + 1 - (m & 1)  # the two levels around the value, by parity
@@ -166,28 +173,29 @@ def search(
             even, other = max(2 * m_even - odd, 0), 2 * m_odd - odd
             places[j - begin, odd], places[j - begin, 2 + odd] = even, other
             zero_off = np.float32(a * a)
-            even_off = np.float32((a - even) ** 2) + sign if even else _NEVER
-            odd_off = np.float32((a - other) ** 2) + sign
-            for k in range(lowest, highest + 1):
-                zero, some = zero_off + of_zero[k], even_off + of_even[k]
-                jumps = zero < some
-                even_cost[k], even_to[k] = (zero, np.float32(0)) if jumps else (some, np.float32(even))
-                jumped[k] = np.uint8(_JUMP) if jumps else np.uint8(0)
-                odd_cost[k] = odd_off + of_odd[k]
+            even_off = np.float32((a - even) ** 2) if even else _NEVER
+            odd_off = np.float32((a - other) ** 2)
             for s in range(odd * HALF, odd * HALF + HALF):
                 u = np.uint64(s)
                 i, k = np.uint64(s + _STATES), np.uint64(context[u])
-                branch[u], to[u], name[u] = cost[u] + even_cost[k], even_to[k], np.uint8(s) | jumped[k]
-                branch[i], to[i] = cost[u] + odd_cost[k], np.float32(other)
-
-        before[:] = sums
+                zero, some = zero_off + of_zero[k], even_off + of_even[k] + dear[u]
+                jumps = zero < some
+                branch[u] = cost[u] + (zero if jumps else some)
+                to[u] = np.float32(0) if jumps else np.float32(even)
+                name[u] = np.uint8(s) | (np.uint8(_JUMP) if jumps else np.uint8(0))
+                branch[i], to[i] = cost[u] + odd_off + of_odd[k] + dear[u], np.float32(other)
+        sums_before[:] = sums
+        leans_before[:] = leans
         into = back[j - begin]
         for s in range(_STATES):
             u = np.uint64(s)
             one, two = np.uint64(_INTO[u, 0]), np.uint64(_INTO[u, 1])
             i = one if branch[one] <= branch[two] else two
             cost[u], lefts[u], into[u] = branch[i], to[i], name[i]
-            sums[u] = (before[i & np.uint64(_STATES - 1)] + np.float32(4096) * to[i]) * keep
+            was = i & np.uint64(_STATES - 1)
+            sums[u] = (sums_before[was] + np.float32(4096) * to[i]) * keep
+            pull = np.float32(1 / 8) if to[i] > 0 else np.float32(0)
+            leans[u] = leans_before[was] + (way - leans_before[was]) * pull
         promise = (promise + np.float32(mean_of[c])) * keep
         c = c + 1 if c + 1 < width else 0
 
