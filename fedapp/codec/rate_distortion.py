@@ -19,7 +19,9 @@ LAMBDA = 0.09  # squared steps that a bit is worth; best, and flat, from 0.1 to 
 TRELLIS_LAMBDA = 0.075  # the same where quantizers take turns
 _HEADER = struct.Struct("<fbb")  # step, then how far the points of level 1 and of levels > 1 move, in 1/256
 _TRELLIS_HEADER = struct.Struct("<fbbb")  # step, then the same for places 1, 2 and above
-_DENSER = 1.5  # at the same error and size, steps of quantizers that take turns are so much longer
+_ENCODES = {False: 3, True: 6}  # by trellis: under it noise falls from 0.8 to 0 bits within 20 % of a step
+_LIKE = {False: (1.0, LAMBDA, 3), True: (1.6, 0.17, 8)}  # what estimates are made with: how much finer steps,
+# squared steps that a bit is worth, rounds in which an edge and its probability settle
 
 _REST = 7  # what a packet holds beside header and code: the header's length, version, dtype, CRC
 _COARSEST, _FINEST = 0.9, 2.0**-24  # steps, of the largest magnitude: below, some value is always sent
@@ -41,7 +43,8 @@ class RateDistortion:
 
     Aims at one of: step, in root mean squares of the vector; else nmse, squared error over squared norm;
     else rate, bits per parameter of the whole packet. Targets are met within 3 % or 32 bytes by a search
-    on an estimate with at most three full encodes. The coarsest step is 0.9 of the largest magnitude, since
+    on an estimate with at most three full encodes (six with
+    a trellis, if three miss by more). The coarsest step is 0.9 of the largest magnitude, since
     error feedback would owe a vector that is never sent for ever; the finest is 2^-24 of it. A target
     beyond these gets the nearer one, and the log names it.
 
@@ -81,24 +84,22 @@ class RateDistortion:
         largest = float(np.max(np.abs(x), initial=0.0))
         if not largest:
             return Packet(np.zeros(0, np.uint8), bytes(self._header.size)), {}
-        denser, encodes = (
-            (_DENSER, 6) if self.trellis else (1.0, 3)
-        )  # noise goes from 0.8 to 0 bits within 20 %
         finest, coarsest = _FINEST * largest, _COARSEST * largest
         if self.step is not None:
             rms = float(np.sqrt(np.mean(x.astype(np.float64) ** 2)))
             return self._code(x, layout, min(max(self.step * rms, finest), coarsest)), {}
         if self.nmse is not None:
             target = Target(
-                "codec.nmse", self.nmse, lambda a: _error_estimate(a * denser),
-                lambda packet: self._nmse(x, packet, layout), falls=False, encodes=encodes,
+                "codec.nmse", self.nmse, lambda a: _error_estimate(a, self.trellis),
+                lambda packet: self._nmse(x, packet, layout), falls=False,
+                encodes=_ENCODES[self.trellis],
             )  # fmt: skip
         else:
             size, frame = self.rate * len(x) / 8, self._header.size + _REST
             target = Target(
-                "bytes for codec.rate", size, lambda a: len(x) * _bits_estimate(a * denser) / 8 + frame,
+                "bytes for codec.rate", size, lambda a: len(x) * _bits_estimate(a, self.trellis) / 8 + frame,
                 lambda packet: len(packet.body) + frame, falls=True, tolerance=max(0.01, 10 / size),
-                encodes=encodes,
+                encodes=_ENCODES[self.trellis],
             )  # fmt: skip
         return meet(target, x, lambda step: self._code(x, layout, step), finest, coarsest), {}
 
@@ -197,26 +198,29 @@ def _shapes(layout: Layout) -> list[tuple[int, ...]]:
     return [slot.shape for slot in layout.slots]
 
 
-def _rounded(magnitude: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Levels of magnitudes in steps, as one context would round them."""
+def _rounded(magnitude: NDArray[np.float64], trellis: bool) -> NDArray[np.float64]:
+    """Levels of magnitudes in finer steps, as one context would round them."""
+    _, weight, rounds = _LIKE[trellis]
     edge = 0.62
-    for _ in range(3):
+    for _ in range(rounds):
         p = np.clip(np.mean(magnitude > edge), 1e-4, 0.5)
-        edge = 0.5 + LAMBDA / 2 * (np.log2((1 - p) / p) + 1.4)
+        edge = 0.5 + weight / 2 * (np.log2((1 - p) / p) + 1.4)
     return np.where(magnitude > edge, np.maximum(np.rint(magnitude), 1), 0)
 
 
-def _bits_estimate(magnitude: NDArray[np.float64]) -> float:
+def _bits_estimate(magnitude: NDArray[np.float64], trellis: bool) -> float:
     """Bits per parameter: the entropy of single levels, less what contexts usually save."""
+    magnitude = magnitude * _LIKE[trellis][0]
     halvings = max(0.0, np.floor(np.log2(magnitude.mean() / 16)))  # a sample shows no more than its size
-    level = np.minimum(_rounded(magnitude / 2**halvings), 1 << 14).astype(np.int64)
+    level = np.minimum(_rounded(magnitude / 2**halvings, trellis), 1 << 14).astype(np.int64)
     share = np.bincount(level) / len(level)
     zero, share = share[0], share[share > 0]
     bits = float(-np.sum(share * np.log2(share)) + 1 - zero + halvings)
     return bits * (bits + 0.4) / (bits + 0.6)
 
 
-def _error_estimate(magnitude: NDArray[np.float64]) -> float:
+def _error_estimate(magnitude: NDArray[np.float64], trellis: bool) -> float:
     """Squared error over squared norm."""
-    error = magnitude - _rounded(magnitude)
+    magnitude = magnitude * _LIKE[trellis][0]
+    error = magnitude - _rounded(magnitude, trellis)
     return float(np.sum(error**2) / np.sum(magnitude**2)) + 1e-15

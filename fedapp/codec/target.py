@@ -52,10 +52,6 @@ def meet(
     packets: list[Packet] = []
     while len(packets) < target.encodes:
         at = _solve(target, sample, missed, low, high)
-        if len(missed) > 2:  # three that missed: the estimate is little worth, so nearer to the middle
-            at = min(max(at, low + (high - low) / 4), high - (high - low) / 4)
-        elif missed:
-            at = min(max(at, missed[-1][0] - 1), missed[-1][0] + 1)
         if any(abs(at - earlier) < 1e-4 for earlier, _ in missed):
             break  # a limit, or as near as it gets
         packets.append(code(2.0**at * coarsest))
