@@ -27,9 +27,9 @@ def levels_of(places: NDArray[np.int32]) -> NDArray[np.int64]:
     return np.array(levels)
 
 
-@pytest.mark.parametrize(("rate", "gain"), [(0.5, 0.5), (1, 0.6), (2, 0.75), (4, 0.85)])
+@pytest.mark.parametrize(("rate", "gain"), [(0.5, 0.25), (1, 0.3), (2, 0.6), (4, 0.9)])
 def test_it_beats_the_default_at_equal_bytes(rate: float, gain: float) -> None:
-    x = update(3)
+    x = update(4)
     size, y = coded(RateDistortion(rate=rate, trellis=True), x)
     plain_size, plain = coded(RateDistortion(rate=rate), x)
     bits = 8 * (size - plain_size) / len(x)
@@ -76,14 +76,14 @@ def test_places_belong_to_the_quantizer_whose_turn_it_is_and_both_are_used() -> 
     assert 0.3 < (places[places != 0] % 2).mean() < 0.7
 
 
-@pytest.mark.parametrize("shape", [(2500, 1), (1, 2500), (2500,), (500, 5), (2, 1250), (50, 50)])
+@pytest.mark.parametrize("shape", [(20_000, 1), (20_000,), (4000, 5), (16, 1250), (200, 100)])
 def test_the_search_does_not_care_where_rows_end(shape: tuple[int, ...]) -> None:
-    x = np.random.default_rng(0).standard_normal(2500).astype(np.float32)
+    x = np.random.default_rng(0).standard_normal(20_000).astype(np.float32)
     code, places, _ = context.encode(x, 2.0, WEIGHT, [shape], dependent=True)
     levels_of(places)
     assert np.array_equal(context.decode(code, [shape], dependent=True), places)
     bits, error = 8 * len(code) / len(x), np.mean((x - places / 2) ** 2)
-    assert 10 * np.log10(2.0 ** (-2 * bits) / error) > -1.1  # of the Gaussian's bound; scalars: -1.4
+    assert 10 * np.log10(2.0 ** (-2 * bits) / error) > -0.75  # from the bound; scalars: -1.5
 
 
 @settings(deadline=None, max_examples=80)
@@ -102,8 +102,8 @@ def test_the_search_does_not_care_where_rows_end(shape: tuple[int, ...]) -> None
 def test_any_values_in_layers_of_any_shape_come_back_as_the_encoder_rounded_them(
     shapes: list[tuple[int, ...]], seed: int, octave: int, tails: float
 ) -> None:
-    x = np.random.default_rng(seed).standard_t(tails, layout_of(shapes).size) * 2.0**octave
-    x = np.clip(x, -(2.0**29), 2.0**29).astype(np.float32)
+    wide = np.random.default_rng(seed).standard_t(tails, layout_of(shapes).size) * 2.0**octave
+    x = np.clip(wide, -(2.0**29), 2.0**29).astype(np.float32)
     code, places, _ = context.encode(x, 1.0, WEIGHT, shapes, dependent=True)
     assert np.array_equal(context.decode(code, shapes, dependent=True), places)
     assert np.all(
@@ -126,7 +126,7 @@ def test_outliers_neither_wrap_nor_cost_the_others() -> None:
     code, places, _ = context.encode(x, 1.0, WEIGHT, [(50, 60)], dependent=True)
     assert np.all(np.abs(places[[7, 1500]] - x[[7, 1500]]) <= 2)
     assert np.count_nonzero(places) == 2
-    assert len(code) <= 60
+    assert len(code) <= 70
 
 
 def test_the_only_value_is_sent_however_low_the_rate() -> None:
@@ -146,7 +146,7 @@ def test_golden_bytes() -> None:
     assert np.array_equal(x, (np.sign(place) * moved).astype(np.float32) / 2 * np.float32(0.1))
 
 
-GOLDEN = "0e929496604fe4ec1fcd3f8d8425dcebc7"
+GOLDEN = "189eae3fe0ade0bb00a0d061ce827f12b8"
 PLACES = [0, 0, 0, -2, 0, 2, 0, 0, -4, 0, 0, 0, 40001, 2, 0, 0, -2, 0, 0, 8]
 
 

@@ -16,7 +16,7 @@ from fedapp.codec.target import Target, meet
 from fedapp.errors import DecodeError
 
 LAMBDA = 0.09  # squared steps that a bit is worth; best, and flat, from 0.1 to 4 bits per parameter
-TRELLIS_LAMBDA = 0.075  # the same where quantizers take turns
+TRELLIS_LAMBDA = 0.075  # the same with a trellis; flat from 0.065 to 0.085
 _HEADER = struct.Struct("<fbb")  # step, then how far the points of level 1 and of levels > 1 move, in 1/256
 _TRELLIS_HEADER = struct.Struct("<fbbb")  # step, then the same for places 1, 2 and above
 _ENCODES = {False: 3, True: 6}  # by trellis: under it noise falls from 0.8 to 0 bits within 20 % of a step
@@ -43,13 +43,14 @@ class RateDistortion:
 
     Aims at one of: step, in root mean squares of the vector; else nmse, squared error over squared norm;
     else rate, bits per parameter of the whole packet. Targets are met within 3 % or 32 bytes by a search
-    on an estimate with at most three full encodes (six with
-    a trellis, if three miss by more). The coarsest step is 0.9 of the largest magnitude, since
+    on an estimate with at most three full encodes. The coarsest step is 0.9 of the largest magnitude, since
     error feedback would owe a vector that is never sent for ever; the finest is 2^-24 of it. A target
     beyond these gets the nearer one, and the log names it.
 
-    trellis: dependent quantization (`trellis`), 0.4 to 1.1 dB better and many times slower to encode; its
-    quantizers have this step each, and their points together lie half a step apart.
+    trellis: dependent quantization (`trellis`); its quantizers have this step each, and their points together
+    lie half a step apart. On updates of a small CNN 0.5 to 1.1 dB better from 0.5 to 4 bits; no better below
+    0.5 bit where rows and columns are alike. Encodes 30 times more slowly, up to six times for a target, and
+    under mere noise misses some between 0.3 and 0.8 bits: there zeros beget zeros, or do not.
 
     float32 (n,) <-> uint8 (bytes,), where n is the layout's: the coder looks at its layers (`context`). The
     decoder puts levels of magnitude 1, and larger ones, at the mean of their cells (two bytes; with a trellis
