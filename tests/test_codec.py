@@ -44,6 +44,11 @@ CODECS: dict[str, Codec] = {
     "default_error": default(nmse=0.02),
     "default_low_rate": default(rate=0.1),
     "default_feedback": default(error_feedback=True),
+    "trellis": default(trellis=True),
+    "trellis_step": default(step=0.5, trellis=True),
+    "trellis_error": default(nmse=0.02, trellis=True),
+    "trellis_low_rate": default(rate=0.1, trellis=True),
+    "trellis_feedback": default(error_feedback=True, trellis=True),
     "pipeline": pipeline(),
     "pipeline_feedback": pipeline(error_feedback=True),
     "pipeline_top_k": pipeline(keep=0.1, step=0.5, offset=0.5, error_feedback=True),
@@ -93,12 +98,13 @@ CODECS: dict[str, Codec] = {
 START: State = {}
 LOSSLESS = ("identity", "chain_of_identities", "top_k_all", "feedback_identity", "random_mask_all",
             "per_layer_lossless")  # fmt: skip
-FEEDBACK = ("default_feedback", "pipeline_feedback", "pipeline_top_k", "feedback_top_k",
+FEEDBACK = ("default_feedback", "trellis_feedback", "pipeline_feedback", "pipeline_top_k", "feedback_top_k",
             "feedback_random_mask", "feedback_ternary", "feedback_sign", "feedback_uniform", "feedback_eden",
             "feedback_low_rank", "prune_quantize_written_feedback", "feedback_per_layer")  # fmt: skip
-LOSSY = ("default", "default_low_rate", "dead_zone", "dead_zone_ans", "top_k", "top_k_dead_zone_ans",
-         "pipeline", "dead_zone_huffman", "dead_zone_zstd", "random_mask_unscaled", "ternary", "sign",
-         "eden_biased", "uniform", "prune", "prune_quantize", "fixed_point_drop", "per_layer")  # fmt: skip
+LOSSY = ("default", "default_low_rate", "trellis", "trellis_low_rate", "dead_zone", "dead_zone_ans",
+         "top_k", "top_k_dead_zone_ans", "pipeline", "dead_zone_huffman", "dead_zone_zstd",
+         "random_mask_unscaled", "ternary", "sign", "eden_biased", "uniform", "prune", "prune_quantize",
+         "fixed_point_drop", "per_layer")  # fmt: skip
 UNBIASED = ("identity", "random_mask", "random_mask_dither", "stochastic", "stochastic_of_one_level",
             "dither", "dither_fine", "eden", "eden_of_four_bits", "prune", "prune_kernels", "prune_quantize",
             "fixed_point", "fixed_point_drop", "fixed_point_ans")  # fmt: skip
@@ -107,6 +113,8 @@ BIASED = ("default_low_rate", "dead_zone", "top_k", "random_mask_unscaled", "ter
 CONTRACTION: dict[str, Callable[[int], float]] = {  # the delta of a vector of n values
     "default": lambda n: 0.0,
     "default_low_rate": lambda n: 0.0,
+    "trellis": lambda n: 0.0,
+    "trellis_low_rate": lambda n: 0.0,
     "top_k": lambda n: 0.1,
     "ternary": lambda n: 1 / n,
     "sign": lambda n: 1 / n,

@@ -17,88 +17,39 @@ Sullivan and Wiegand 1998, "Rate-distortion optimization for video compression" 
 """
 
 from collections.abc import Callable, Sequence
-from math import isqrt, prod
+from math import prod
 from typing import Any
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
+from fedapp.codec import model
+from fedapp.codec.model import (
+    BINS,
+    CONTEXT,
+    CONTEXTS,
+    PATIENCE,
+    UNARY,
+    Levels,
+    Whole,
+    Words,
+    end_row,
+    jit,
+    learn,
+)
+from fedapp.codec.trellis import DECAY, HALF, NEXT, NUDGE, PACE, search
 from fedapp.errors import DecodeError
 
 MOST = 2**30  # the largest magnitude of a level
 
-Whole = Any  # an int, or a NumPy integer: one and the same once compiled
 Shapes = Sequence[tuple[int, ...]]
-Levels = NDArray[np.int32]
-Words = NDArray[np.uint32]
 Beyond = NDArray[np.float64]  # how far values lie beyond levels of 1, and above, in steps; how many each
 
-_CONTEXTS, _BINS = 48, 16  # half octaves of expected magnitude from 2^-9; adaptive bits of each
-_UNARY = 14  # magnitudes are counted in so many bits, then escape
-_SIGN = 2 * _CONTEXTS * _BINS  # the 16 states of signs lie behind those of magnitudes
-_PATIENCE = 500  # a state's count stops here: it averages over about so many bits
 _FULL, _WORD, _LOW = 1 << 48, 1 << 32, (1 << 32) - 1  # the interval at the start; below _WORD, 16 bits leave
 _ONE = np.uint64(1)  # unsigned indices are used as they are; signed ones cost a test for negative
 
 
-def _contexts() -> NDArray[np.uint8]:
-    """Context of an expectation e in 1/256: entry e below 4096, then entry 4096 + (e >> 10)."""
-    middles = [*range(1, 8192, 2), *range(1024, 4096 * 2048, 2048)]  # in 1/512
-    return np.array([min((e * e).bit_length() - 1, _CONTEXTS - 1) for e in middles], np.uint8)
-
-
-def _initial() -> tuple[NDArray[np.uint8], Words]:
-    """Low bits that a context leaves raw; states (probability in 2^-32, count) of geometric magnitudes."""
-    raw = [max(0, (context - 18) // 2 - 1) for context in range(_CONTEXTS)]
-    states = np.full((_SIGN // 2 + 16, 2), (1 << 31, 6), np.uint32)
-    for context in range(_CONTEXTS):
-        mean = isqrt(1 << (context + 32))  # in 2^-25
-        for b in range(_BINS):
-            unit = 1 << (25 + (raw[context] if b else 0))
-            states[context * _BINS + b, 0] = min(max((mean << 32) // (mean + unit), 1 << 22), 15 << 28)
-    return np.array(raw, np.uint8), states.ravel()
-
-
-_CONTEXT = _contexts()
-_RAW, _INITIAL = _initial()
-_GAIN = np.array([min(131072 // (2 * n + 3), 65535) for n in range(_PATIENCE + 1)], np.uint16)
-
-_jit = njit(cache=True, error_model="numpy", nogil=True)
-
-
-@_jit
-def _learn(p: Whole, n: Whole, bit: Whole) -> Whole:
-    """Probability that the bit is set, moved towards `bit` (0 or 1) by 1 / (n + 1.5)."""
-    return p + ((((bit << 32) - bit - p) * np.int64(_GAIN[n])) >> 16)
-
-
-@_jit
-def _begin(states: Words, column: Levels, units: NDArray[np.int64], mean: Whole) -> None:
-    """Start a layer: old counts weigh less, column means come from the units of the layer before."""
-    for i in range(1, len(states), 2):
-        states[i] = min(states[i], 30)
-    n, width = len(units), len(column)
-    if n and width % n == 0:
-        average = units.sum() // n + 1
-        for c in range(width):
-            column[c] = min(units[c // (width // n)] * mean // average + (mean >> 5) + 1, 2047 << 12)
-    else:
-        column[:] = mean + 1
-
-
-@_jit
-def _end_row(column: Levels, level: Levels, row: Whole) -> Whole:
-    """Column means, in 1/4096, take in a row of levels (up to 2047); returns the row's own mean."""
-    rate, total = max(256 // (2 * row + 5), 2), 0  # of 128
-    for c in range(len(column)):
-        m: Whole = min(abs(np.int64(level[c])), 2047)
-        column[c] += (((m << 12) - column[c]) * rate) >> 7
-        total += m
-    return (total << 12) // len(column)
-
-
-@_jit
+@jit
 def _shift(encoding: bool, low: Whole, span: Whole, at: Whole, words: Words) -> tuple[Whole, Whole, Whole]:
     if encoding:
         words[at] = low >> 32
@@ -106,7 +57,7 @@ def _shift(encoding: bool, low: Whole, span: Whole, at: Whole, words: Words) -> 
     return low << 16 | (np.int64(words[at]) if at < len(words) else 0), span << 16, at + 1
 
 
-@_jit
+@jit
 def _raw_bits(
     encoding: bool, v: Whole, n: Whole, low: Whole, span: Whole, at: Whole, words: Words
 ) -> tuple[Whole, Whole, Whole, Whole]:
@@ -121,21 +72,30 @@ def _raw_bits(
     return v, low, span, at
 
 
-def _layer_coder(encoding: bool) -> Callable[..., bool]:
-    """The coder of one layer: one text for both directions, compiled twice.
+def _layer_coder(encoding: bool, dependent: bool) -> Callable[..., bool]:
+    """The coder of one layer: one text for both directions and kinds of quantizer, compiled four times.
+
+    With `dependent` quantizers levels are places (`trellis`), and each quantizer has states of its own.
 
     `low` is the low end of the interval when encoding, and the code above it when decoding. `words` takes
     (with carries yet to settle) or gives 16 bits an entry. False: no room in `words`, or no valid level.
     """
     sense = 1 if encoding else -1
+    rounding = encoding and not dependent
+    pace, decay, nudge = (PACE, DECAY, NUDGE) if dependent else (4, 4, 4)
+    raw_of = model.RAW_DEPENDENT if dependent else model.RAW
+    most = MOST // 2 if dependent else MOST
+    signs = 2 * CONTEXTS * BINS * (2 if dependent else 1)  # where the states of signs begin
 
-    @_jit
+    @jit
     def layer(
         updates: NDArray[np.float32], scale: Any, edge: NDArray[np.float32], levels: Levels, column: Levels,
         units: NDArray[np.int64], states: Words, coder: NDArray[np.int64], words: Words, beyond: Beyond,
     ) -> bool:  # fmt: skip
         low, span, at = coder[0], coder[1], coder[2]
         width = len(column)
+        state: Whole = 0
+        searched = 0
         for row in range(len(units)):
             x, level = updates[row if encoding else 0], levels[row]
             expected = column.sum() // width + 1  # what the column means promise of this row so far
@@ -147,38 +107,54 @@ def _layer_coder(encoding: bool) -> Callable[..., bool]:
                 if encoding and at + 600 > len(words):
                     return False
                 factor: Whole = min(np.int64(np.uint64(found << 12) // np.uint64(expected)), 1 << 20)
-                end = min(width, begin + min(4, max(1, begin)))
+                end = min(width, begin + min(pace, max(1, begin)))
+                if dependent and encoding and row * width + begin == searched:
+                    searched = search(
+                        updates.reshape(-1), scale, edge[0], levels.reshape(-1), searched, state,
+                        found, expected, left, lean, column, states,
+                    )  # fmt: skip
+                    if searched < 0:
+                        coder[2] = -1
+                        return False
                 for c in range(begin, end):
                     u = np.uint64(c)
                     mean = np.int64(column[u])
                     e = (mean * factor) >> 16
-                    e += ((left << 8) - e) >> 4
-                    context = np.int64(_CONTEXT[np.uint64(e if e < 4096 else 4096 + min(e >> 10, 4095))])
-                    base = context * (2 * _BINS)
+                    e += ((left << 8) - e) >> nudge
+                    context = np.int64(CONTEXT[np.uint64(e if e < 4096 else 4096 + min(e >> 10, 4095))])
+                    odd = state // HALF if dependent else 0
+                    base = (context + odd * CONTEXTS) * (2 * BINS)
                     i = np.uint64(base)
                     p, n = np.int64(states[i]), np.int64(states[i + _ONE])
                     part = (span >> 16) * ((p >> 16) | 1)
-                    v = x[u] * scale if encoding else np.float32(0)
+                    v = x[u] * scale if rounding else np.float32(0)
                     a = abs(v)
                     m: Whole = 0
-                    if (a < edge[states[i] >> np.uint32(22)]) if encoding else (low >= part):
+                    far: Whole = 0
+                    if rounding:
+                        nothing = a < edge[states[i] >> np.uint32(22)]
+                    else:
+                        nothing = level[u] == 0 if encoding else low >= part
+                    if nothing:
                         low, span = low + sense * part, span - part
-                        states[i], states[i + _ONE] = _learn(p, n, 0), n + (n < _PATIENCE)
+                        states[i], states[i + _ONE] = learn(p, n, 0), n + (n < PATIENCE)
                         if span < _WORD:
                             low, span, at = _shift(encoding, low, span, at, words)
                         level[u] = 0
                     else:
                         span = part
-                        states[i], states[i + _ONE] = _learn(p, n, 1), n + (n < _PATIENCE)
+                        states[i], states[i + _ONE] = learn(p, n, 1), n + (n < PATIENCE)
                         if span < _WORD:
                             low, span, at = _shift(encoding, low, span, at, words)
-                        raw = np.int64(_RAW[context])
-                        if encoding:
+                        raw = np.int64(raw_of[context])
+                        if dependent and encoding:
+                            m = (abs(np.int64(level[u])) + odd) >> 1
+                        if rounding:
                             if not a <= np.float32(1 << 30):
                                 coder[2] = -1
                                 return False
                             m = max(np.int64(a + np.float32(0.5)), 1)
-                            if 1 < m < _UNARY and raw == 0:
+                            if 1 < m < UNARY and raw == 0:
                                 tenbits = states[base + 2 * m - 2] >> np.uint32(22)
                                 if a - np.float32(m - 1) < edge[np.uint64(1024) + tenbits]:
                                     m -= 1
@@ -186,24 +162,27 @@ def _layer_coder(encoding: bool) -> Callable[..., bool]:
                             beyond[more_than_one] += a - np.float32(m)
                             beyond[more_than_one + np.uint64(2)] += 1
 
-                        k = np.uint64(_SIGN + ((lean + 4096) >> 9 << 1))
+                        k = np.uint64(signs + ((lean + 4096) >> 9 << 1))
                         p, n = np.int64(states[k]), np.int64(states[k + _ONE])
                         part = (span >> 16) * ((p >> 16) | 1)
-                        minus = np.int64(v < 0) if encoding else np.int64(low < part)
+                        if rounding:
+                            minus = np.int64(v < 0)
+                        else:
+                            minus = np.int64(level[u] < 0) if encoding else np.int64(low < part)
                         low += sense * part * (1 - minus)
                         span = part if minus else span - part
-                        states[k], states[k + _ONE] = _learn(p, n, minus), n + (n < _PATIENCE)
+                        states[k], states[k + _ONE] = learn(p, n, minus), n + (n < PATIENCE)
                         lean += ((1 - 2 * minus) * 4096 - lean) >> 3
                         if span < _WORD:
                             low, span, at = _shift(encoding, low, span, at, words)
 
                         count, t = (m - 1) >> raw, 0
-                        while t < _UNARY:
+                        while t < UNARY:
                             k = np.uint64(base + 2 * t + 2)
                             p, n = np.int64(states[k]), np.int64(states[k + _ONE])
                             part = (span >> 16) * ((p >> 16) | 1)
                             more = t < count if encoding else low < part
-                            states[k], states[k + _ONE] = _learn(p, n, more), n + (n < _PATIENCE)
+                            states[k], states[k + _ONE] = learn(p, n, more), n + (n < PATIENCE)
                             if more:
                                 span = part
                             else:
@@ -213,13 +192,13 @@ def _layer_coder(encoding: bool) -> Callable[..., bool]:
                             if not more:
                                 break
                             t += 1
-                        if t == _UNARY:  # an escape: how many bits, then the bits
-                            rest, size = count - _UNARY + 1 if encoding else 0, 0
+                        if t == UNARY:  # an escape: how many bits, then the bits
+                            rest, size = count - UNARY + 1 if encoding else 0, 0
                             while rest >> size:
                                 size += 1
                             size, low, span, at = _raw_bits(encoding, size, 5, low, span, at, words)
                             rest, low, span, at = _raw_bits(encoding, rest, size, low, span, at, words)
-                            t = rest + _UNARY - 1
+                            t = rest + UNARY - 1
                         if raw:
                             span >>= raw
                             bits = (
@@ -230,36 +209,42 @@ def _layer_coder(encoding: bool) -> Callable[..., bool]:
                             if span < _WORD:
                                 low, span, at = _shift(encoding, low, span, at, words)
                         m = t + 1
-                        if m > 1 << 30 or (not encoding and low >= span):
+                        if m > most or (not encoding and low >= span):
                             return False  # raw bits do not fill the interval: no encoder points at the rest
-                        level[u] = (m ^ -minus) + minus
-                    left = m
-                    found += m << 12
+                        far = 2 * m - odd if dependent else m
+                        level[u] = (far ^ -minus) + minus
+                    if dependent:
+                        state = NEXT[np.uint64(state), np.uint64(m & 1)]
+                    left = far
+                    found += far << 12
                     expected += mean
                 begin = end
-                found -= found >> 4
-                expected -= expected >> 4
-            units[row] = _end_row(column, level, row)
+                found -= found >> decay
+                expected -= expected >> decay
+            units[row] = end_row(column, level, row)
         coder[0], coder[1], coder[2] = low, span, at
         return True
 
     return layer
 
 
-_encode_layer, _decode_layer = _layer_coder(True), _layer_coder(False)
+_CODERS = {(encoding, dependent): _layer_coder(encoding, dependent)
+           for encoding in (False, True) for dependent in (False, True)}  # fmt: skip
 
 
 def _walk(
-    layer: Callable[..., bool], x: NDArray[np.float32], scale: Any, edge: NDArray[np.float32],
+    encoding: bool, dependent: bool, x: NDArray[np.float32], scale: Any, edge: NDArray[np.float32],
     level: Levels, shapes: Shapes, coder: NDArray[np.int64], words: Words, beyond: Beyond,
 ) -> bool:  # fmt: skip
     """All layers in turn; a vector is one row, whatever holds nothing is passed over."""
-    states, units, mean, start = _INITIAL.copy(), np.zeros(0, np.int64), 400, 0
+    layer = _CODERS[encoding, dependent]
+    states = (model.INITIAL_DEPENDENT if dependent else model.INITIAL).copy()
+    units, mean, start = np.zeros(0, np.int64), 800 if dependent else 400, 0
     for shape in shapes:
         rows, size = shape[0] if len(shape) > 1 else 1, prod(shape)
         if size:
             column, now = np.empty(size // rows, np.int32), np.zeros(rows, np.int64)
-            _begin(states, column, units, mean)
+            model.begin_layer(states, column, units, mean)
             part = slice(start, start + size)
             values = x[part].reshape(rows, -1) if len(x) else x.reshape(1, 0)
             into = level[part].reshape(rows, -1)
@@ -271,18 +256,20 @@ def _walk(
 
 
 def encode(
-    x: NDArray[np.float32], scale: float, edge: NDArray[np.float32], shapes: Shapes
+    x: NDArray[np.float32], scale: float, edge: NDArray[np.float32], shapes: Shapes, dependent: bool = False
 ) -> tuple[bytes, Levels, Beyond]:
     """Code of float32 (n,) x * scale, its levels (int32 (n,)), and how far the values lie beyond them.
 
     `edge`: how far above m - 1 level m begins, by ten bits of the state's probability: 1024 entries for
-    m = 1, then for m > 1. Raises ValueError where x is not finite or beyond 2^30 steps.
+    m = 1, then for m > 1. With `dependent` quantizers levels are places in units of scale, `edge` holds one
+    number, what a bit costs in squares of that unit, and nothing is said of what lies beyond.
+    Raises ValueError where x is not finite or beyond 2^30 steps.
     """
     level = np.empty(len(x), np.int32)
     room = 2 * len(x) + 4096
     while True:  # once, unless the levels are huge
         words, coder, beyond = np.empty(room, np.uint32), np.array([0, _FULL, 0]), np.zeros(4)
-        if _walk(_encode_layer, x, np.float32(scale), edge, level, shapes, coder, words, beyond):
+        if _walk(True, dependent, x, np.float32(scale), edge, level, shapes, coder, words, beyond):
             return _finish(coder, words), level, beyond
         if coder[2] < 0:
             raise ValueError("update holds values that are not finite or beyond 2^30 steps")
@@ -303,7 +290,7 @@ def _finish(coder: NDArray[np.int64], words: Words) -> bytes:
     return settled.astype(">u2").tobytes()[: 2 * at + spare]
 
 
-@_jit
+@jit
 def _settle(words: Words, low: Whole, out: NDArray[np.uint16]) -> None:
     n, carry = len(words), low >> 48
     out[n], out[n + 1] = (low >> 32) & 0xFFFF, (low >> 16) & 0xFFFF
@@ -313,13 +300,13 @@ def _settle(words: Words, low: Whole, out: NDArray[np.uint16]) -> None:
         carry >>= 16
 
 
-def decode(code: bytes, shapes: Shapes) -> Levels:
+def decode(code: bytes, shapes: Shapes, dependent: bool = False) -> Levels:
     """Undo `encode`: int32 levels. Raises DecodeError for bytes that it did not make, if they show it."""
     level = np.empty(sum(prod(shape) for shape in shapes), np.int32)
     words = np.frombuffer(code + bytes(6 + len(code) % 2), ">u2").astype(np.uint32)
     coder = np.array([int(words[0]) << 32 | int(words[1]) << 16 | int(words[2]), _FULL, 3])
     none = np.zeros(0, np.float32)
-    if not _walk(_decode_layer, none, np.float32(0), none, level, shapes, coder, words, np.zeros(4)):
+    if not _walk(False, dependent, none, np.float32(0), none, level, shapes, coder, words, np.zeros(4)):
         raise DecodeError("packet holds a level that no encoder makes")
     if not 0 <= len(code) - 2 * (int(coder[2]) - 3) <= 3:
         raise DecodeError("packet does not end where its levels do")

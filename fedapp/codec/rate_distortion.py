@@ -16,18 +16,24 @@ from fedapp.codec.target import Target, meet
 from fedapp.errors import DecodeError
 
 LAMBDA = 0.09  # squared steps that a bit is worth; best, and flat, from 0.1 to 4 bits per parameter
+TRELLIS_LAMBDA = 0.075  # the same with a trellis; flat from 0.065 to 0.085
 _HEADER = struct.Struct("<fbb")  # step, then how far the points of level 1 and of levels > 1 move, in 1/256
+_TRELLIS_HEADER = struct.Struct("<fbbb")  # step, then the same for places 1, 2 and above
+_ENCODES = {False: 3, True: 6}  # by trellis: under it noise falls from 0.8 to 0 bits within 20 % of a step
+_LIKE = {False: (1.0, LAMBDA, 3), True: (1.6, 0.17, 8)}  # what estimates are made with: how much finer steps,
+# squared steps that a bit is worth, rounds in which an edge and its probability settle
 
-_FRAME = _HEADER.size + 7  # what a packet holds beside the code: this header, its length, version, dtype, CRC
+_REST = 7  # what a packet holds beside header and code: the header's length, version, dtype, CRC
 _COARSEST, _FINEST = 0.9, 2.0**-24  # steps, of the largest magnitude: below, some value is always sent
 
 
 def default(
-    step: float | None = None, rate: float = 1.0, nmse: float | None = None, error_feedback: bool = False
-) -> Codec:
+    step: float | None = None, rate: float = 1.0, nmse: float | None = None, error_feedback: bool = False,
+    trellis: bool = False,
+) -> Codec:  # fmt: skip
     """What `codec=default` is made of."""
     check.flag("codec.error_feedback", error_feedback)
-    codec = RateDistortion(step, rate, nmse)
+    codec = RateDistortion(step, rate, nmse, trellis)
     return ErrorFeedback(codec) if error_feedback else codec
 
 
@@ -41,8 +47,14 @@ class RateDistortion:
     error feedback would owe a vector that is never sent for ever; the finest is 2^-24 of it. A target
     beyond these gets the nearer one, and the log names it.
 
+    trellis: dependent quantization (`trellis`); its quantizers have this step each, and their points together
+    lie half a step apart. On updates of a small CNN 0.5 to 1.1 dB better from 0.5 to 4 bits; no better below
+    0.5 bit where rows and columns are alike. Encodes 30 times more slowly, up to six times for a target, and
+    under mere noise misses some between 0.3 and 0.8 bits: there zeros beget zeros, or do not.
+
     float32 (n,) <-> uint8 (bytes,), where n is the layout's: the coder looks at its layers (`context`). The
-    decoder puts levels of magnitude 1, and larger ones, at the mean of their cells (two bytes).
+    decoder puts levels of magnitude 1, and larger ones, at the mean of their cells (two bytes; with a trellis
+    three: the first places of each quantizer, and the others).
     Sources: Sullivan 1996, "Efficient scalar quantization of exponential and Laplacian random variables";
     Sullivan and Wiegand 1998, "Rate-distortion optimization for video compression".
     """
@@ -50,6 +62,7 @@ class RateDistortion:
     step: float | None = None
     rate: float = 1.0
     nmse: float | None = None
+    trellis: bool = False
 
     def __post_init__(self) -> None:
         if self.step is not None:
@@ -57,6 +70,12 @@ class RateDistortion:
         if self.nmse is not None:
             check.real("codec.nmse", self.nmse, low=1e-9, below=1.0)
         check.real("codec.rate", self.rate, above=0.0, high=12.0)
+        check.flag("codec.trellis", self.trellis)
+
+    def __repr__(self) -> str:
+        """As ever where there is no trellis: it seeds the CRC, and packets made before it shall be read."""
+        trellis = ", trellis=True" if self.trellis else ""
+        return f"RateDistortion(step={self.step!r}, rate={self.rate!r}, nmse={self.nmse!r}{trellis})"
 
     def encode(
         self, x: NDArray[Any], layout: Layout, state: State, rng: np.random.Generator
@@ -65,51 +84,71 @@ class RateDistortion:
         require_finite(x, layout)
         largest = float(np.max(np.abs(x), initial=0.0))
         if not largest:
-            return Packet(np.zeros(0, np.uint8), _HEADER.pack(0.0, 0, 0)), {}
+            return Packet(np.zeros(0, np.uint8), bytes(self._header.size)), {}
         finest, coarsest = _FINEST * largest, _COARSEST * largest
         if self.step is not None:
             rms = float(np.sqrt(np.mean(x.astype(np.float64) ** 2)))
-            return _code(x, layout, min(max(self.step * rms, finest), coarsest)), {}
+            return self._code(x, layout, min(max(self.step * rms, finest), coarsest)), {}
         if self.nmse is not None:
             target = Target(
-                "codec.nmse", self.nmse, _error_estimate, lambda packet: _nmse(x, packet, layout), falls=False
-            )
-        else:
-            size = self.rate * len(x) / 8
-            target = Target(
-                "bytes for codec.rate", size, lambda a: len(x) * _bits_estimate(a) / 8 + _FRAME, _size,
-                falls=True, tolerance=max(0.01, 10 / size),
+                "codec.nmse", self.nmse, lambda a: _error_estimate(a, self.trellis),
+                lambda packet: self._nmse(x, packet, layout), falls=False,
+                encodes=_ENCODES[self.trellis],
             )  # fmt: skip
-        return meet(target, x, lambda step: _code(x, layout, step), finest, coarsest), {}
+        else:
+            size, frame = self.rate * len(x) / 8, self._header.size + _REST
+            target = Target(
+                "bytes for codec.rate", size, lambda a: len(x) * _bits_estimate(a, self.trellis) / 8 + frame,
+                lambda packet: len(packet.body) + frame, falls=True, tolerance=max(0.01, 10 / size),
+                encodes=_ENCODES[self.trellis],
+            )  # fmt: skip
+        return meet(target, x, lambda step: self._code(x, layout, step), finest, coarsest), {}
 
     def decode(self, packet: Packet, layout: Layout) -> NDArray[Any]:
-        if packet.body.dtype != np.uint8 or len(packet.header) != _HEADER.size:
+        if packet.body.dtype != np.uint8 or len(packet.header) != self._header.size:
             raise DecodeError("packet does not hold a header and context-coded levels")
-        step, one, more = _HEADER.unpack(packet.header)
+        step, *moves = self._header.unpack(packet.header)
         if not 0 <= step < np.inf:
             raise DecodeError(f"packet names a quantizer step of {step}")
         if not step:
             if len(packet.body):
                 raise DecodeError("packet has levels without a step")
             return np.zeros(layout.size, np.float32)
-        levels = context.decode(packet.body.tobytes(), _shapes(layout))
-        x: NDArray[np.float32] = _points(levels, np.float32(step), one, more)
+        levels = context.decode(packet.body.tobytes(), _shapes(layout), self.trellis)
+        one, two, more = moves if self.trellis else (moves[0], moves[1], moves[1])
+        x: NDArray[np.float32] = _points(
+            levels, np.float32(step), 128 if self.trellis else 256, one, two, more
+        )
         if not np.isfinite(x).all():
             raise DecodeError("packet decodes to values beyond float32")
         return x
 
+    @property
+    def _header(self) -> struct.Struct:
+        return _TRELLIS_HEADER if self.trellis else _HEADER
 
-def _code(x: NDArray[np.float32], layout: Layout, step: float) -> Packet:
-    """One full encode."""
-    step32 = max(np.float32(step), np.finfo(np.float32).smallest_subnormal)
-    # float32 cannot invert the smallest steps, nor well the largest; a power of two changes no other bit.
-    exponent = int(np.frexp(step32)[1])
-    exponent = exponent if abs(exponent) > 64 else 0
-    unit = np.ldexp(x, -exponent) if exponent else x
-    scale = 1 / float(np.ldexp(np.float64(step32), -exponent))
-    code, _, beyond = context.encode(unit, scale, _EDGES, _shapes(layout))
-    moves = [max(-127, min(127, round(256 * beyond[k] / max(beyond[k + 2], 1)))) for k in (0, 1)]
-    return Packet(np.frombuffer(code, np.uint8), _HEADER.pack(step32, *moves))
+    def _code(self, x: NDArray[np.float32], layout: Layout, step: float) -> Packet:
+        """One full encode."""
+        step32 = max(np.float32(step), np.finfo(np.float32).smallest_subnormal)
+        # float32 cannot invert the smallest steps, nor well the largest; a power of two changes no other bit.
+        exponent = int(np.frexp(step32)[1])
+        exponent = exponent if abs(exponent) > 64 else 0
+        unit = np.ldexp(x, -exponent) if exponent else x
+        scale = 1 / float(np.ldexp(np.float64(step32), -exponent))
+        if self.trellis:
+            code, places, _ = context.encode(unit, 2 * scale, _WEIGHT, _shapes(layout), dependent=True)
+            moves = [128 * move for move in _beyond(unit, 2 * scale, places)]
+        else:
+            code, _, beyond = context.encode(unit, scale, _EDGES, _shapes(layout))
+            moves = [256 * beyond[k] / max(beyond[k + 2], 1) for k in (0, 1)]
+        rounded = [max(-127, min(127, round(move))) for move in moves]
+        return Packet(np.frombuffer(code, np.uint8), self._header.pack(step32, *rounded))
+
+    def _nmse(self, x: NDArray[np.float32], packet: Packet, layout: Layout) -> float:
+        largest = float(np.abs(x).max())  # squares of the smallest and largest float32 are no float64
+        wide = x.astype(np.float64) / largest
+        error = wide - self.decode(packet, layout).astype(np.float64) / largest
+        return float(np.dot(error, error) / np.dot(wide, wide))
 
 
 def _edges(weight: float) -> NDArray[np.float32]:
@@ -125,54 +164,64 @@ def _edges(weight: float) -> NDArray[np.float32]:
 
 
 _EDGES = _edges(LAMBDA)
+_WEIGHT = np.array([4 * TRELLIS_LAMBDA], np.float32)  # in squared half steps
 
 
 @njit(cache=True, error_model="numpy", nogil=True)
-def _points(levels: NDArray[np.int32], step: np.float32, one: int, more: int) -> NDArray[np.float32]:
-    """What each level stands for: an integer times a power of two times the step, the same everywhere."""
+def _points(
+    levels: NDArray[np.int32], step: np.float32, unit: int, one: int, two: int, more: int
+) -> NDArray[np.float32]:
+    """What levels stand for, `unit`/256 steps apart: an integer, times a power of two, times the step; the
+    same everywhere. The last three say how far those of magnitude 1, 2 and above move."""
     x: NDArray[np.float32] = np.empty(len(levels), np.float32)
     for j in range(len(levels)):
         q = np.int64(levels[j])
-        move = one if abs(q) == 1 else more
-        x[j] = np.float32(q * 256 + (move if q > 0 else -move if q < 0 else 0)) * np.float32(1 / 256) * step
+        move = one if abs(q) == 1 else two if abs(q) == 2 else more
+        x[j] = np.float32(q * unit + (move if q > 0 else -move if q < 0 else 0)) * np.float32(1 / 256) * step
     return x
+
+
+@njit(cache=True, error_model="numpy", nogil=True)
+def _beyond(x: NDArray[np.float32], scale: float, places: NDArray[np.int32]) -> NDArray[np.float64]:
+    """How far values lie beyond places of magnitude 1, 2 and above, in the mean."""
+    total, count = np.zeros(3), np.zeros(3)
+    for j in range(len(places)):
+        m = abs(np.int64(places[j]))
+        if m:
+            kind = 0 if m == 1 else 1 if m == 2 else 2
+            total[kind] += abs(np.float64(x[j]) * scale) - m
+            count[kind] += 1
+    mean: NDArray[np.float64] = total / np.maximum(count, 1)
+    return mean
 
 
 def _shapes(layout: Layout) -> list[tuple[int, ...]]:
     return [slot.shape for slot in layout.slots]
 
 
-def _size(packet: Packet) -> float:
-    return len(packet.body) + _FRAME
-
-
-def _nmse(x: NDArray[np.float32], packet: Packet, layout: Layout) -> float:
-    largest = float(np.abs(x).max())  # squares of the smallest and largest float32 are no float64
-    wide = x.astype(np.float64) / largest
-    error = wide - RateDistortion().decode(packet, layout).astype(np.float64) / largest
-    return float(np.dot(error, error) / np.dot(wide, wide))
-
-
-def _rounded(magnitude: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Levels of magnitudes in steps, as one context would round them."""
+def _rounded(magnitude: NDArray[np.float64], trellis: bool) -> NDArray[np.float64]:
+    """Levels of magnitudes in finer steps, as one context would round them."""
+    _, weight, rounds = _LIKE[trellis]
     edge = 0.62
-    for _ in range(3):
+    for _ in range(rounds):
         p = np.clip(np.mean(magnitude > edge), 1e-4, 0.5)
-        edge = 0.5 + LAMBDA / 2 * (np.log2((1 - p) / p) + 1.4)
+        edge = 0.5 + weight / 2 * (np.log2((1 - p) / p) + 1.4)
     return np.where(magnitude > edge, np.maximum(np.rint(magnitude), 1), 0)
 
 
-def _bits_estimate(magnitude: NDArray[np.float64]) -> float:
+def _bits_estimate(magnitude: NDArray[np.float64], trellis: bool) -> float:
     """Bits per parameter: the entropy of single levels, less what contexts usually save."""
+    magnitude = magnitude * _LIKE[trellis][0]
     halvings = max(0.0, np.floor(np.log2(magnitude.mean() / 16)))  # a sample shows no more than its size
-    level = np.minimum(_rounded(magnitude / 2**halvings), 1 << 14).astype(np.int64)
+    level = np.minimum(_rounded(magnitude / 2**halvings, trellis), 1 << 14).astype(np.int64)
     share = np.bincount(level) / len(level)
     zero, share = share[0], share[share > 0]
     bits = float(-np.sum(share * np.log2(share)) + 1 - zero + halvings)
     return bits * (bits + 0.4) / (bits + 0.6)
 
 
-def _error_estimate(magnitude: NDArray[np.float64]) -> float:
+def _error_estimate(magnitude: NDArray[np.float64], trellis: bool) -> float:
     """Squared error over squared norm."""
-    error = magnitude - _rounded(magnitude)
+    magnitude = magnitude * _LIKE[trellis][0]
+    error = magnitude - _rounded(magnitude, trellis)
     return float(np.sum(error**2) / np.sum(magnitude**2)) + 1e-15

@@ -9,7 +9,6 @@ from numpy.typing import NDArray
 
 from fedapp.codec import Packet
 
-_ENCODES = 3
 _SAMPLE = 8192  # magnitudes that the estimate looks at
 _log = logging.getLogger("fedapp.codec")
 
@@ -18,7 +17,8 @@ _log = logging.getLogger("fedapp.codec")
 class Target:
     """What a packet shall have, an estimate of it (from a sample of magnitudes, in steps), and what it has.
 
-    falls: it becomes less as steps grow. tolerance: relative, where the usual one percent is too strict.
+    falls: it becomes less as steps grow. tolerance: relative, where the usual one percent is too strict; from
+    the third encode on thrice of it will do. encodes: how many at most.
     """
 
     name: str
@@ -27,6 +27,7 @@ class Target:
     of: Callable[[Packet], float]
     falls: bool
     tolerance: float = 0.01
+    encodes: int = 3
 
     def miss(self, packet: Packet) -> float:
         return abs(float(np.log(self.of(packet) / self.goal)))
@@ -39,7 +40,7 @@ def meet(
     finest: float,
     coarsest: float,
 ) -> Packet:
-    """The packet nearest to the target of at most three, each of which corrects the estimate for the next.
+    """The packet nearest to the target of a few, each of which corrects the estimate for the next.
 
     `code` encodes at a step in [finest, coarsest]. A target that lies beyond these gets the packet of that
     limit, and a warning in the log names what it has.
@@ -49,13 +50,13 @@ def meet(
     low, high = float(np.log2(finest / coarsest)), 0.0
     missed: list[tuple[float, float]] = []  # log2 of a step, log of what the estimate missed there
     packets: list[Packet] = []
-    while len(packets) < _ENCODES:
+    while len(packets) < target.encodes:
         at = _solve(target, sample, missed, low, high)
         if any(abs(at - earlier) < 1e-4 for earlier, _ in missed):
             break  # a limit, or as near as it gets
         packets.append(code(2.0**at * coarsest))
         found = target.of(packets[-1])
-        if target.miss(packets[-1]) < target.tolerance:
+        if target.miss(packets[-1]) < target.tolerance * (1 if len(packets) < 3 else 3):
             return packets[-1]
         missed.append((at, float(np.log(found / target.estimate(sample / 2.0**at)))))
         low, high = (at, high) if (found > target.goal) == target.falls else (low, at)
