@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from test_rate_distortion import LAYOUT, coded, damaged, every_vector, layout_of, nmse, update
+from test_rate_distortion import LAYOUT, coded, every_vector, fuzz, layout_of, nmse, update
 
 from fedapp.codec import Layout, Packet, context, trellis
 from fedapp.codec.rate_distortion import RateDistortion, default
@@ -152,23 +152,7 @@ PLACES = [0, 0, 0, -2, 0, 2, 0, 0, -4, 0, 0, 0, 40001, 2, 0, 0, -2, 0, 0, 8]
 
 @pytest.mark.parametrize("count", [3000, pytest.param(200_000, marks=pytest.mark.slow)])
 def test_damaged_packets_decode_to_something_finite_or_raise_one_error(count: int) -> None:
-    rng = np.random.default_rng(0)
-    layout = layout_of([(8, 9), (8,), ()])
-    codec, refused = RateDistortion(trellis=True), 0
-    for number in range(count):
-        x = (rng.standard_t(1.2, layout.size) * 10.0 ** rng.integers(-40, 30)).astype(np.float32)
-        if number % 50 == 0:
-            sent = RateDistortion(rate=float(rng.uniform(1.5, 8)), trellis=True)
-            packet, _ = sent.encode(x, layout, {}, rng)
-        body, header = packet.body.tobytes(), packet.header
-        body, header = (damaged(body, rng), header) if number % 8 else (body, damaged(header, rng))
-        try:
-            y = codec.decode(Packet(np.frombuffer(body, np.uint8), header), layout)
-            assert y.shape == (layout.size,)
-            assert np.isfinite(y).all()
-        except DecodeError:
-            refused += 1
-    assert refused > count / 4
+    fuzz(count, least_rate=1.5, trellis=True)
 
 
 @pytest.mark.parametrize(

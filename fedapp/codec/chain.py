@@ -87,15 +87,19 @@ class ErrorFeedback:
         return self.codec.decode(packet, layout)
 
 
+def with_feedback(codec: Codec, error_feedback: bool) -> Codec:
+    """The codec itself, or inside error feedback: what every builder of conf/codec/ ends with."""
+    check.flag("codec.error_feedback", error_feedback)
+    return ErrorFeedback(codec) if error_feedback else codec
+
+
 def pipeline(
     keep: float = 1.0, step: float = 2.0, offset: float = 0.38, error_feedback: bool = False
 ) -> Codec:
     """Prune, quantize, entropy-code: the stages behind `codec=default` and `codec=topk`."""
     check.real("codec.keep", keep, above=0.0, high=1.0)
-    check.flag("codec.error_feedback", error_feedback)
     prune = (TopK(keep),) if keep != 1.0 else ()
-    chain = Chain((*prune, DeadZone(step, offset), Ans()))
-    return ErrorFeedback(chain) if error_feedback else chain
+    return with_feedback(Chain((*prune, DeadZone(step, offset), Ans())), error_feedback)
 
 
 _ENTROPY: dict[str, tuple[Codec, ...]] = {
@@ -111,6 +115,5 @@ def staged(
 ) -> Codec:
     """One stage, pruning before it and an entropy coder behind it: the family of codecs in conf/codec/."""
     check.choice("codec.entropy", entropy, tuple(_ENTROPY))
-    check.flag("codec.error_feedback", error_feedback)
     chain = Chain((*(() if prune is None else (prune,)), stage, *_ENTROPY[entropy]))
-    return ErrorFeedback(chain) if error_feedback else chain
+    return with_feedback(chain, error_feedback)

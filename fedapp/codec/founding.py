@@ -14,9 +14,10 @@ from numpy.typing import NDArray
 
 from fedapp import check
 from fedapp.codec import Codec, Layout, Packet, State, seed
-from fedapp.codec.chain import Chain, ErrorFeedback
+from fedapp.codec.chain import Chain, with_feedback
 from fedapp.codec.entropy import Ans
 from fedapp.codec.layers import require_finite, require_whole
+from fedapp.codec.prune import put_back
 from fedapp.codec.scale import LARGEST, read_scales, round_up, times
 from fedapp.codec.varint import Reader, varint
 from fedapp.errors import ConfigError, DecodeError
@@ -81,12 +82,7 @@ class RandomPrune:
         shared = reader.take(seed.SIZE)
         left = None if self.corrected else reader.varint(_count(self._rows(layout)))
         reader.end()
-        kept = self._kept(layout, self._hits(layout, shared, left))
-        if packet.body.dtype != np.float32 or len(packet.body) != np.count_nonzero(kept):
-            raise DecodeError(f"packet does not hold the {np.count_nonzero(kept)} values that it kept")
-        x = np.zeros(layout.size, np.float32)
-        x[kept] = packet.body
-        return x
+        return put_back(packet.body, self._kept(layout, self._hits(layout, shared, left)))
 
     def _rows(self, layout: Layout) -> list[tuple[int, int, int]]:
         """Units that lie in a row: the offset of the first, how many, and the weights of each."""
@@ -194,12 +190,11 @@ def rules(
 ) -> Codec:
     """Prune, fixed point, entropy-code: `codec=prune_weights`, `prune_kernels` and `fixed_point`."""
     check.choice("codec.structure", structure, ("none", "weight", "kernel"))
-    check.flag("codec.error_feedback", error_feedback)
     prune = (RandomPrune(share, alpha, structure, corrected),) if structure != "none" else ()
-    chain = Chain((*prune, FixedPoint(levels, beta, corrected), Ans()))
+    codec = with_feedback(Chain((*prune, FixedPoint(levels, beta, corrected), Ans())), error_feedback)
     if error_feedback and corrected:
         raise ConfigError(
             "codec.error_feedback must be false where codec.corrected is true, got true: scaled up, an error "
             "can exceed the update itself, and feedback would let it grow; set one of them to false"
         )
-    return ErrorFeedback(chain) if error_feedback else chain
+    return codec

@@ -41,12 +41,8 @@ class TopK:
     def decode(self, packet: Packet, layout: Layout) -> NDArray[Any]:
         reader = Reader(packet.header)
         keep = reader.varint(layout.size)
-        if packet.body.dtype != np.float32 or len(packet.body) != keep:
-            raise DecodeError(f"packet does not hold the {keep} values that it kept")
         mask = decode_symbols(reader.rest(), np.array([layout.size - keep, keep]))
-        x = np.zeros(layout.size, np.float32)
-        x[mask == 1] = packet.body
-        return x
+        return put_back(packet.body, mask == 1)
 
 
 @dataclass(frozen=True)
@@ -79,12 +75,10 @@ class RandomMask:
         return Packet(kept, shared), {}
 
     def decode(self, packet: Packet, layout: Layout) -> NDArray[Any]:
-        keep = _count(self.fraction, layout.size)
-        if packet.body.dtype != np.float32 or len(packet.body) != keep or len(packet.header) != seed.SIZE:
-            raise DecodeError(f"packet does not hold a seed and the {keep} values that its mask keeps")
-        x = np.zeros(layout.size, np.float32)
-        x[seed.places(packet.header, layout.size, keep)] = packet.body
-        return x
+        if len(packet.header) != seed.SIZE:
+            raise DecodeError("packet does not hold the seed of its mask")
+        kept = seed.places(packet.header, layout.size, _count(self.fraction, layout.size))
+        return put_back(packet.body, kept)
 
 
 def largest(x: NDArray[Any], fraction: float) -> NDArray[np.bool_]:
@@ -96,6 +90,16 @@ def largest(x: NDArray[Any], fraction: float) -> NDArray[np.bool_]:
     kept: NDArray[np.bool_] = magnitude > least
     kept[np.flatnonzero(magnitude == least)[: keep - int(kept.sum())]] = True
     return kept
+
+
+def put_back(values: NDArray[Any], kept: NDArray[np.bool_]) -> NDArray[np.float32]:
+    """The vector with these values where `kept` says and zeros elsewhere; DecodeError unless they fit."""
+    count = np.count_nonzero(kept)
+    if values.dtype != np.float32 or len(values) != count:
+        raise DecodeError(f"packet does not hold the {count} values that it kept")
+    x = np.zeros(len(kept), np.float32)
+    x[kept] = values
+    return x
 
 
 def _count(fraction: float, size: int) -> int:

@@ -5,13 +5,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
 from fedapp import check
 from fedapp.codec import Codec, Layout, Packet, State, context
-from fedapp.codec.chain import ErrorFeedback
+from fedapp.codec.chain import with_feedback
 from fedapp.codec.layers import require_finite, require_whole
+from fedapp.codec.model import jit
 from fedapp.codec.target import Target, meet
 from fedapp.errors import DecodeError
 
@@ -20,9 +20,9 @@ TRELLIS_LAMBDA = 0.075  # the same with a trellis; flat from 0.065 to 0.085
 _HEADER = struct.Struct("<fbb")  # step, then how far the points of level 1 and of levels > 1 move, in 1/256
 _TRELLIS_HEADER = struct.Struct("<fbbb")  # step, then the same for places 1, 2 and above
 _ENCODES = {False: 3, True: 6}  # by trellis: under it noise falls from 0.8 to 0 bits within 20 % of a step
-_LIKE = {False: (1.0, LAMBDA, 3), True: (1.6, 0.17, 8)}  # what estimates are made with: how much finer steps,
-# squared steps that a bit is worth, rounds in which an edge and its probability settle
-
+# What estimates are made with, by trellis: how much finer steps, squared steps that a bit is worth, rounds in
+# which an edge and its probability settle.
+_LIKE = {False: (1.0, LAMBDA, 3), True: (1.6, 0.17, 8)}
 _REST = 7  # what a packet holds beside header and code: the header's length, version, dtype, CRC
 _COARSEST, _FINEST = 0.9, 2.0**-24  # steps, of the largest magnitude: below, some value is always sent
 
@@ -32,9 +32,7 @@ def default(
     trellis: bool = False,
 ) -> Codec:  # fmt: skip
     """What `codec=default` is made of."""
-    check.flag("codec.error_feedback", error_feedback)
-    codec = RateDistortion(step, rate, nmse, trellis)
-    return ErrorFeedback(codec) if error_feedback else codec
+    return with_feedback(RateDistortion(step, rate, nmse, trellis), error_feedback)
 
 
 @dataclass(frozen=True)
@@ -81,13 +79,15 @@ class RateDistortion:
         self, x: NDArray[Any], layout: Layout, state: State, rng: np.random.Generator
     ) -> tuple[Packet, State]:
         require_whole(x, layout)
-        require_finite(x, layout)
-        largest = float(np.max(np.abs(x), initial=0.0))
+        # Without copies of the vector, which may be large; NaN and infinity come through.
+        largest = float(np.maximum(np.max(x, initial=0.0), -np.min(x, initial=0.0)))
+        if not np.isfinite(largest):
+            require_finite(x, layout)
         if not largest:
             return Packet(np.zeros(0, np.uint8), bytes(self._header.size)), {}
         finest, coarsest = _FINEST * largest, _COARSEST * largest
         if self.step is not None:
-            rms = float(np.sqrt(np.mean(x.astype(np.float64) ** 2)))
+            rms = float(np.sqrt(np.mean(np.square(x, dtype=np.float64))))
             return self._code(x, layout, min(max(self.step * rms, finest), coarsest)), {}
         if self.nmse is not None:
             target = Target(
@@ -167,7 +167,7 @@ _EDGES = _edges(LAMBDA)
 _WEIGHT = np.array([4 * TRELLIS_LAMBDA], np.float32)  # in squared half steps
 
 
-@njit(cache=True, error_model="numpy", nogil=True)
+@jit
 def _points(
     levels: NDArray[np.int32], step: np.float32, unit: int, one: int, two: int, more: int
 ) -> NDArray[np.float32]:
@@ -181,7 +181,7 @@ def _points(
     return x
 
 
-@njit(cache=True, error_model="numpy", nogil=True)
+@jit
 def _beyond(x: NDArray[np.float32], scale: float, places: NDArray[np.int32]) -> NDArray[np.float64]:
     """How far values lie beyond places of magnitude 1, 2 and above, in the mean."""
     total, count = np.zeros(3), np.zeros(3)
