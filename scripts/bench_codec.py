@@ -10,6 +10,7 @@ packet. Needs the extra dev for the plot, rates.png in the folder. Pin a thread:
 import argparse
 import statistics
 import time
+from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,9 +31,11 @@ Vector = NDArray[np.float32]
 RATES = (0.1, 0.25, 0.5, 1.0, 2.0, 4.0)
 
 
-def layout_of(shapes: list[tuple[int, ...]]) -> Layout:
-    offsets = np.cumsum([0, *(int(np.prod(shape)) for shape in shapes)]).tolist()
-    slots = (Slot(f"{i}", shape, offsets[i]) for i, shape in enumerate(shapes))
+def layout_of(shapes: dict[str, tuple[int, ...]]) -> Layout:
+    offsets = np.cumsum([0, *(int(np.prod(shape)) for shape in shapes.values())]).tolist()
+    slots = (
+        Slot(name, shape, offset) for (name, shape), offset in zip(shapes.items(), offsets, strict=False)
+    )
     return Layout(tuple(slots), offsets[-1])
 
 
@@ -40,17 +43,19 @@ def layout_of(shapes: list[tuple[int, ...]]) -> Layout:
 
 
 def lenet() -> nn.Sequential:
-    return nn.Sequential(
-        nn.Conv2d(1, 6, 5), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(6, 16, 5), nn.ReLU(), nn.MaxPool2d(2),
-        nn.Flatten(), nn.Linear(256, 120), nn.ReLU(), nn.Linear(120, 84), nn.ReLU(), nn.Linear(84, 10),
-    )  # fmt: skip
+    relu, pool = nn.ReLU(), nn.MaxPool2d(2)
+    return nn.Sequential(OrderedDict(
+        conv1=nn.Conv2d(1, 6, 5), relu1=relu, pool1=pool, conv2=nn.Conv2d(6, 16, 5), relu2=relu, pool2=pool,
+        flatten=nn.Flatten(), linear1=nn.Linear(256, 120), relu3=relu, linear2=nn.Linear(120, 84), relu4=relu,
+        output=nn.Linear(84, 10),
+    ))  # fmt: skip
 
 
 def updates(folder: Path, rounds: list[int]) -> tuple[Layout, dict[int, list[Vector]]]:
     """The updates of all ten clients in these rounds of a plain federation."""
     torch.manual_seed(0)
     model = lenet()
-    layout = layout_of([tuple(p.shape) for p in model.parameters()])
+    layout = layout_of({name: tuple(p.shape) for name, p in model.named_parameters()})
     files = {r: folder / f"updates-{r}.npy" for r in rounds}
     if not all(file.exists() for file in files.values()):
         task = config.job_of("task.features=pixels privacy=none").task
@@ -75,9 +80,12 @@ def updates(folder: Path, rounds: list[int]) -> tuple[Layout, dict[int, list[Vec
 def large() -> tuple[Layout, Vector]:
     """Ten million values with active rows and columns, for timing."""
     rng = np.random.default_rng(1)
-    layout = layout_of(
-        [(256, 128, 3, 3), (512, 256, 3, 3), (1024, 2048), (2048, 2048), (512, 2048), (1000, 1024)]
-    )
+    shapes = {
+        "conv1.weight": (256, 128, 3, 3), "conv2.weight": (512, 256, 3, 3), "linear1.weight": (1024, 2048),
+        "linear2.weight": (2048, 2048), "linear3.weight": (512, 2048), "output.weight": (1000, 1024),
+        "output.bias": (1000,),
+    }  # fmt: skip
+    layout = layout_of(shapes)
     parts = []
     for slot in layout.slots:
         rows, columns = slot.shape[0], int(np.prod(slot.shape[1:]))
@@ -156,9 +164,9 @@ def gaussian_bound(x: Vector, layout: Layout, rate: float) -> float:
 # --- measuring --------------------------------------------------------------------------------------------
 
 
-def sent(codec: Codec, x: Vector, layout: Layout) -> tuple[float, float, Vector]:
-    """Bits per parameter of the packet, NMSE, and the decoded update."""
-    data = pack(codec.encode(x, layout, {}, np.random.default_rng(0))[0], codec, layout)
+def sent(codec: Codec, x: Vector, layout: Layout, client: int = 0) -> tuple[float, float, Vector]:
+    """Bits per parameter, NMSE, and the decoded update; each client has randomness of its own."""
+    data = pack(codec.encode(x, layout, {}, np.random.default_rng(client))[0], codec, layout)
     y = decode_update(data, codec, layout)
     return 8 * len(data) / len(x), nmse(x, y), y
 
@@ -237,7 +245,7 @@ def family(layout: Layout, found: dict[int, list[Vector]]) -> None:
         codec = config.job_of(f"task=digits privacy=none codec={name}").codec
         bits, errors, means = [], [], []
         for cohort in found.values():
-            coded = [sent(codec, update, layout) for update in cohort]
+            coded = [sent(codec, update, layout, client) for client, update in enumerate(cohort)]
             bits += [b for b, _, _ in coded]
             errors += [e for _, e, _ in coded]
             means.append(nmse(np.mean(cohort, axis=0), np.mean([y for _, _, y in coded], axis=0)))
