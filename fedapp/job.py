@@ -1,7 +1,7 @@
 """Everything one run is made of, checked before anything starts."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,7 @@ from torch import nn
 from fedapp import check
 from fedapp.codec import Codec, Layout, Slot
 from fedapp.codec.chain import Identity
+from fedapp.codec.feedback import AutoFeedback
 from fedapp.errors import ConfigError
 from fedapp.privacy.example import ExamplePrivacy
 from fedapp.privacy.none import NoPrivacy
@@ -42,6 +43,7 @@ class Job:
     privacy: NoPrivacy | ExamplePrivacy
     engine: "Local"
     choices: Mapping[str, str | None]
+    feedback: str | None = field(init=False, default=None)  # what `codec.feedback=auto` came to, and why
 
     def __post_init__(self) -> None:
         check.whole("clients", self.clients, 1)
@@ -56,6 +58,7 @@ class Job:
         if self.device == "cuda" and not torch.cuda.is_available():
             raise ConfigError("device=cuda, but torch sees no CUDA device: set device=cpu or device=auto")
         self._check_privacy()
+        self._decide_feedback()
 
     def _check_privacy(self) -> None:
         """What would leak beside a private update, and trainers without their privacy, are refused."""
@@ -83,6 +86,14 @@ class Job:
         for holds, reason in refused:
             if holds:
                 raise ConfigError(f"{given} keeps what is private on the client, but {reason}")
+
+    def _decide_feedback(self) -> None:
+        """Both ends get the same codec of `codec.feedback=auto`."""
+        if isinstance(self.codec, AutoFeedback):
+            privacy = f"privacy={self.choices['privacy']}" if self.privacy.unit else None
+            codec, said = self.codec.decide(self.in_round, self.clients, privacy)
+            object.__setattr__(self, "codec", codec)
+            object.__setattr__(self, "feedback", said)
 
     @property
     def in_round(self) -> int:

@@ -60,6 +60,8 @@ def run(
         folder.write_split(job.task.label_counts().tolist())
     federation = Federation(job, grid)
     failure: BaseException | None = None
+    if job.feedback:
+        console.print(job.feedback, soft_wrap=True, markup=False, highlight=False)
     startup = time.perf_counter() - started
     try:
         with Progress(console, job.rounds) as progress:

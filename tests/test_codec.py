@@ -43,21 +43,21 @@ CODECS: dict[str, Codec] = {
     "default_step": default(step=0.5),
     "default_error": default(nmse=0.02),
     "default_low_rate": default(rate=0.1),
-    "default_feedback": default(error_feedback=True),
+    "default_feedback": default(feedback=True),
     "trellis": default(trellis=True),
     "trellis_step": default(step=0.5, trellis=True),
     "trellis_error": default(nmse=0.02, trellis=True),
     "trellis_low_rate": default(rate=0.1, trellis=True),
-    "trellis_feedback": default(error_feedback=True, trellis=True),
+    "trellis_feedback": default(feedback=True, trellis=True),
     "pipeline": pipeline(),
-    "pipeline_feedback": pipeline(error_feedback=True),
-    "pipeline_top_k": pipeline(keep=0.1, step=0.5, offset=0.5, error_feedback=True),
+    "pipeline_feedback": pipeline(feedback=True),
+    "pipeline_top_k": pipeline(keep=0.1, step=0.5, offset=0.5, feedback=True),
     "prune": RandomPrune(0.5),
     "prune_written": RandomPrune(0.9, 0.5, corrected=False),
     "prune_kernels": RandomPrune(0.5, structure="kernel"),
     "prune_kernels_written": RandomPrune(0.9, 0.5, "kernel", corrected=False),
     "prune_quantize": rules("weight", share=0.3, beta=0.1),
-    "prune_quantize_written_feedback": rules("weight", beta=0.1, corrected=False, error_feedback=True),
+    "prune_quantize_written_feedback": rules("weight", beta=0.1, corrected=False, feedback=True),
     "fixed_point": FixedPoint(15),
     "fixed_point_drop": FixedPoint(15, 0.2),
     "fixed_point_written": FixedPoint(15, 0.2, corrected=False),
@@ -75,15 +75,15 @@ CODECS: dict[str, Codec] = {
     "random_mask_all": RandomMask(1.0),
     "random_mask_unscaled": RandomMask(0.1, unbiased=False),
     "random_mask_dither": staged(Dither(1.0), RandomMask(0.25), "ans"),
-    "feedback_random_mask": staged(Dither(0.5), RandomMask(0.5, unbiased=False), error_feedback=True),
+    "feedback_random_mask": staged(Dither(0.5), RandomMask(0.5, unbiased=False), feedback=True),
     "ternary": staged(Ternary(0.1), entropy="ans"),
-    "feedback_ternary": staged(Ternary(0.1), entropy="zstd", error_feedback=True),
+    "feedback_ternary": staged(Ternary(0.1), entropy="zstd", feedback=True),
     "sign": Sign(),
     "sign_by_channel": Sign("channel"),
-    "feedback_sign": staged(Sign(), error_feedback=True),
+    "feedback_sign": staged(Sign(), feedback=True),
     "uniform": Uniform(3),
     "uniform_by_layer": staged(Uniform(8, "layer"), entropy="zstd"),
-    "feedback_uniform": staged(Uniform(4), entropy="huffman", error_feedback=True),
+    "feedback_uniform": staged(Uniform(4), entropy="huffman", feedback=True),
     "stochastic": Stochastic(),
     "stochastic_of_one_level": Stochastic(1, 64),
     "dither": Dither(2.0),
@@ -91,9 +91,9 @@ CODECS: dict[str, Codec] = {
     "eden": Eden(1),
     "eden_of_four_bits": Eden(4),
     "eden_biased": Eden(2, unbiased=False),
-    "feedback_eden": staged(Eden(1, unbiased=False), error_feedback=True),
+    "feedback_eden": staged(Eden(1, unbiased=False), feedback=True),
     "low_rank": LowRank(2),
-    "feedback_low_rank": staged(LowRank(2), error_feedback=True),
+    "feedback_low_rank": staged(LowRank(2), feedback=True),
 }
 START: State = {}
 LOSSLESS = ("identity", "chain_of_identities", "top_k_all", "feedback_identity", "random_mask_all",
@@ -427,7 +427,7 @@ def test_the_residual_stays_bounded() -> None:
     state: State = {}
     norms = []
     for seed in range(200):
-        _, state, _ = through(pipeline(error_feedback=True), gaussian(seed=seed), state)
+        _, state, _ = through(pipeline(feedback=True), gaussian(seed=seed), state)
         norms.append(float(np.linalg.norm(state["residual"])))
     assert max(norms[100:]) < 1.5 * max(norms[:20])
 
@@ -566,7 +566,7 @@ def test_a_reader_ends_where_its_bytes_end() -> None:
         (lambda: LowRank(rank=0), r"codec.rank .* got 0"),
         (lambda: Zstd(effort=23), r"codec.effort .* from 1 to 22, got 23"),
         (lambda: staged(Sign(), entropy="rle"), r"codec.entropy must be one of none, ans, huffman, zstd"),
-        (lambda: staged(Sign(), error_feedback=1), r"codec.error_feedback .* got 1"),  # type: ignore[arg-type]
+        (lambda: staged(Sign(), feedback=1), r"codec.feedback .* got 1"),  # type: ignore[arg-type]
         (lambda: DeadZone(step=0), r"codec.step .* at least 1e-06 .* got 0"),
         (lambda: DeadZone(step=float("inf")), r"codec.step .* got inf"),
         (lambda: DeadZone(offset=0.6), r"codec.offset .* at least 0 and at most 0.5, got 0.6"),
@@ -576,7 +576,7 @@ def test_a_reader_ends_where_its_bytes_end() -> None:
         (lambda: pipeline(keep=0), r"codec.keep .* above 0 .* got 0"),
         (lambda: pipeline(step=-1.0), r"codec.step .* got -1.0"),
         (lambda: pipeline(offset=1.0), r"codec.offset .* got 1.0"),
-        (lambda: pipeline(error_feedback="no"), r"codec.error_feedback .* got 'no'"),  # type: ignore[arg-type]
+        (lambda: pipeline(feedback="no"), r"codec.feedback .* got 'no'"),  # type: ignore[arg-type]
     ],
 )
 def test_bad_settings_are_named_with_their_bound(make: Callable[[], Any], said: str) -> None:

@@ -424,7 +424,7 @@ def test_each_has_a_yaml_that_codes_an_update(name: str) -> None:
 @pytest.mark.parametrize("entropy", ["ans", "huffman", "zstd"])
 def test_the_entropy_coder_is_chosen_by_name(entropy: str) -> None:
     chosen = config.job(config.compose(f"codec=perchannel codec.entropy={entropy} codec.stage.bits=3")).codec
-    assert chosen == staged(Uniform(3), entropy=entropy, error_feedback=True)
+    assert chosen == staged(Uniform(3), entropy=entropy, feedback=True)
 
 
 DIGEST = """

@@ -78,7 +78,7 @@ def model_after(overrides: str) -> bytes:
 @pytest.mark.parametrize(
     "setting",
     [
-        "codec=default codec.error_feedback=true",
+        "codec=default codec.feedback=true",
         "codec=topk",
         "codec=identity",
         "strategy=fedadam",

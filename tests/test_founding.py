@@ -308,7 +308,7 @@ def test_a_drop_saves_fewer_bits_than_its_error_costs() -> None:
 
 def test_as_written_error_feedback_makes_up_for_the_bias() -> None:
     x = gaussian()
-    codec = rules("weight", share=1.0, alpha=0.3, beta=0.1, corrected=False, error_feedback=True)
+    codec = rules("weight", share=1.0, alpha=0.3, beta=0.1, corrected=False, feedback=True)
     rng, sent = np.random.default_rng(0), np.zeros(SIZE)
     after: State = {}
     for _ in range(30):
@@ -335,10 +335,10 @@ def test_as_written_error_feedback_makes_up_for_the_bias() -> None:
         (lambda: FixedPoint(corrected=1), r"codec.corrected must be true or false, got 1"),  # type: ignore[arg-type]
         (lambda: rules("filter"), r"codec.structure must be one of none, weight, kernel, got 'filter'"),
         (
-            lambda: rules(error_feedback=True),
-            r"codec.error_feedback must be false where codec.corrected is true",
+            lambda: rules(feedback=True),
+            r"codec.feedback must be false where codec.corrected is true",
         ),
-        (lambda: rules(error_feedback="no"), r"codec.error_feedback .* got 'no'"),  # type: ignore[arg-type]
+        (lambda: rules(feedback="no"), r"codec.feedback .* got 'no'"),  # type: ignore[arg-type]
     ],
 )
 def test_bad_settings_are_named_with_their_bound(make: Callable[[], Any], said: str) -> None:

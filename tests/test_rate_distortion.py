@@ -275,7 +275,7 @@ def test_a_part_of_a_vector_is_no_update() -> None:
         ({"step": 0.0}, r"codec.step .* at least 1e-06 .* got 0.0"),
         ({"nmse": 1.0}, r"codec.nmse .* below 1, got 1.0"),
         ({"nmse": 0.0}, r"codec.nmse .* at least 1e-09 .* got 0.0"),
-        ({"error_feedback": 1}, r"codec.error_feedback .* got 1"),
+        ({"feedback": 1}, r"codec.feedback .* got 1"),
     ],
 )
 def test_bad_settings_are_named(given: dict[str, Any], said: str) -> None:

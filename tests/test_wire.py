@@ -86,11 +86,11 @@ GOLDEN: dict[str, tuple[Codec, str]] = {
     ),
     "pipeline": (pipeline(), "010013176755100639559441002808140200001300010024cd8c01"),
     "pipeline_feedback": (
-        pipeline(error_feedback=True),
+        pipeline(feedback=True),
         "0100d07cecb2100639559441002808140200001300010024cd8c01",
     ),
     "pipeline_top_k": (
-        pipeline(keep=0.1, step=0.5, offset=0.5, error_feedback=True),
+        pipeline(keep=0.1, step=0.5, offset=0.5, feedback=True),
         "01001de812dc180502359a191a065ac166418ec60a0203000000000100010009000001",
     ),
     "error_feedback": (
@@ -123,7 +123,7 @@ GOLDEN: dict[str, tuple[Codec, str]] = {
         "010244c7f604045f82c2d90000a0bf000000c0000000000000803d00000000",
     ),
     "ternary": (
-        staged(Ternary(0.2), entropy="ans", error_feedback=True),
+        staged(Ternary(0.2), entropy="ans", feedback=True),
         "01001bdbd6640c04000064410614010110030099d2330f45000000",
     ),
     "sign": (Sign(), "0100aaee986f0c0000b43f00002042b76d933f442110"),
@@ -805,7 +805,7 @@ def test_weights_that_are_not_finite_are_refused_without_a_codec_too(bad: float)
 
 
 def test_a_diverged_client_keeps_its_residual() -> None:
-    codec, weights = pipeline(error_feedback=True), model()
+    codec, weights = pipeline(feedback=True), model()
     message = asked(Wire(built("fedavg"), codec), weights)[0]
     context = Context(1, 2, {}, RecordDict(), {})
     mod = compress(codec, np.random.default_rng(0))

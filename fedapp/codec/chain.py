@@ -87,19 +87,21 @@ class ErrorFeedback:
         return self.codec.decode(packet, layout)
 
 
-def with_feedback(codec: Codec, error_feedback: bool) -> Codec:
+def with_feedback(codec: Codec, feedback: bool) -> Codec:
     """The codec itself, or inside error feedback: what every builder of conf/codec/ ends with."""
-    check.flag("codec.error_feedback", error_feedback)
-    return ErrorFeedback(codec) if error_feedback else codec
+    if not isinstance(feedback, bool):
+        raise ConfigError(
+            f"codec.feedback must be true or false, or auto where codec=default, got {feedback!r}: "
+            f"set codec.feedback=true, for example"
+        )
+    return ErrorFeedback(codec) if feedback else codec
 
 
-def pipeline(
-    keep: float = 1.0, step: float = 2.0, offset: float = 0.38, error_feedback: bool = False
-) -> Codec:
+def pipeline(keep: float = 1.0, step: float = 2.0, offset: float = 0.38, feedback: bool = False) -> Codec:
     """Prune, quantize, entropy-code: the stages behind `codec=default` and `codec=topk`."""
     check.real("codec.keep", keep, above=0.0, high=1.0)
     prune = (TopK(keep),) if keep != 1.0 else ()
-    return with_feedback(Chain((*prune, DeadZone(step, offset), Ans())), error_feedback)
+    return with_feedback(Chain((*prune, DeadZone(step, offset), Ans())), feedback)
 
 
 _ENTROPY: dict[str, tuple[Codec, ...]] = {
@@ -110,10 +112,8 @@ _ENTROPY: dict[str, tuple[Codec, ...]] = {
 }
 
 
-def staged(
-    stage: Codec, prune: Codec | None = None, entropy: str = "none", error_feedback: bool = False
-) -> Codec:
+def staged(stage: Codec, prune: Codec | None = None, entropy: str = "none", feedback: bool = False) -> Codec:
     """One stage, pruning before it and an entropy coder behind it: the family of codecs in conf/codec/."""
     check.choice("codec.entropy", entropy, tuple(_ENTROPY))
     chain = Chain((*(() if prune is None else (prune,)), stage, *_ENTROPY[entropy]))
-    return with_feedback(chain, error_feedback)
+    return with_feedback(chain, feedback)

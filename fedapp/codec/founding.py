@@ -186,15 +186,15 @@ def rules(
     levels: int = 127,
     beta: float = 0.0,
     corrected: bool = True,
-    error_feedback: bool = False,
+    feedback: bool = False,
 ) -> Codec:
     """Prune, fixed point, entropy-code: `codec=prune_weights`, `prune_kernels` and `fixed_point`."""
     check.choice("codec.structure", structure, ("none", "weight", "kernel"))
     prune = (RandomPrune(share, alpha, structure, corrected),) if structure != "none" else ()
-    codec = with_feedback(Chain((*prune, FixedPoint(levels, beta, corrected), Ans())), error_feedback)
-    if error_feedback and corrected:
+    codec = with_feedback(Chain((*prune, FixedPoint(levels, beta, corrected), Ans())), feedback)
+    if feedback and corrected:
         raise ConfigError(
-            "codec.error_feedback must be false where codec.corrected is true, got true: scaled up, an error "
+            "codec.feedback must be false where codec.corrected is true, got true: scaled up, an error "
             "can exceed the update itself, and feedback would let it grow; set one of them to false"
         )
     return codec

@@ -2,7 +2,7 @@
 
 import struct
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from fedapp import check
 from fedapp.codec import Codec, Layout, Packet, State, context
 from fedapp.codec.chain import with_feedback
+from fedapp.codec.feedback import AutoFeedback
 from fedapp.codec.layers import require_finite, require_whole
 from fedapp.codec.model import jit
 from fedapp.codec.target import Target, meet
@@ -28,11 +29,12 @@ _COARSEST, _FINEST = 0.9, 2.0**-24  # steps, of the largest magnitude: below, so
 
 
 def default(
-    step: float | None = None, rate: float = 1.0, nmse: float | None = None, error_feedback: bool = False,
-    trellis: bool = False,
+    step: float | None = None, rate: float = 1.0, nmse: float | None = None,
+    feedback: bool | Literal["auto"] = False, trellis: bool = False,
 ) -> Codec:  # fmt: skip
     """What `codec=default` is made of."""
-    return with_feedback(RateDistortion(step, rate, nmse, trellis), error_feedback)
+    codec = RateDistortion(step, rate, nmse, trellis)
+    return AutoFeedback(codec) if feedback == "auto" else with_feedback(codec, feedback)
 
 
 @dataclass(frozen=True)

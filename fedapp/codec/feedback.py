@@ -1,0 +1,70 @@
+"""`codec.feedback=auto`: error feedback where the whole run says that it pays."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedapp.codec import Codec, Layout, Packet, State
+from fedapp.codec.chain import ErrorFeedback
+from fedapp.errors import ConfigError
+
+if TYPE_CHECKING:
+    from fedapp.codec.rate_distortion import RateDistortion
+
+OFTEN = 0.25  # share of the rounds that a client takes part in
+ONE_BIT_STEP = 1.2  # where updates of a small CNN come to 1 bit per parameter
+ONE_BIT_NMSE = 0.1
+
+
+@dataclass(frozen=True)
+class AutoFeedback:
+    """The default codec while nobody has decided; a run does (`decide`), and codes with what that returns."""
+
+    codec: RateDistortion
+
+    def decide(self, cohort: int, clients: int, privacy: str | None) -> tuple[Codec, str]:
+        """The codec with or without error feedback, and one sentence that says which and why.
+
+        privacy: what the run calls its differential privacy, None where nothing is private.
+        """
+        aim, low = self._aim
+        often = "every round" if cohort == clients else f"{cohort} of {clients} rounds"
+        if privacy is not None:
+            reason = f"under {privacy} what it brings back is mostly noise"
+        elif not low:
+            reason = f"it pays below 1 bit per parameter, and {aim} is not below"
+        elif cohort < OFTEN * clients:
+            reason = f"a client takes part in {often} only, and what it keeps back would come too late"
+        else:
+            reason = f"{aim} is below 1 bit per parameter, and a client takes part in {often}"
+            return ErrorFeedback(self.codec), f"Error feedback is on: {reason}"
+        return self.codec, f"Error feedback is off: {reason}"
+
+    @property
+    def _aim(self) -> tuple[str, bool]:
+        """What the codec aims at, and whether that is below 1 bit per parameter."""
+        step, nmse, rate = self.codec.step, self.codec.nmse, self.codec.rate
+        if step is not None:
+            return f"codec.step={step:g}", step > ONE_BIT_STEP
+        if nmse is not None:
+            return f"codec.nmse={nmse:g}", nmse > ONE_BIT_NMSE
+        return f"codec.rate={rate:g}", rate < 1
+
+    def encode(
+        self, x: NDArray[Any], layout: Layout, state: State, rng: np.random.Generator
+    ) -> tuple[Packet, State]:
+        raise self._undecided
+
+    def decode(self, packet: Packet, layout: Layout) -> NDArray[Any]:
+        raise self._undecided
+
+    @property
+    def _undecided(self) -> ConfigError:
+        return ConfigError(
+            "feedback=auto is decided for a whole update, not for a part of it: "
+            "inside codec.rules, codec.rest or codec.stages set feedback=true or false"
+        )
