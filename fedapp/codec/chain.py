@@ -67,9 +67,18 @@ class Chain:
 class ErrorFeedback:
     """Adds what earlier rounds lost to the update before encoding, and remembers what this one loses.
 
-    State: `residual`, float32 (size,). Source: Karimireddy et al. 2019, "Error feedback fixes SignSGD",
-    Algorithm 2. Under differential privacy the residual holds noised values only, so sending it later is
-    post-processing.
+    State: `residual`, float32 (size,). But for float32 rounding, what was sent and the residual together are
+    the sum of the updates.
+
+    A reply that is lost, late or refused costs what its packet held and no more: the residual stays what it
+    is when a packet arrives, and nothing is sent twice. A client that fails before it replies loses its new
+    update and keeps the residual it had. A deployed client sends its reply before Flower stores the context:
+    if it dies between the two, the older residual comes again and the newer never does, and the sum is off by
+    their difference. A node that restarts owes nothing any more.
+
+    Under local and example-level differential privacy the residual holds noised values only, so sending it
+    later is post-processing. Under central and distributed differential privacy it must be off: the residual
+    would pass the clip. Source: Karimireddy et al. 2019, "Error feedback fixes SignSGD", Algorithm 2.
     """
 
     codec: Codec
