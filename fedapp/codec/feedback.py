@@ -32,13 +32,14 @@ class AutoFeedback:
         privacy: what the run calls its differential privacy, None where nothing is private.
         """
         aim, low = self._aim
-        often = "every round" if cohort == clients else f"{cohort} of {clients} rounds"
+        share = cohort / clients
+        often = "every round" if share == 1 else f"{100 * share:.3g} % of the rounds"
         if privacy is not None:
             reason = f"under {privacy} what it brings back is mostly noise"
         elif not low:
             reason = f"it pays below 1 bit per parameter, and {aim} is not below"
-        elif cohort < OFTEN * clients:
-            reason = f"a client takes part in {often} only, and what it keeps back would come too late"
+        elif share < OFTEN:
+            reason = f"a client takes part in {often}, and what it keeps back would come too late"
         else:
             reason = f"{aim} is below 1 bit per parameter, and a client takes part in {often}"
             return ErrorFeedback(self.codec), f"Error feedback is on: {reason}"
