@@ -1,4 +1,11 @@
-"""`codec.feedback=auto`: error feedback where the whole run says that it pays."""
+"""`codec.feedback=auto`: error feedback where the whole run says that it pays.
+
+On Fashion-MNIST without privacy (15 or 30 rounds, one or two seeds) it gained, in points of accuracy at the
+same bytes: 2.4 at 0.11 bits, 0.1 at 0.4 and 0.2 at 0.55 where clients took part in every round; 1.1 at 0.10
+and 0.7 at 0.36 in a quarter of them; 1.5 at 0.09 and -0.4 at 0.33 in a tenth, and -1.9 at 0.34 in a tenth of
+100. What comes back late is of an older model and a larger learning rate: Li and Li 2023, "Analysis of error
+feedback in federated non-convex optimization with biased compression", call it stale error compensation.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +23,8 @@ if TYPE_CHECKING:
     from fedapp.codec.rate_distortion import RateDistortion
 
 OFTEN = 0.25  # share of the rounds that a client takes part in
-ONE_BIT_STEP = 1.2  # where updates of a small CNN come to 1 bit per parameter
-ONE_BIT_NMSE = 0.1
+ONE_BIT_STEP = 1.2  # updates of a small CNN come to 1 bit per parameter at 0.6 to 1.4
+ONE_BIT_NMSE = 0.1  # and here at 0.02 to 0.16
 
 
 @dataclass(frozen=True)
