@@ -17,7 +17,6 @@ import struct
 import zlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from math import ceil, floor, log2
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
@@ -25,9 +24,9 @@ from flwr.clientapp.typing import Mod
 from numpy.typing import NDArray
 
 from fedapp import check
-from fedapp.codec import Layout, State
+from fedapp.codec import Layout
 from fedapp.codec import context as coder
-from fedapp.codec.rate_distortion import LAMBDA, RateDistortion, _edges, _shapes
+from fedapp.codec.rate_distortion import LAMBDA, edges, shapes
 from fedapp.codec.varint import Reader, varint
 from fedapp.errors import DecodeError
 from fedapp.wire import ARRAYS, CONFIG, layout_of, load_state, ravel, store_state, unravel
@@ -38,9 +37,8 @@ NOTHING = -1  # what a node holds where another initial model grew from the seed
 _FORMAT, _NEWEST = 1, 2**31
 _HEADER = struct.Struct("<BIh")  # format, CRC-32 of the weights that come out, exponent
 _BOUND = 2**24  # of levels: so far float32 holds integers
-_FINEST, _COARSEST = -22, 127  # exponents: of the longest way from the initial model; of no way at all
-_NEAREST = _edges(0.0)
-_UNUSED = np.random.default_rng(0)
+_FINEST, _LEAST, _COARSEST = -20, -140, 127  # exponents: below the longest way; the least; of no way
+_NEAREST = edges(0.0)
 
 
 @dataclass(frozen=True)
@@ -78,16 +76,22 @@ class Version:
     def plus(self, number: int, exponent: int, levels: NDArray[np.int32]) -> "Version":
         """The version so many steps of 2**exponent away. Raises OverflowError at the bound of levels."""
         finer = min(exponent, self.exponent)
-        total = _refined(self.levels, self.exponent - finer) + _refined(levels, exponent - finer)
-        return Version(number, finer, _bounded(total))
+        mine, more = self.exponent - finer, exponent - finer
+        _require_exact((_peak(self.levels) << mine) + (_peak(levels) << more))
+        return Version(number, finer, _refined(self.levels, mine) + _refined(levels, more))
 
     def minus(self, other: "Version") -> tuple[int, NDArray[np.int32]]:
-        """The way from `other`: an exponent, as coarse as can be, and levels. Raises OverflowError, too."""
+        """The way from `other`, which `plus` will go: an exponent, as coarse as can be, and levels.
+
+        Raises OverflowError where it would.
+        """
         finer = min(self.exponent, other.exponent)
-        way = _refined(self.levels, self.exponent - finer) - _refined(other.levels, other.exponent - finer)
+        mine, theirs = self.exponent - finer, other.exponent - finer
+        _require_exact((_peak(self.levels) << mine) + 2 * (_peak(other.levels) << theirs))
+        way = _refined(self.levels, mine) - _refined(other.levels, theirs)
         bits = int(np.bitwise_or.reduce(way))
         spare = (bits & -bits).bit_length() - 1 if bits else 0
-        return finer + spare, _bounded(way >> spare)
+        return finer + spare, way >> spare
 
 
 def first(layout: Layout) -> Version:
@@ -95,16 +99,17 @@ def first(layout: Layout) -> Version:
     return Version(0, _COARSEST, np.zeros(layout.size, np.int32))
 
 
-def _refined(levels: NDArray[np.int32], halvings: int) -> NDArray[np.int64]:
-    if int(np.abs(levels).max(initial=0)) << halvings >= 2 * _BOUND:
-        raise OverflowError("levels leave the range in which float32 is exact")
-    return levels.astype(np.int64) << min(halvings, 25)  # beyond that all are 0
+def _peak(levels: NDArray[np.int32]) -> int:
+    return max(int(levels.max(initial=0)), -int(levels.min(initial=0)))
 
 
-def _bounded(levels: NDArray[np.int64]) -> NDArray[np.int32]:
-    if int(np.abs(levels).max(initial=0)) >= _BOUND:
-        raise OverflowError("levels leave the range in which float32 is exact")
-    return levels.astype(np.int32)
+def _refined(levels: NDArray[np.int32], halvings: int) -> NDArray[np.int32]:
+    return levels << min(halvings, 31) if halvings else levels  # beyond the bound all are 0
+
+
+def _require_exact(reach: int) -> None:
+    if reach >= _BOUND:
+        raise OverflowError(f"levels may reach {_BOUND}, where float32 is no longer exact")
 
 
 # --- the server's end --------------------------------------------------------------------------------------
@@ -114,8 +119,7 @@ class Downlink:
     """The version of the weights that nodes shall hold, and which version each of them does hold."""
 
     def __init__(self, coded: Coded, initial: ArrayRecord) -> None:
-        self._rate, self._quantizer = coded.rate, RateDistortion(rate=coded.rate)
-        self._state: State = {}
+        self._rate = coded.rate
         self._layout = layout_of(initial)
         self._initial = ravel(initial, self._layout)
         self._now = first(self._layout)
@@ -154,41 +158,55 @@ class Downlink:
 
     def _publish(self, weights: NDArray[np.float32]) -> None:
         """Make the next version: as much of what this one lacks as the rate allows."""
-        lacks = weights - self._now.weights(self._initial)
-        packet, self._state = self._quantizer.encode(lacks, self._layout, self._state, _UNUSED)
-        way = weights - self._initial
-        (step,) = struct.unpack_from("<f", packet.header)
-        if not step or not way.any():
+        lacks, way = weights - self._now.weights(self._initial), weights - self._initial
+        if not lacks.any():
             return
-        exponent = max(floor(log2(step)), ceil(log2(np.abs(way).max())) + _FINEST, -126)
-        number = self._now.number + 1
+        finest = max(_exponent(way) + _FINEST, _LEAST)
+        number, (exponent, levels) = self._now.number + 1, self._quantized(lacks, finest)
         try:
-            self._now = self._now.plus(number, exponent, self._quantized(lacks, exponent))
+            self._now = self._now.plus(number, exponent, levels)
         except OverflowError:  # after ever finer steps a long way: all nodes start anew
-            self._now = first(self._layout).plus(number, exponent, self._quantized(way, exponent))
+            self._now = first(self._layout).plus(number, *self._quantized(way, finest))
             self._held.clear()
         kept = {0, *self._held.values()} & self._versions.keys()
         self._versions = {v: self._versions[v] for v in kept}
         self._versions[number] = self._now.exponent, _encode(self._now.levels, self._layout)
 
-    def _quantized(self, x: NDArray[np.float32], exponent: int) -> NDArray[np.int32]:
-        """Levels of x that take the rate: what a bit is worth makes up for a step that is a power of two."""
-        unit, goal = np.ldexp(x, -exponent), self._rate * len(x) / 8
-        low, high = LAMBDA, 32 * LAMBDA
-        for _ in range(6):
+    def _quantized(self, x: NDArray[np.float32], finest: int) -> tuple[int, NDArray[np.int32]]:
+        """Exponent and levels of x that take about the rate.
+
+        The coarsest step that takes as much, then a dearer bit: it makes up for steps that are powers of two.
+        """
+        goal, coarsest = self._rate * len(x) / 8, max(_exponent(x), finest)
+        exponent = min(max(self._now.exponent, finest), coarsest)
+        tried = self._tried(x, exponent, LAMBDA)
+        while tried[0] > goal and exponent < coarsest:
+            exponent += 1
+            tried = self._tried(x, exponent, LAMBDA)
+        while tried[0] < goal and exponent > finest:
+            exponent -= 1
+            tried = self._tried(x, exponent, LAMBDA)
+        best, low, high = tried, LAMBDA, 32 * LAMBDA
+        for _ in range(5):
             weight = (low * high) ** 0.5
-            code, levels, _ = coder.encode(unit, 1.0, _edges(weight), _shapes(self._layout))
-            if abs(len(code) / goal - 1) < 0.03:
-                break
-            low, high = (weight, high) if len(code) > goal else (low, weight)
-        return levels
+            size, levels = tried = self._tried(x, exponent, weight)
+            if abs(size - goal) < abs(best[0] - goal) and levels.any():
+                best = tried
+            low, high = (weight, high) if size > goal else (low, weight)
+        return exponent, best[1]
+
+    def _tried(self, x: NDArray[np.float32], exponent: int, weight: float) -> tuple[int, NDArray[np.int32]]:
+        """Bytes and levels at a step of 2**exponent where a bit is worth so many squared steps."""
+        unit = np.ldexp(x, -exponent)
+        code, levels, _ = coder.encode(unit, 1.0, edges(weight), shapes(self._layout))
+        return len(code), levels
 
     def _content(self, like: RecordDict, held: int) -> RecordDict:
         """What a message to a node that holds this version says; `like` is what it would say without us."""
         base = first(self._layout)
         if held > 0:
             exponent, code = self._versions[held]
-            base = Version(held, exponent, coder.decode(code, _shapes(self._layout)))
+            base = Version(held, exponent, coder.decode(code, shapes(self._layout)))
         try:
             exponent, levels = self._now.minus(base)
         except OverflowError:  # too far apart for one step: from the initial model it is not
@@ -204,12 +222,17 @@ class Downlink:
         return RecordDict({**like, ARRAYS: ArrayRecord(arrays)})
 
 
+def _exponent(x: NDArray[np.float32]) -> int:
+    """Of the largest power of two that no magnitude of x is below."""
+    return int(np.frexp(np.maximum(x.max(initial=0), -x.min(initial=0)))[1]) - 1
+
+
 def _encode(levels: NDArray[np.int32], layout: Layout) -> bytes:
-    return coder.encode(levels.astype(np.float32), 1.0, _NEAREST, _shapes(layout))[0]
+    return coder.encode(levels.astype(np.float32), 1.0, _NEAREST, shapes(layout))[0]
 
 
 def _crc(weights: NDArray[np.float32]) -> int:
-    return zlib.crc32(weights.astype("<f4", copy=False).tobytes())
+    return zlib.crc32(weights.astype("<f4", copy=False).data)
 
 
 def _said(reply: Message) -> int | None:
@@ -262,11 +285,13 @@ def _decode(array: Array, held: Version, layout: Layout) -> tuple[Version | None
     form, crc, exponent = _HEADER.unpack(reader.take(_HEADER.size))
     if form != _FORMAT:
         raise DecodeError(f"the weights have format {form}, this fedapp reads {_FORMAT}")
+    if not _LEAST <= exponent <= _COARSEST:
+        raise DecodeError(f"the weights name a step of 2^{exponent}")
     based_on, number = reader.varint(_NEWEST), reader.varint(_NEWEST)
     if based_on not in (0, held.number):
         return None, crc
     base = first(layout) if based_on == 0 else held
     try:
-        return base.plus(number, exponent, coder.decode(reader.rest(), _shapes(layout))), crc
+        return base.plus(number, exponent, coder.decode(reader.rest(), shapes(layout))), crc
     except OverflowError as error:
         raise DecodeError(f"the weights cannot be decoded: {error}") from error
