@@ -179,26 +179,29 @@ class Downlink:
         """
         goal, coarsest = self._rate * len(x) / 8, max(_exponent(x), finest)
         exponent = min(max(self._now.exponent, finest), coarsest)
-        tried = self._tried(x, exponent, LAMBDA)
+        tried = self._tried(x, exponent)
         while tried[0] > goal and exponent < coarsest:
             exponent += 1
-            tried = self._tried(x, exponent, LAMBDA)
+            tried = self._tried(x, exponent)
         while tried[0] < goal and exponent > finest:
             exponent -= 1
-            tried = self._tried(x, exponent, LAMBDA)
-        best, low, high = tried, LAMBDA, 32 * LAMBDA
-        for _ in range(5):
-            weight = (low * high) ** 0.5
-            size, levels = tried = self._tried(x, exponent, weight)
+            tried = self._tried(x, exponent)
+        best, low, high = tried, 0.6, max(2.0 ** (_exponent(x) - exponent), 2.0)
+        for _ in range(6):
+            least = (low * high) ** 0.5
+            size, levels = tried = self._tried(x, exponent, least)
             if abs(size - goal) < abs(best[0] - goal) and levels.any():
                 best = tried
-            low, high = (weight, high) if size > goal else (low, weight)
+            low, high = (least, high) if size > goal else (low, least)
         return exponent, best[1]
 
-    def _tried(self, x: NDArray[np.float32], exponent: int, weight: float) -> tuple[int, NDArray[np.int32]]:
-        """Bytes and levels at a step of 2**exponent where a bit is worth so many squared steps."""
-        unit = np.ldexp(x, -exponent)
-        code, levels, _ = coder.encode(unit, 1.0, edges(weight), shapes(self._layout))
+    def _tried(
+        self, x: NDArray[np.float32], exponent: int, least: float = 0.0
+    ) -> tuple[int, NDArray[np.int32]]:
+        """Bytes and levels at a step of 2**exponent, where nothing below so many steps is sent."""
+        edge = edges(LAMBDA)
+        edge[:1024] = np.maximum(edge[:1024], least)
+        code, levels, _ = coder.encode(np.ldexp(x, -exponent), 1.0, edge, shapes(self._layout))
         return len(code), levels
 
     def _content(self, like: RecordDict, held: int) -> RecordDict:
