@@ -9,12 +9,14 @@ from flwr.clientapp import ClientApp
 from flwr.common.constant import ErrorCode
 
 from fedapp import config
+from fedapp.downlink import Plain, receive
 from fedapp.job import Job
 from fedapp.tasks import Data
 from fedapp.training import Sgd
 from fedapp.wire import ARRAYS, CONFIG, METRICS, WEIGHT, compress, load_state, store_state
 
 FAILED = "the client failed; its own log says why"
+Next = Callable[[Message, Context], Message]
 _log = logging.getLogger("fedapp.client")
 
 
@@ -22,16 +24,22 @@ def client_app(job_of: Callable[[Context], Job]) -> ClientApp:
     """The app of a run; `job_of` finds the job from the context (deployment) or knows it (local engine)."""
     app = ClientApp(mods=[])
 
-    def wire(message: Message, context: Context, call_next: Callable[[Message, Context], Message]) -> Message:
-        codec = job_of(context).wire_codec
-        if codec is None:
+    def downlink(message: Message, context: Context, call_next: Next) -> Message:
+        job = job_of(context)
+        if isinstance(job.downlink, Plain):
             return call_next(message, context)
-        rng = job_of(context).public_rng(_round(message), partition_of(context), use=1)
-        return compress(codec, rng)(message, context, call_next)
+        return receive(job.initial)(message, context, call_next)
 
-    @app.train(mods=[guard, wire])
+    def uplink(message: Message, context: Context, call_next: Next) -> Message:
+        job = job_of(context)
+        if job.wire_codec is None:
+            return call_next(message, context)
+        rng = job.public_rng(_round(message), partition_of(context), use=1)
+        return compress(job.wire_codec, rng)(message, context, call_next)
+
+    @app.train(mods=[guard, downlink, uplink])
     def train(message: Message, context: Context) -> Message:
-        """Load, fit, reply with the trained weights; the mod `wire` then encodes the update."""
+        """Load, fit, reply with the trained weights; the mod `uplink` then encodes the update."""
         job = job_of(context)
         load(job, message.content.array_records[ARRAYS])
         trainer = job.trainer
@@ -46,7 +54,7 @@ def client_app(job_of: Callable[[Context], Job]) -> ClientApp:
         trained = ArrayRecord(job.model.state_dict())
         return Message(RecordDict({ARRAYS: trained, METRICS: MetricRecord({**metrics})}), reply_to=message)
 
-    @app.evaluate(mods=[guard])
+    @app.evaluate(mods=[guard, downlink])
     def evaluate(message: Message, context: Context) -> Message:
         """Test the received weights on the client's own data; refused under differential privacy."""
         job = job_of(context)
@@ -66,7 +74,7 @@ def client_app(job_of: Callable[[Context], Job]) -> ClientApp:
     return app
 
 
-def guard(message: Message, context: Context, call_next: Callable[[Message, Context], Message]) -> Message:
+def guard(message: Message, context: Context, call_next: Next) -> Message:
     """Flower sends `str(exception)`, which may quote private data: the log gets it, nobody else."""
     try:
         return call_next(message, context)

@@ -34,6 +34,7 @@ _NAMES = {  # group: where its classes live, and which
         "ternary.Ternary sign.Sign rotate.Eden lowrank.LowRank entropy.Ans huffman.Huffman zstd.Zstd "
         "founding.rules founding.RandomPrune founding.FixedPoint per_layer.PerLayer",
     ),
+    "downlink": ("fedapp.downlink", "Plain Coded"),
     "strategy": (
         "flwr.serverapp.strategy",
         "FedAvg FedAvgM FedAdam FedYogi FedAdagrad FedProx QFedAvg "
@@ -54,7 +55,8 @@ _STRATEGY_COUNTS = {"num_malicious_nodes": 0, "num_nodes_to_select": 1}
 
 _KEYS = ("clients", "cohort", "rounds", "seed", "sampling", "evaluate", "device", "round_timeout")
 _GROUPS = (
-    "task", "partition", "model", "trainer", "codec", "strategy", "engine", "privacy", "experiment",
+    "task", "partition", "model", "trainer", "codec", "downlink", "strategy", "engine", "privacy",
+    "experiment",
 )  # fmt: skip
 
 
@@ -143,6 +145,7 @@ def job(config: DictConfig) -> Job:
         task=build(tree["task"], "task", **shared),
         trainer=build(tree["trainer"], "trainer"),
         codec=build(tree["codec"], "codec"),
+        downlink=build(tree["downlink"], "downlink"),
         strategy=build(tree["strategy"], "strategy", **everyone),
         privacy=build(tree["privacy"], "privacy"),
         engine=build(tree["engine"], "engine"),

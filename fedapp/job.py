@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from flwr.app import ArrayRecord
 from flwr.serverapp.strategy import Strategy
 from torch import nn
 
@@ -14,6 +15,7 @@ from fedapp import check
 from fedapp.codec import Codec, Layout, Slot
 from fedapp.codec.chain import Identity
 from fedapp.codec.feedback import AutoFeedback
+from fedapp.downlink import Coded, Plain
 from fedapp.errors import ConfigError
 from fedapp.privacy.example import ExamplePrivacy
 from fedapp.privacy.none import NoPrivacy
@@ -39,6 +41,7 @@ class Job:
     task: Task
     trainer: Trainer
     codec: Codec
+    downlink: Plain | Coded
     strategy: Strategy
     privacy: NoPrivacy | ExamplePrivacy
     engine: "Local"
@@ -102,8 +105,9 @@ class Job:
 
     @property
     def wire_codec(self) -> Codec | None:
-        """None where updates travel as plain Flower sends weights."""
-        return None if isinstance(self.codec, Identity) else self.codec
+        """None where weights come back as plain Flower sends them."""
+        plain = isinstance(self.codec, Identity) and isinstance(self.downlink, Plain)
+        return None if plain else self.codec
 
     @cached_property
     def torch_device(self) -> torch.device:
@@ -112,6 +116,11 @@ class Job:
         if chosen == "auto":
             chosen = "cuda" if torch.cuda.is_available() else "cpu"
         return torch.device(chosen)
+
+    @cached_property
+    def initial(self) -> ArrayRecord:
+        """The weights that the seed gives, the same on server and clients."""
+        return ArrayRecord(self.task.model(self.seed).state_dict())
 
     @cached_property
     def model(self) -> nn.Module:

@@ -13,6 +13,7 @@ from flwr.serverapp import Grid
 from flwr.supercore import log
 
 from fedapp.client_app import load
+from fedapp.downlink import Coded, Downlink
 from fedapp.engine.grid import stream
 from fedapp.engine.local import LocalGrid
 from fedapp.errors import DataError, FedappError
@@ -38,8 +39,6 @@ class Traffic:
 
     uplink: int = 0
     downlink: int = 0
-    messages: int = 0
-    replies: int = 0
 
     def exchange(self, grid: Grid, messages: list[Message], timeout: float) -> Iterator[Message]:
         """Send the messages, yield the replies, count both."""
@@ -47,9 +46,7 @@ class Traffic:
         for message in messages:
             sizes[id(message.content)] = sizes[id(message.content)] or size_of(message.content)
             self.downlink += sizes[id(message.content)]
-        self.messages += len(messages)
         for reply in stream(grid, messages, timeout):
-            self.replies += 1
             self.uplink += size_of(reply.content) if reply.has_content() else 0
             yield reply
 
@@ -67,12 +64,15 @@ class Federation:
     grid: Grid
     arrays: ArrayRecord = field(init=False)
     traffic: Traffic = field(default_factory=Traffic)
+    messages: int = 0
     accepted: int = 0
 
     def __post_init__(self) -> None:
-        self.arrays = ArrayRecord(self.job.task.model(self.job.seed).state_dict())
+        self.arrays = self.job.initial
         self.parameters = layout_of(self.arrays).size
         self._wire = Wire(self.job.strategy, self.job.wire_codec)
+        coded = self.job.downlink
+        self._downlink = Downlink(coded, self.arrays) if isinstance(coded, Coded) else None
         self._partitions = partitions(self.grid, self.job.clients, self.job.round_timeout)
         self._test = self.job.task.test_data() if self.job.evaluate == "server" else None
         if self.job.evaluate == "server" and self._test is None:
@@ -114,19 +114,34 @@ class Federation:
         asked = self._wire.configure_train(number, self.arrays, ConfigRecord(), cast(Grid, Cohort(cohort)))
         messages = sorted(asked, key=self._partition)
         self._took_part.update(cohort)  # before anything is sent: a lost reply was released all the same
-        before = self.traffic.replies
-        replies = self._watched(self.traffic.exchange(self.grid, messages, self.job.round_timeout),
-                                progress, len(messages))  # fmt: skip
+        replies = self._watched(self._exchange(messages), progress, len(messages))
         if not self._wire.streams:  # then the order of summation is the order of arrival
             replies = iter(sorted(replies, key=self._partition))
         arrays, _ = self._wire.aggregate_train(number, replies)
-        self.accepted += self.traffic.replies - before - self._wire.failures
+        self.accepted -= self._wire.failures
         self.arrays = self.arrays if arrays is None else arrays
         return len(messages)
+
+    def _exchange(self, messages: list[Message]) -> Iterator[Message]:
+        """Send the weights, yield the replies; a node that cannot decode is sent others, at most twice."""
+        self.messages += len(messages)
+        if self._downlink is not None:
+            messages = self._downlink.send(self.arrays, messages)
+        for tries_left in (2, 1, 0):
+            others = []
+            for reply in self.traffic.exchange(self.grid, messages, self.job.round_timeout):
+                other = None if self._downlink is None else self._downlink.again(reply)
+                if other is not None and tries_left:
+                    others.append(other)
+                else:
+                    yield reply
+            if not (messages := others):
+                return
 
     def _watched(self, replies: Iterator[Message], progress: Progress, total: int) -> Iterator[Message]:
         progress.reply(0, total)
         for done, reply in enumerate(replies, 1):
+            self.accepted += 1
             progress.reply(done, total)
             yield reply
 
@@ -152,9 +167,7 @@ class Federation:
             return None, None
         view = cast(Grid, Cohort(list(self._partitions)))
         messages = list(self._wire.configure_evaluate(number, self.arrays, ConfigRecord(), view))
-        replies = sorted(
-            self.traffic.exchange(self.grid, messages, self.job.round_timeout), key=self._partition
-        )
+        replies = sorted(self._exchange(messages), key=self._partition)
         means = self._wire.aggregate_evaluate(number, replies)
         return (float(means["accuracy"]), float(means["loss"])) if means else (None, None)  # type: ignore[arg-type]
 

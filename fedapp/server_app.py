@@ -91,7 +91,7 @@ def _summary(
 ) -> Summary:
     traffic, parameters = federation.traffic, federation.parameters
     float32_up = 4 * parameters * federation.accepted
-    uncompressed = float32_up + 4 * parameters * traffic.messages
+    uncompressed = float32_up + 4 * parameters * federation.messages
     sent = traffic.uplink + traffic.downlink
     own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     workers = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss

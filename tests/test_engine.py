@@ -28,6 +28,7 @@ from torch import nn
 
 from fedapp import config
 from fedapp.client_app import FAILED, client_app
+from fedapp.downlink import HOLDS
 from fedapp.engine.grid import stream
 from fedapp.engine.local import Local, LocalGrid
 from fedapp.errors import ConfigError, FedappError
@@ -36,7 +37,7 @@ from fedapp.report.folder import Round
 from fedapp.report.progress import Progress
 from fedapp.rounds import Federation
 from fedapp.tasks import Data, Task
-from fedapp.wire import METRICS, WEIGHT
+from fedapp.wire import CONFIG, METRICS, WEIGHT
 
 FAST = "task=digits privacy=none model=logistic clients=5 rounds=3 cohort=3 engine.workers=1"
 
@@ -177,6 +178,77 @@ def test_nodes_that_do_not_come_are_named() -> None:
         Federation(job, Elsewhere(client_app(lambda _: job), [5, 6]))
 
 
+# Weights on their way to the nodes
+
+
+class Forgetful(Elsewhere):
+    """A grid the nodes of which start anew before every third message."""
+
+    pulled = 0
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        self.pulled += 1
+        if self.pulled % 3 == 0:
+            self._contexts[self._waiting[-1].metadata.dst_node_id].state = RecordDict()
+        return super().pull_messages(message_ids)
+
+
+STATELESS = "cohort=3 rounds=6 codec.feedback=false"
+
+
+def test_nodes_that_start_anew_train_on_the_same_weights() -> None:
+    job = job_of(STATELESS)
+    app = client_app(lambda _: job)
+    plain, _ = rounds_on(job, Elsewhere(app, [5, 6, 7, 8, 9]))
+    grid = Forgetful(app, [5, 6, 7, 8, 9])
+    federation, records = rounds_on(job, grid)
+    assert bits(federation.arrays) == bits(plain.arrays)
+    assert [(record.replies, record.failures) for record in records] == [(3, 0)] * 6
+    assert federation.messages == plain.messages == 18
+    assert grid.pulled > 18
+    assert federation.traffic.downlink > plain.traffic.downlink
+
+
+def test_a_node_whose_seed_gives_another_model_is_given_the_servers() -> None:
+    job = job_of(f"{STATELESS} cohort=null")
+    other = replace(job)
+    other.__dict__["initial"] = ArrayRecord(job.task.model(job.seed + 1).state_dict())
+    plain, usual = rounds_on(job, Elsewhere(client_app(lambda _: job), [5, 6, 7, 8, 9]))
+    grid = Elsewhere(client_app(lambda context: other if context.node_id == 7 else job), [5, 6, 7, 8, 9])
+    federation, records = rounds_on(job, grid)
+    assert bits(federation.arrays) == bits(plain.arrays)
+    assert all(record.failures == 0 for record in records)
+    more = [a.downlink_bytes - b.downlink_bytes for a, b in zip(records, usual, strict=True)]
+    assert more[0] > 4 * federation.parameters
+    assert more[1:] == [0] * 5
+
+
+def test_a_node_that_decodes_nothing_costs_its_reply() -> None:
+    job = job_of(f"{STATELESS} cohort=null rounds=2")
+    app = client_app(lambda _: job)
+
+    def deaf(message: Message, context: Context) -> Message:
+        if context.node_id != 7 or message.metadata.message_type == "query":
+            return app(message, context)
+        says = RecordDict({CONFIG: ConfigRecord({HOLDS: 1})})
+        return Message(says, reply_to=message)
+
+    _, records = rounds_on(job, Elsewhere(deaf, [5, 6, 7, 8, 9]))  # type: ignore[arg-type]
+    assert [(record.replies, record.failures) for record in records] == [(4, 1)] * 2
+
+
+def test_evaluation_on_clients_is_sent_and_counted_but_not_sent_twice() -> None:
+    """Whoever holds a version because it tested it is not sent it again for training."""
+    tested, records = run(job_of(f"{STATELESS} cohort=null model=mlp evaluate=clients"))
+    silent, others = run(job_of(f"{STATELESS} cohort=null model=mlp evaluate=none"))
+    assert bits(tested.arrays) == bits(silent.arrays)
+    assert tested.messages == 2 * silent.messages
+    # six versions are tested, of which the last is new; the six messages to train say next to nothing more
+    assert tested.traffic.downlink < 1.6 * silent.traffic.downlink
+    assert records[0].downlink_bytes > 3 * others[0].downlink_bytes
+    assert records[0].accuracy is not None
+
+
 # What a round reports
 
 
@@ -186,8 +258,9 @@ def test_rounds_report_what_happened() -> None:
     assert all((record.replies, record.failures) == (2, 0) for record in records)
     assert sum(record.uplink_bytes for record in records) == federation.traffic.uplink > 0
     assert sum(record.downlink_bytes for record in records) == federation.traffic.downlink
-    assert federation.traffic.downlink > 4 * 4 * federation.parameters
     assert federation.traffic.uplink < 4 * federation.parameters
+    assert federation.traffic.downlink < 4 * federation.parameters
+    assert federation.messages == 4
     assert all(record.epsilon is None for record in records)
 
 

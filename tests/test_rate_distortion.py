@@ -145,7 +145,7 @@ def test_levels_with_active_rows_and_columns_take_less() -> None:
 def test_weighing_bits_against_distance_beats_the_nearest_level(monkeypatch: pytest.MonkeyPatch) -> None:
     x = update()
     size, y = coded(RateDistortion(rate=0.7), x)
-    monkeypatch.setattr(module, "_EDGES", module._edges(0.0))
+    monkeypatch.setattr(module, "_EDGES", module.edges(0.0))
     plain_size, plain = coded(RateDistortion(rate=0.7), x)
     assert size == pytest.approx(plain_size, rel=0.02)
     assert nmse(x, y) < 0.98 * nmse(x, plain)

@@ -116,7 +116,7 @@ class RateDistortion:
             if len(packet.body):
                 raise DecodeError("packet has levels without a step")
             return np.zeros(layout.size, np.float32)
-        levels = context.decode(packet.body.tobytes(), _shapes(layout), self.trellis)
+        levels = context.decode(packet.body.tobytes(), shapes(layout), self.trellis)
         one, two, more = moves if self.trellis else (moves[0], moves[1], moves[1])
         x: NDArray[np.float32] = _points(
             levels, np.float32(step), 128 if self.trellis else 256, one, two, more
@@ -138,10 +138,10 @@ class RateDistortion:
         unit = np.ldexp(x, -exponent) if exponent else x
         scale = 1 / float(np.ldexp(np.float64(step32), -exponent))
         if self.trellis:
-            code, places, _ = context.encode(unit, 2 * scale, _WEIGHT, _shapes(layout), dependent=True)
+            code, places, _ = context.encode(unit, 2 * scale, _WEIGHT, shapes(layout), dependent=True)
             moves = [128 * move for move in _beyond(unit, 2 * scale, places)]
         else:
-            code, _, beyond = context.encode(unit, scale, _EDGES, _shapes(layout))
+            code, _, beyond = context.encode(unit, scale, _EDGES, shapes(layout))
             moves = [256 * beyond[k] / max(beyond[k + 2], 1) for k in (0, 1)]
         rounded = [max(-127, min(127, round(move))) for move in moves]
         return Packet(np.frombuffer(code, np.uint8), self._header.pack(step32, *rounded))
@@ -153,7 +153,7 @@ class RateDistortion:
         return float(np.dot(error, error) / np.dot(wide, wide))
 
 
-def _edges(weight: float) -> NDArray[np.float32]:
+def edges(weight: float) -> NDArray[np.float32]:
     """How far above m - 1 level m begins, by ten bits of the state that tells them apart: m = 1, then m > 1.
 
     Rounding up pays where the squared distance it saves is above `weight` times the bits it costs more;
@@ -165,7 +165,7 @@ def _edges(weight: float) -> NDArray[np.float32]:
     return edges
 
 
-_EDGES = _edges(LAMBDA)
+_EDGES = edges(LAMBDA)
 _WEIGHT = np.array([4 * TRELLIS_LAMBDA], np.float32)  # in squared half steps
 
 
@@ -197,7 +197,7 @@ def _beyond(x: NDArray[np.float32], scale: float, places: NDArray[np.int32]) -> 
     return mean
 
 
-def _shapes(layout: Layout) -> list[tuple[int, ...]]:
+def shapes(layout: Layout) -> list[tuple[int, ...]]:
     return [slot.shape for slot in layout.slots]
 
 

@@ -1,0 +1,300 @@
+"""The downlink: what the server sends for its weights, and what a node makes of it.
+
+All versions of the weights that nodes ever hold lie on one lattice around the initial model, which both ends
+make from the seed: initial + 2**exponent * integers. So any two of them differ by integers, which are coded
+without loss: a node is sent the difference to the version that it holds, a newcomer the difference to the
+initial model, and all end bit-identical.
+
+server:  weights - version now -> quantize -> next version -> difference to what a node holds -> entropy-code
+client:  decode -> levels it holds + difference -> initial + step * levels   (`receive`, a Flower client mod)
+
+What the quantizer takes off a version, the server's own weights keep and later versions tell: that is error
+feedback. Updates are trained weights minus the version, and step the server's own weights (Philippenko and
+Dieuleveut 2021, "Preserved central model for faster bidirectional compression in distributed settings").
+"""
+
+import struct
+import zlib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import numpy as np
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
+from flwr.clientapp.typing import Mod
+from numpy.typing import NDArray
+
+from fedapp import check
+from fedapp.codec import Layout
+from fedapp.codec import context as coder
+from fedapp.codec.rate_distortion import LAMBDA, edges, shapes
+from fedapp.codec.varint import Reader, varint
+from fedapp.errors import DecodeError
+from fedapp.wire import ARRAYS, CONFIG, layout_of, load_state, ravel, store_state, unravel
+
+STYPE = "fedapp.version"
+VERSION, INITIAL, HOLDS = "version", "initial", "holds"
+NOTHING = -1  # what a node holds where another initial model grew from the seed
+_FORMAT, _NEWEST = 1, 2**31
+_HEADER = struct.Struct("<BIh")  # format, CRC-32 of the weights that come out, exponent
+_BOUND = 2**24  # of levels: so far float32 holds integers
+_FINEST, _LEAST, _COARSEST = -20, -140, 127  # exponents: below the longest way; the least; of no way
+_NEAREST = edges(0.0)
+
+
+@dataclass(frozen=True)
+class Plain:
+    """Weights go out in float32, as plain Flower sends them."""
+
+
+@dataclass(frozen=True)
+class Coded:
+    """Weights go out as differences on a lattice.
+
+    rate: bits per parameter to a node that holds the version before. Steps are powers of two, so that all
+    versions share one lattice: a round takes up to half more, or a third less.
+    """
+
+    rate: float = 1.0
+
+    def __post_init__(self) -> None:
+        check.real("downlink.rate", self.rate, above=0.0, high=12.0)
+
+
+@dataclass(frozen=True)
+class Version:
+    """Weights on the lattice: initial + 2**exponent * levels, levels int32 (size,) below 2**24."""
+
+    number: int
+    exponent: int
+    levels: NDArray[np.int32]
+
+    def weights(self, initial: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Float32 (size,). The product is exact: one rounding, which fused arithmetic would not change."""
+        moved: NDArray[np.float32] = np.ldexp(self.levels.astype(np.float32), self.exponent)
+        return initial + moved
+
+    def plus(self, number: int, exponent: int, levels: NDArray[np.int32]) -> "Version":
+        """The version so many steps of 2**exponent away. Raises OverflowError at the bound of levels."""
+        finer = min(exponent, self.exponent)
+        mine, more = self.exponent - finer, exponent - finer
+        _require_exact((_peak(self.levels) << mine) + (_peak(levels) << more))
+        return Version(number, finer, _refined(self.levels, mine) + _refined(levels, more))
+
+    def minus(self, other: "Version") -> tuple[int, NDArray[np.int32]]:
+        """The way from `other`, which `plus` will go: an exponent, as coarse as can be, and levels.
+
+        Raises OverflowError where it would.
+        """
+        finer = min(self.exponent, other.exponent)
+        mine, theirs = self.exponent - finer, other.exponent - finer
+        _require_exact((_peak(self.levels) << mine) + 2 * (_peak(other.levels) << theirs))
+        way = _refined(self.levels, mine) - _refined(other.levels, theirs)
+        bits = int(np.bitwise_or.reduce(way))
+        spare = (bits & -bits).bit_length() - 1 if bits else 0
+        return finer + spare, way >> spare
+
+
+def first(layout: Layout) -> Version:
+    """Version 0: the initial model itself."""
+    return Version(0, _COARSEST, np.zeros(layout.size, np.int32))
+
+
+def _peak(levels: NDArray[np.int32]) -> int:
+    return max(int(levels.max(initial=0)), -int(levels.min(initial=0)))
+
+
+def _refined(levels: NDArray[np.int32], halvings: int) -> NDArray[np.int32]:
+    return levels << min(halvings, 31) if halvings else levels  # beyond the bound all are 0
+
+
+def _require_exact(reach: int) -> None:
+    if reach >= _BOUND:
+        raise OverflowError(f"levels may reach {_BOUND}, where float32 is no longer exact")
+
+
+# --- the server's end --------------------------------------------------------------------------------------
+
+
+class Downlink:
+    """The version of the weights that nodes shall hold, and which version each of them does hold."""
+
+    def __init__(self, coded: Coded, initial: ArrayRecord) -> None:
+        self._rate = coded.rate
+        self._layout = layout_of(initial)
+        self._initial = ravel(initial, self._layout)
+        self._now = first(self._layout)
+        self._versions = {0: (self._now.exponent, b"")}  # those that some node may hold, coded
+        self._held: dict[int, int] = {}  # by node; at first each holds version 0
+        self._weights, self._sent = initial, dict[int, Message]()
+
+    def send(self, weights: ArrayRecord, messages: Iterable[Message]) -> list[Message]:
+        """The messages; instead of weights they hold what their nodes need to make this version of them."""
+        if weights is not self._weights:
+            self._weights = weights
+            self._publish(ravel(weights, self._layout))
+        self._sent = {message.metadata.dst_node_id: message for message in messages}
+        contents: dict[int, RecordDict] = {}  # one for all nodes that hold the same
+        for node, message in self._sent.items():
+            held = self._held.get(node, 0)
+            if held not in contents:
+                contents[held] = self._content(message.content, held)
+            message.content = contents[held]
+        return list(self._sent.values())
+
+    def again(self, reply: Message) -> Message | None:
+        """Note what the node holds; where it could make nothing of its message, the message that it needs."""
+        node, said = reply.metadata.src_node_id, _said(reply)
+        if said is None:
+            if reply.has_content():
+                self._held[node] = self._now.number
+            return None
+        tried = self._held.get(node, 0)
+        if tried == NOTHING:
+            return None
+        self._held[node] = NOTHING if tried == 0 else said if said in self._versions else 0
+        asked = self._sent[node]
+        content = self._content(asked.content, self._held[node])
+        return Message(content, node, asked.metadata.message_type, group_id=asked.metadata.group_id)
+
+    def _publish(self, weights: NDArray[np.float32]) -> None:
+        """Make the next version: as much of what this one lacks as the rate allows."""
+        lacks, way = weights - self._now.weights(self._initial), weights - self._initial
+        if not lacks.any():
+            return
+        finest = max(_exponent(way) + _FINEST, _LEAST)
+        number, (exponent, levels) = self._now.number + 1, self._quantized(lacks, finest)
+        try:
+            self._now = self._now.plus(number, exponent, levels)
+        except OverflowError:  # after ever finer steps a long way: all nodes start anew
+            self._now = first(self._layout).plus(number, *self._quantized(way, finest))
+            self._held.clear()
+        kept = {0, *self._held.values()} & self._versions.keys()
+        self._versions = {v: self._versions[v] for v in kept}
+        self._versions[number] = self._now.exponent, _encode(self._now.levels, self._layout)
+
+    def _quantized(self, x: NDArray[np.float32], finest: int) -> tuple[int, NDArray[np.int32]]:
+        """Exponent and levels of x that take about the rate.
+
+        The coarsest step that takes as much, then a dearer bit: it makes up for steps that are powers of two.
+        """
+        goal, coarsest = self._rate * len(x) / 8, max(_exponent(x), finest)
+        exponent = min(max(self._now.exponent, finest), coarsest)
+        tried = self._tried(x, exponent)
+        while tried[0] > goal and exponent < coarsest:
+            exponent += 1
+            tried = self._tried(x, exponent)
+        while tried[0] < goal and exponent > finest:
+            exponent -= 1
+            tried = self._tried(x, exponent)
+        best, low, high = tried, 0.6, max(2.0 ** (_exponent(x) - exponent), 2.0)
+        for _ in range(6):
+            least = (low * high) ** 0.5
+            size, levels = tried = self._tried(x, exponent, least)
+            if abs(size - goal) < abs(best[0] - goal) and levels.any():
+                best = tried
+            low, high = (least, high) if size > goal else (low, least)
+        return exponent, best[1]
+
+    def _tried(
+        self, x: NDArray[np.float32], exponent: int, least: float = 0.0
+    ) -> tuple[int, NDArray[np.int32]]:
+        """Bytes and levels at a step of 2**exponent, where nothing below so many steps is sent."""
+        edge = edges(LAMBDA)
+        edge[:1024] = np.maximum(edge[:1024], least)
+        code, levels, _ = coder.encode(np.ldexp(x, -exponent), 1.0, edge, shapes(self._layout))
+        return len(code), levels
+
+    def _content(self, like: RecordDict, held: int) -> RecordDict:
+        """What a message to a node that holds this version says; `like` is what it would say without us."""
+        base = first(self._layout)
+        if held > 0:
+            exponent, code = self._versions[held]
+            base = Version(held, exponent, coder.decode(code, shapes(self._layout)))
+        try:
+            exponent, levels = self._now.minus(base)
+        except OverflowError:  # too far apart for one step: from the initial model it is not
+            base = first(self._layout)
+            exponent, levels = self._now.minus(base)
+        crc = _crc(self._now.weights(self._initial))
+        data = _HEADER.pack(_FORMAT, crc, exponent) + varint(base.number) + varint(self._now.number)
+        data += _encode(levels, self._layout)
+        floats = {slot.name for slot in self._layout.slots}
+        arrays = {VERSION: Array("uint8", (len(data),), STYPE, data)}
+        arrays |= {INITIAL: Array(self._initial)} if held == NOTHING else {}
+        arrays |= {name: array for name, array in self._weights.items() if name not in floats}
+        return RecordDict({**like, ARRAYS: ArrayRecord(arrays)})
+
+
+def _exponent(x: NDArray[np.float32]) -> int:
+    """Of the largest power of two that no magnitude of x is below."""
+    return int(np.frexp(np.maximum(x.max(initial=0), -x.min(initial=0)))[1]) - 1
+
+
+def _encode(levels: NDArray[np.int32], layout: Layout) -> bytes:
+    return coder.encode(levels.astype(np.float32), 1.0, _NEAREST, shapes(layout))[0]
+
+
+def _crc(weights: NDArray[np.float32]) -> int:
+    return zlib.crc32(weights.astype("<f4", copy=False).data)
+
+
+def _said(reply: Message) -> int | None:
+    """The version that a node holds, where it says that it could make nothing of its message."""
+    config = reply.content.config_records.get(CONFIG) if reply.has_content() else None
+    said = None if config is None else config.get(HOLDS)
+    return said if isinstance(said, int) else None
+
+
+# --- the client's end --------------------------------------------------------------------------------------
+
+
+def receive(initial: ArrayRecord) -> Mod:
+    """The client mod: replaces a coded version in a message by its weights; `initial` is the seed's model.
+
+    What this node holds stays in `context.state["downlink"]`. A node that can make nothing of the message
+    says what it holds, and does nothing else.
+    """
+
+    def mod(message: Message, context: Context, call_next: Callable[[Message, Context], Message]) -> Message:
+        arrays, layout = message.content.array_records[ARRAYS], layout_of(initial)
+        state = dict(load_state(context, "downlink"))
+        if INITIAL in arrays:
+            state = {"initial": arrays[INITIAL].numpy()}
+        start = state.get("initial", ravel(initial, layout))
+        held = first(layout)
+        if "levels" in state:
+            number, exponent = state["at"].tolist()
+            held = Version(number, exponent, state["levels"])
+        version, crc = _decode(arrays[VERSION], held, layout)
+        weights = None if version is None else version.weights(start)
+        if version is None or weights is None or _crc(weights) != crc:
+            says = held.number if version is None else 0
+            return Message(RecordDict({CONFIG: ConfigRecord({HOLDS: says})}), reply_to=message)
+        state |= {"at": np.array([version.number, version.exponent]), "levels": version.levels}
+        store_state(context, "downlink", state)
+        floats = unravel(weights, layout, initial)
+        made = {name: Array(floats[name]) if name in floats else arrays[name] for name in initial}
+        message.content = RecordDict({**message.content, ARRAYS: ArrayRecord(made)})
+        return call_next(message, context)
+
+    return mod
+
+
+def _decode(array: Array, held: Version, layout: Layout) -> tuple[Version | None, int]:
+    """The version that comes out, None where another one is its base; and the CRC of its weights."""
+    if array.stype != STYPE:
+        raise DecodeError(f"the weights have serialization type {array.stype!r}, not {STYPE!r}")
+    reader = Reader(array.data)
+    form, crc, exponent = _HEADER.unpack(reader.take(_HEADER.size))
+    if form != _FORMAT:
+        raise DecodeError(f"the weights have format {form}, this fedapp reads {_FORMAT}")
+    if not _LEAST <= exponent <= _COARSEST:
+        raise DecodeError(f"the weights name a step of 2^{exponent}")
+    based_on, number = reader.varint(_NEWEST), reader.varint(_NEWEST)
+    if based_on not in (0, held.number):
+        return None, crc
+    base = first(layout) if based_on == 0 else held
+    try:
+        return base.plus(number, exponent, coder.decode(reader.rest(), shapes(layout))), crc
+    except OverflowError as error:
+        raise DecodeError(f"the weights cannot be decoded: {error}") from error

@@ -1,0 +1,421 @@
+"""The downlink: one lattice, whichever way a node came by its version; what hostile or lost bytes cost."""
+
+import math
+import struct
+import tracemalloc
+from contextlib import suppress
+from dataclasses import dataclass, field
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+import pytest
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, RecordDict
+from flwr.clientapp import ClientApp
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from fedapp.codec import Layout, Slot
+from fedapp.downlink import (
+    HOLDS,
+    INITIAL,
+    STYPE,
+    VERSION,
+    Coded,
+    Downlink,
+    Version,
+    _decode,
+    first,
+    receive,
+)
+from fedapp.engine.local import LocalGrid
+from fedapp.errors import ConfigError, DecodeError
+from fedapp.wire import ARRAYS, CONFIG, layout_of, ravel
+
+SHAPES = {"conv.weight": (6, 3, 3), "bn.scale": (), "fc.weight": (20, 30), "fc.bias": (20,)}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _surroundings() -> None:
+    LocalGrid(ClientApp(), [1], workers=0)  # sets the global that messages read the run and the node from
+
+
+def model(seed: int, spread: float = 0.3) -> ArrayRecord:
+    rng = np.random.default_rng(seed)
+    arrays = {n: np.asarray(rng.normal(0, spread, s).astype(np.float32)) for n, s in SHAPES.items()}
+    return ArrayRecord({n: Array(a) for n, a in arrays.items()} | {"bn.count": Array(np.array(seed))})
+
+
+def moved(weights: ArrayRecord, seed: int, by: float = 0.01) -> ArrayRecord:
+    """Some rows learn much more than others, as they do."""
+    rng = np.random.default_rng(seed)
+    out = {}
+    for name, array in weights.items():
+        x = array.numpy()
+        row = np.exp(rng.normal(0, 1.5, (*x.shape[:1], *[1] * (x.ndim - 1))))
+        new = x + by * row * rng.standard_normal(x.shape) if x.dtype.kind == "f" else x + 1
+        out[name] = Array(np.asarray(new).reshape(x.shape).astype(x.dtype))
+    return ArrayRecord(out)
+
+
+@dataclass
+class Node:
+    """A client that only receives; `initial` is the model that its seed gives."""
+
+    initial: ArrayRecord
+    context: Context = field(default_factory=lambda: Context(1, 2, {}, RecordDict(), {}))
+    weights: NDArray[np.float32] = field(default_factory=lambda: np.zeros(0, np.float32))
+    counts: int = -1
+    messages: int = 0
+
+    def takes(self, message: Message) -> Message:
+        def train(message: Message, context: Context) -> Message:
+            arrays = message.content.array_records[ARRAYS]
+            assert list(arrays) == list(self.initial)
+            self.weights = ravel(arrays, layout_of(arrays))
+            self.counts = int(arrays["bn.count"].numpy())
+            return Message(RecordDict({CONFIG: ConfigRecord({"sound": True})}), reply_to=message)
+
+        self.messages += 1
+        return receive(self.initial)(message, self.context, train)
+
+    def restarts(self) -> None:
+        self.context.state = RecordDict()
+
+
+def asking(nodes: list[int]) -> list[Message]:
+    content = RecordDict({ARRAYS: ArrayRecord(), CONFIG: ConfigRecord({"server-round": 1})})
+    return [Message(content, node, "train") for node in nodes]
+
+
+def exchange(server: Downlink, weights: ArrayRecord, nodes: dict[int, Node], lost: bool = False) -> int:
+    """One broadcast to these nodes, others sent where they are needed; bytes of all of it."""
+    size = 0
+    for message in server.send(weights, asking(list(nodes))):
+        following: Message | None = message
+        for _ in range(3):
+            assert following is not None
+            arrays = following.content.array_records[ARRAYS]
+            size += len(arrays[VERSION].data) + (len(arrays[INITIAL].data) if INITIAL in arrays else 0)
+            reply = nodes[message.metadata.dst_node_id].takes(following)
+            following = None if lost else server.again(reply)
+            if following is None:
+                break
+    return size
+
+
+# One lattice
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    seed=st.integers(0, 1000),
+    rate=st.sampled_from([0.1, 1.0, 4.0, 9.0]),
+    events=st.lists(
+        st.tuples(st.sets(st.integers(2, 6), min_size=1),
+                  st.sampled_from(["well", "lost", "restart", "same", "shrinks", "grows"])),
+        min_size=1, max_size=12,
+    ),
+)  # fmt: skip
+def test_nodes_end_bit_identical_whatever_happened(
+    seed: int, rate: float, events: list[tuple[set[int], str]]
+) -> None:
+    """Late comers, restarts, lost replies, and one node whose seed gives another model."""
+    initial, weights, by = model(0), model(0), 0.01
+    nodes = {n: Node(model(0)) for n in range(2, 6)} | {6: Node(model(9))}
+    server = Downlink(Coded(rate), initial)
+    for number, (cohort, event) in enumerate(events):
+        by *= {"shrinks": 0.1, "grows": 30.0}.get(event, 1.0)
+        if event == "restart":
+            nodes[min(cohort)].restarts()
+        if event != "same":
+            weights = moved(weights, seed + number, by)
+        exchange(server, weights, {n: nodes[n] for n in cohort}, lost=event == "lost")
+        now = server._now.weights(ravel(initial, layout_of(initial)))
+        for n in cohort:
+            if event != "lost" or nodes[n].counts == int(weights["bn.count"].numpy()):
+                assert np.array_equal(nodes[n].weights, now)
+                assert nodes[n].counts == int(weights["bn.count"].numpy())
+
+
+def test_a_late_comer_is_sent_one_difference_not_all_of_them() -> None:
+    initial = weights = model(0)
+    server, nodes = Downlink(Coded(1.0), initial), {2: Node(initial), 3: Node(initial)}
+    sizes = []
+    for number in range(8):
+        weights = moved(weights, number)
+        sizes.append(exchange(server, weights, {2: nodes[2]}))
+    late = exchange(server, weights, {3: nodes[3]})
+    assert np.array_equal(nodes[3].weights, nodes[2].weights)
+    assert late < 0.6 * sum(sizes)
+    assert nodes[3].messages == 1
+
+
+def test_the_first_model_comes_from_the_seed_and_unchanged_weights_cost_next_to_nothing() -> None:
+    initial = model(0)
+    server, node = Downlink(Coded(1.0), initial), Node(initial)
+    assert exchange(server, initial, {2: node}) < 24
+    assert np.array_equal(node.weights, ravel(initial, layout_of(initial)))
+    weights = moved(initial, 1)
+    assert exchange(server, weights, {2: node}) > 60
+    assert exchange(server, weights, {2: node}) < 24  # an evaluation, then the next round
+    assert server._now.number == 1
+
+
+def test_a_node_with_another_model_from_the_seed_is_given_ours_once() -> None:
+    initial = weights = model(0)
+    server, node = Downlink(Coded(1.0), initial), Node(model(5))
+    raw = 4 * layout_of(initial).size
+    assert exchange(server, weights, {2: node}) > raw
+    assert node.messages == 2
+    for number in range(3):
+        weights = moved(weights, number)
+        assert exchange(server, weights, {2: node}) < raw / 8
+        assert np.array_equal(node.weights, server._now.weights(ravel(initial, layout_of(initial))))
+    assert node.messages == 5
+
+
+def test_a_restarted_node_gets_the_version_and_not_the_model() -> None:
+    initial = weights = model(0)
+    server, node = Downlink(Coded(1.0), initial), Node(initial)
+    for number in range(4):
+        weights = moved(weights, number)
+        exchange(server, weights, {2: node})
+    node.restarts()
+    weights = moved(weights, 9)
+    assert exchange(server, weights, {2: node}) < layout_of(initial).size  # two messages, under a byte each
+    assert np.array_equal(node.weights, server._now.weights(ravel(initial, layout_of(initial))))
+    assert node.messages == 6
+
+
+def test_what_a_version_lacks_the_next_ones_tell() -> None:
+    """Weights that stand still are reached to the last bits that matter; weights that move are followed."""
+    initial = model(0)
+    still, server, node = moved(initial, 1), Downlink(Coded(0.5), initial), Node(initial)
+    layout = layout_of(initial)
+    errors = []
+    for _ in range(40):
+        exchange(server, ArrayRecord(dict(still)), {2: node})  # a new record of the same weights
+        errors.append(float(np.linalg.norm(node.weights - ravel(still, layout))))
+    assert errors[0] < float(np.linalg.norm(ravel(still, layout) - ravel(initial, layout)))
+    assert errors[-1] < 1e-3 * errors[0]
+
+
+@pytest.mark.parametrize("rate", [0.3, 1.0, 3.0])
+def test_the_rate_is_about_what_was_asked(rate: float) -> None:
+    rng = np.random.default_rng(0)
+    shape = (200, 300)
+    x = np.zeros(shape, np.float32)
+    initial = ArrayRecord({"w": Array(x), "bn.count": Array(np.array(0))})
+    server, node = Downlink(Coded(rate), initial), Node(initial)
+    sizes = []
+    for number in range(12):
+        x = x + (0.99**number * np.exp(rng.normal(0, 1, (200, 1))) * rng.normal(0, 1e-2, shape)).astype("f4")
+        weights = ArrayRecord({"w": Array(x), "bn.count": Array(np.array(0))})
+        sizes.append(8 * exchange(server, weights, {2: node}) / x.size)
+    assert np.mean(sizes) == pytest.approx(rate, rel=0.15)
+    assert max(sizes) < 1.6 * rate
+
+
+def test_versions_that_nobody_holds_are_forgotten() -> None:
+    initial = weights = model(0)
+    server = Downlink(Coded(1.0), initial)
+    nodes = {n: Node(initial) for n in range(2, 5)}
+    exchange(server, moved(weights, 50), nodes)
+    for number in range(20):
+        weights = moved(weights, number)
+        exchange(server, weights, {2: nodes[2]})
+    assert server._versions.keys() == {0, 1, 20, 21}
+
+
+def test_ever_finer_steps_and_then_a_long_way_start_anew() -> None:
+    initial = weights = model(0)
+    server, node = Downlink(Coded(4.0), initial), Node(initial)
+    for number, by in enumerate((1e-4, 1e-7, 1e3, 1e-3, 1e-2)):
+        weights = moved(weights, number, by)
+        exchange(server, weights, {2: node})
+        layout = layout_of(initial)
+        assert np.array_equal(node.weights, server._now.weights(ravel(initial, layout)))
+        assert np.abs(server._now.levels).max() < 2**24
+    apart = node.weights - ravel(weights, layout)
+    assert np.linalg.norm(apart) < 0.05 * np.linalg.norm(node.weights)
+
+
+# Arithmetic of versions
+
+levels = st.lists(st.integers(-(2**22), 2**22), min_size=1, max_size=6)
+
+
+@given(levels, st.integers(-40, 5), st.integers(-40, 5), st.randoms())
+def test_minus_undoes_plus(values: list[int], a: int, b: int, random: Any) -> None:
+    one = first(Layout((), len(values))).plus(1, a, np.array(values, np.int32))
+    step = np.array([random.randint(-100, 100) for _ in values], np.int32)
+    try:
+        other = one.plus(2, b, step)
+        exponent, way = other.minus(one)
+    except OverflowError:
+        reach = (3 * max(map(abs, values)) << max(0, a - b)) + (2 * 100 << max(0, b - a))
+        assert reach >= 2**24
+        return
+    assert [Fraction(2) ** exponent * int(w) for w in way] == [Fraction(2) ** b * int(s) for s in step]
+    assert not way.any() or (way & 1).any()  # as coarse as can be
+    again = one.plus(2, exponent, way)
+    start = np.linspace(-1, 1, len(values), dtype=np.float32)
+    assert np.array_equal(again.weights(start), other.weights(start))
+
+
+@given(levels, st.integers(-140, 90))
+def test_weights_are_rounded_once(values: list[int], exponent: int) -> None:
+    start = np.random.default_rng(len(values)).normal(0, 1, len(values)).astype(np.float32)
+    got = Version(1, exponent, np.array(values, np.int32)).weights(start)
+    for s, v, w in zip(start, values, got, strict=True):
+        exact = Fraction(float(s)) + Fraction(2) ** exponent * v
+        others = [np.nextafter(w, np.float32(side)) for side in (-np.inf, np.inf)]
+        off = abs(Fraction(float(w)) - exact)
+        assert all(off <= abs(Fraction(float(other)) - exact) for other in others if math.isfinite(other))
+
+
+def test_levels_beyond_float32_are_refused() -> None:
+    far = Version(1, 0, np.array([2**24 - 1], np.int32))
+    for step in ((0, 1), (-1, 0), (-40, 0), (30, 1)):
+        with pytest.raises(OverflowError):
+            far.plus(2, step[0], np.array([step[1]], np.int32))
+    with pytest.raises(OverflowError):
+        far.minus(Version(2, -200, np.array([1], np.int32)))
+
+
+# Hostile and lost bytes
+
+LAYOUT = Layout((Slot("fc.weight", (4, 3), 0), Slot("fc.bias", (2,), 12)), 14)
+GOLDEN = "01d1154b12faff0001169866dd394481"
+
+
+def packet() -> tuple[ArrayRecord, bytes]:
+    initial = ArrayRecord({s.name: Array(np.zeros(s.shape, np.float32)) for s in LAYOUT.slots})
+    x = np.array([0.5, -1.25, 0, 3, 0.125, -0.75, 8, 0, 0, 1, -2, 0.25, 4, 0], np.float32) / 64
+    weights = ArrayRecord({s.name: Array(x[s.offset :][: math.prod(s.shape)].reshape(s.shape))
+                           for s in LAYOUT.slots})  # fmt: skip
+    server = Downlink(Coded(4.0), initial)
+    (message,) = server.send(weights, asking([2]))
+    return initial, bytes(message.content.array_records[ARRAYS][VERSION].data)
+
+
+def result(data: bytes, initial: ArrayRecord, stype: str = STYPE) -> NDArray[np.float32] | None:
+    """The weights that a new node makes of it; None where it says what it holds instead."""
+    content = RecordDict({ARRAYS: ArrayRecord({VERSION: Array("uint8", (len(data),), stype, data)})})
+    got: list[NDArray[np.float32]] = []
+
+    def train(message: Message, context: Context) -> Message:
+        got.append(ravel(message.content.array_records[ARRAYS], LAYOUT))
+        return Message(RecordDict(), reply_to=message)
+
+    context = Context(1, 2, {}, RecordDict(), {})
+    reply = receive(initial)(Message(content, 2, "train"), context, train)
+    if not got:
+        assert reply.content.config_records[CONFIG][HOLDS] == 0
+        assert not context.state
+    return got[0] if got else None
+
+
+def test_golden_bytes_of_a_version() -> None:
+    initial, data = packet()
+    assert data.hex() == GOLDEN
+    assert result(data, initial) is not None
+
+
+def test_damage_is_noticed_at_every_bit_and_length() -> None:
+    """A damaged version is refused, or asked for again; what is accepted is what was sent."""
+    initial, data = packet()
+    sound = result(data, initial)
+    assert sound is not None
+    damaged = [data[:n] for n in range(len(data))] + [data + b"\1"]
+    for bit in range(8 * len(data)):
+        flipped = bytearray(data)
+        flipped[bit // 8] ^= 1 << bit % 8
+        damaged.append(bytes(flipped))
+    for bad in damaged:
+        try:
+            got = result(bad, initial)
+        except DecodeError:
+            continue
+        assert got is None or np.array_equal(got, sound)  # the version's number alone may differ
+
+
+@settings(deadline=None, max_examples=300)
+@given(head=st.binary(min_size=0, max_size=12), body=st.binary(max_size=60))
+def test_random_bytes_are_survived(head: bytes, body: bytes) -> None:
+    initial, _ = packet()
+    for data in (head + body, b"\1" + head + body, struct.pack("<BIh", 1, 0, -6) + b"\0\1" + body):
+        with suppress(DecodeError):
+            assert result(data, initial) is None
+
+
+def test_another_format_and_another_kind_of_array_are_named() -> None:
+    initial, data = packet()
+    with pytest.raises(DecodeError, match="format 9, this fedapp reads 1"):
+        result(b"\x09" + data[1:], initial)
+    with pytest.raises(DecodeError, match=r"serialization type 'numpy\.ndarray'"):
+        result(data, initial, "numpy.ndarray")
+
+
+def test_a_node_that_never_understands_is_given_up() -> None:
+    initial = weights = model(0)
+    server = Downlink(Coded(1.0), initial)
+    exchange(server, moved(weights, 1), {2: Node(initial), 3: Node(initial)})
+    (message,) = server.send(moved(weights, 2), asking([2]))
+    for said in (1, 0, 7, -5):
+        reply = Message(RecordDict({CONFIG: ConfigRecord({HOLDS: said})}), reply_to=message)
+        following = server.again(reply)
+        if following is None:
+            break
+        message = following
+    assert INITIAL in message.content.array_records[ARRAYS]
+    assert following is None
+
+
+def test_an_error_says_nothing_of_what_a_node_holds() -> None:
+    initial = model(0)
+    server, node = Downlink(Coded(1.0), initial), Node(initial)
+    (message,) = server.send(moved(initial, 1), asking([2]))
+    assert server.again(Message(Error(1, "failed"), reply_to=message)) is None
+    assert server._held == {}
+    assert exchange(server, moved(initial, 2), {2: node}) > 60
+
+
+def test_decoding_takes_at_most_three_times_the_memory_of_the_weights() -> None:
+    shape, rng = (300, 1000), np.random.default_rng(0)
+    initial = ArrayRecord({"w": Array(np.zeros(shape, np.float32))})
+    server, layout = Downlink(Coded(1.0), initial), layout_of(initial)
+    (message,) = server.send(ArrayRecord({"w": Array(rng.normal(0, 1, shape).astype("f4"))}), asking([2]))
+    array, held = message.content.array_records[ARRAYS][VERSION], first(layout)
+    _decode(array, held, layout)  # imports and caches are not counted
+    tracemalloc.start()
+    try:
+        _decode(array, held, layout)
+        assert tracemalloc.get_traced_memory()[1] < 3.1 * 4 * layout.size
+    finally:
+        tracemalloc.stop()
+
+
+def test_what_claims_more_than_the_model_allocates_nothing() -> None:
+    _, data = packet()
+    held = first(LAYOUT)
+    for tail in (b"\xff" * 9, b"\0\1" + b"\xff" * 40, b"\0\1" + bytes(40)):
+        array = Array("uint8", (1,), STYPE, data[:7] + tail)
+        tracemalloc.start()
+        try:
+            with suppress(DecodeError):
+                _decode(array, held, LAYOUT)
+            assert tracemalloc.get_traced_memory()[1] < 100_000
+        finally:
+            tracemalloc.stop()
+
+
+# Settings
+
+
+@pytest.mark.parametrize("rate", [0, -1.0, 13, math.nan, math.inf, "much", True])
+def test_rates_out_of_range_are_named(rate: Any) -> None:
+    with pytest.raises(ConfigError, match=r"downlink.rate must be a number above 0 and at most 12, got"):
+        Coded(rate)
