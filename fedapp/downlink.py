@@ -199,8 +199,7 @@ class Downlink:
         self, x: NDArray[np.float32], exponent: int, least: float = 0.0
     ) -> tuple[int, NDArray[np.int32]]:
         """Bytes and levels at a step of 2**exponent, where nothing below so many steps is sent."""
-        edge = edges(LAMBDA)
-        edge[:1024] = np.maximum(edge[:1024], least)
+        edge = edges(LAMBDA, least)
         code, levels, _ = coder.encode(np.ldexp(x, -exponent), 1.0, edge, shapes(self._layout))
         return len(code), levels
 

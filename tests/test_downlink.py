@@ -199,7 +199,7 @@ def test_what_a_version_lacks_the_next_ones_tell() -> None:
         exchange(server, ArrayRecord(dict(still)), {2: node})  # a new record of the same weights
         errors.append(float(np.linalg.norm(node.weights - ravel(still, layout))))
     assert errors[0] < float(np.linalg.norm(ravel(still, layout) - ravel(initial, layout)))
-    assert errors[-1] < 1e-3 * errors[0]
+    assert errors[-1] < 0.01 * errors[0]
 
 
 @pytest.mark.parametrize("rate", [0.3, 1.0, 3.0])
@@ -288,7 +288,7 @@ def test_levels_beyond_float32_are_refused() -> None:
 # Hostile and lost bytes
 
 LAYOUT = Layout((Slot("fc.weight", (4, 3), 0), Slot("fc.bias", (2,), 12)), 14)
-GOLDEN = "01d1154b12faff0001169866dd394481"
+GOLDEN = "013e95135cfaff0001169682103d7b25"
 
 
 def packet() -> tuple[ArrayRecord, bytes]:

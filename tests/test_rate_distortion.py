@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from numpy.typing import NDArray
 
-from fedapp.codec import Codec, Layout, Packet, Slot, context
+from fedapp.codec import Codec, Layout, Packet, Slot, State, context
 from fedapp.codec import rate_distortion as module
 from fedapp.codec.packet import decode_update, pack
+from fedapp.codec.per_layer import PerLayer
 from fedapp.codec.rate_distortion import RateDistortion, default
 from fedapp.errors import ConfigError, DecodeError
 
@@ -59,6 +60,7 @@ VECTORS = {
     "white": (np.random.default_rng(1).standard_normal(26_010).astype(np.float32), layout_of([(26_010,)])),
     "heavy": (np.random.default_rng(2).standard_t(2, 20_000).astype(np.float32), layout_of([(100, 200)])),
 }
+RATES, ERRORS = (0.05, 0.1, 0.3, 0.5, 1, 2, 4, 8, 12), (0.5, 0.1, 1e-2, 1e-4, 1e-6, 1e-8)
 every_vector = pytest.mark.parametrize(("x", "layout"), VECTORS.values(), ids=VECTORS)
 
 
@@ -67,16 +69,16 @@ def encodes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Counts full encodes."""
     counted, encode = [0], context.encode
 
-    def counting(*given: Any) -> Any:
+    def counting(*given: Any, **named: Any) -> Any:
         counted[0] += 1
-        return encode(*given)
+        return encode(*given, **named)
 
     monkeypatch.setattr(context, "encode", counting)
     return counted
 
 
 @every_vector
-@pytest.mark.parametrize("rate", [0.05, 0.1, 0.3, 0.5, 1, 2, 4, 8, 12])
+@pytest.mark.parametrize("rate", RATES)
 def test_a_rate_is_met_in_bytes_on_the_wire(
     x: NDArray[np.float32], layout: Layout, rate: float, encodes: list[int]
 ) -> None:
@@ -87,10 +89,70 @@ def test_a_rate_is_met_in_bytes_on_the_wire(
 
 
 @every_vector
-@pytest.mark.parametrize("error", [0.5, 0.1, 1e-2, 1e-4, 1e-6, 1e-8])
+@pytest.mark.parametrize("error", ERRORS)
 def test_an_error_is_met(x: NDArray[np.float32], layout: Layout, error: float, encodes: list[int]) -> None:
     assert nmse(x, coded(RateDistortion(nmse=error), x, layout)[1]) == pytest.approx(error, rel=0.03)
     assert encodes[0] <= 3
+
+
+anything = st.one_of(
+    st.none(),
+    st.floats(-1, 1).map(lambda miss: np.array([miss])),
+    st.floats().map(lambda miss: np.array([miss])),
+    arrays(st.sampled_from([np.float32, np.int64, np.uint8]), st.integers(0, 3)),
+    arrays(np.float64, st.sampled_from([(), (0,), (2,), (1, 1)])),
+)
+
+
+@settings(deadline=None, max_examples=80)
+@given(
+    st.sampled_from(sorted(VECTORS)),
+    st.sampled_from([*(("rate", rate) for rate in RATES), *(("nmse", error) for error in ERRORS)]),
+    anything,
+)
+def test_a_target_is_met_whatever_the_state_says(
+    vector: str, target: tuple[str, float], miss: NDArray[Any] | None
+) -> None:
+    (x, layout), (kind, wanted) = VECTORS[vector], target
+    codec = RateDistortion(rate=wanted) if kind == "rate" else RateDistortion(nmse=wanted)
+    packet, after = codec.encode(x, layout, {} if miss is None else {"miss": miss}, np.random.default_rng(0))
+    if kind == "rate":
+        size = wanted * len(x) / 8
+        assert abs(len(pack(packet, codec, layout)) - size) <= max(0.03 * size, 32)
+    else:
+        assert nmse(x, codec.decode(packet, layout)) == pytest.approx(wanted, rel=0.03)
+    assert after["miss"].shape == (1,)
+
+
+@pytest.mark.parametrize(
+    "codec",
+    [
+        RateDistortion(rate=0.5), RateDistortion(rate=2.0), RateDistortion(nmse=0.1),
+        RateDistortion(rate=0.5, trellis=True), RateDistortion(rate=2.0, trellis=True),
+    ],
+    ids=repr,
+)  # fmt: skip
+def test_later_rounds_remember_what_the_estimate_missed(codec: Codec, encodes: list[int]) -> None:
+    state: State = {}
+    counts, change = [], np.random.default_rng(0)
+    for _ in range(6):
+        x = update() * change.normal(1, 0.3, LAYOUT.size).astype(np.float32)
+        before = encodes[0]
+        _, state = codec.encode(x, LAYOUT, state, change)
+        counts.append(encodes[0] - before)
+    assert counts[0] > 1
+    assert sum(counts[1:]) <= 6
+
+
+def test_what_is_remembered_passes_through_error_feedback_and_rules_per_layer() -> None:
+    x, rng = update(), np.random.default_rng(0)
+    assert set(default(feedback=True).encode(x, LAYOUT, {}, rng)[1]) == {"residual", "codec.miss"}
+    codec = PerLayer((("[0-2]", default(rate=2.0)),), default())
+    state = codec.encode(x, LAYOUT, {}, rng)[1]
+    assert set(state) == {"0.miss", "1.miss"}
+    again, _ = codec.encode(x, LAYOUT, state, rng)
+    wanted = (2 * LAYOUT.slots[3].offset + LAYOUT.size - LAYOUT.slots[3].offset) / 8
+    assert len(again.body) == pytest.approx(wanted, rel=0.05)
 
 
 def test_a_step_wins_over_a_rate_and_is_relative() -> None:
@@ -145,7 +207,7 @@ def test_levels_with_active_rows_and_columns_take_less() -> None:
 def test_weighing_bits_against_distance_beats_the_nearest_level(monkeypatch: pytest.MonkeyPatch) -> None:
     x = update()
     size, y = coded(RateDistortion(rate=0.7), x)
-    monkeypatch.setattr(module, "_EDGES", module.edges(0.0))
+    monkeypatch.setattr(module, "LAMBDA", 0.0)
     plain_size, plain = coded(RateDistortion(rate=0.7), x)
     assert size == pytest.approx(plain_size, rel=0.02)
     assert nmse(x, y) < 0.98 * nmse(x, plain)

@@ -34,11 +34,11 @@ def test_it_beats_the_default_at_equal_bytes(rate: float, gain: float) -> None:
     plain_size, plain = coded(RateDistortion(rate=rate), x)
     bits = 8 * (size - plain_size) / len(x)
     assert abs(bits) < 0.03 * rate
-    assert 10 * np.log10(nmse(x, plain) / nmse(x, y)) - 8 * max(bits, 0) > gain
+    assert 10 * np.log10(nmse(x, plain) / nmse(x, y)) - 6 * bits > gain
 
 
 @every_vector
-@pytest.mark.parametrize("rate", [0.05, 0.3, 1, 4, 12])
+@pytest.mark.parametrize("rate", [0.05, 0.2, 1, 4, 12])
 def test_a_rate_is_met_in_bytes_on_the_wire(x: NDArray[np.float32], layout: Layout, rate: float) -> None:
     size, _ = coded(RateDistortion(rate=rate, trellis=True), x, layout)
     assert abs(size - rate * len(x) / 8) <= max(0.03 * rate * len(x) / 8, 32)

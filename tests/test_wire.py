@@ -282,6 +282,23 @@ def test_edited_packets_are_survived(codec: Codec, edits: list[tuple[int, int, i
         survives(repaired(bytes(data), codec), codec)
 
 
+@pytest.mark.parametrize("name", sorted(path.stem for path in (config.CONF / "codec").glob("*.yaml")))
+def test_decoding_takes_at_most_three_float32_vectors(name: str) -> None:
+    shapes = {"conv.weight": (8, 4, 3, 3), "conv.bias": (8,), "a.weight": (900, 1000), "b.weight": (10, 900)}
+    offsets = np.cumsum([0, *(math.prod(shape) for shape in shapes.values())]).tolist()
+    layout = Layout(tuple(map(Slot, shapes, shapes.values(), offsets)), offsets[-1])
+    x = np.random.default_rng(0).laplace(0, 1e-3, layout.size).astype(np.float32)
+    codec = config.job_of(f"task=digits privacy=none codec={name}").codec
+    data = pack(codec.encode(x, layout, {}, np.random.default_rng(0))[0], codec, layout)
+    decode_update(data, codec, layout)  # imports and caches are not counted
+    tracemalloc.start()
+    try:
+        decode_update(data, codec, layout)
+        assert tracemalloc.get_traced_memory()[1] < 3 * x.nbytes
+    finally:
+        tracemalloc.stop()
+
+
 @every_codec
 @settings(deadline=None, max_examples=60)
 @given(header=st.lists(st.integers(0, 2**40), max_size=12), body=st.binary(max_size=40))

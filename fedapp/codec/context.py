@@ -96,6 +96,11 @@ def _layer_coder(encoding: bool, dependent: bool) -> Callable[..., bool]:
         width = len(column)
         state: Whole = 0
         searched = 0
+        # Where level 1 begins by context: known before it is asked for, and as bits, which compare sooner.
+        begins, edges = np.empty(CONTEXTS, np.int32), edge.view(np.int32)
+        if rounding:
+            for c in range(CONTEXTS):
+                begins[c] = edges[states[2 * BINS * c] >> np.uint32(22)]
         for row in range(len(units)):
             x, level = updates[row if encoding else 0], levels[row]
             expected = column.sum() // width + 1  # what the column means promise of this row so far
@@ -129,21 +134,23 @@ def _layer_coder(encoding: bool, dependent: bool) -> Callable[..., bool]:
                     part = (span >> 16) * ((p >> 16) | 1)
                     v = x[u] * scale if rounding else np.float32(0)
                     a = abs(v)
-                    m: Whole = 0
+                    m: Whole = np.int64(a + np.float32(0.5))
                     far: Whole = 0
                     if rounding:
-                        nothing = a < edge[states[i] >> np.uint32(22)]
+                        nothing = np.float32(a).view(np.int32) < begins[np.uint64(context)]
                     else:
                         nothing = level[u] == 0 if encoding else low >= part
                     if nothing:
                         low, span = low + sense * part, span - part
-                        states[i], states[i + _ONE] = learn(p, n, 0), n + (n < PATIENCE)
+                        q = learn(p, n, 0)
+                        states[i], states[i + _ONE] = q, n + (n < PATIENCE)
                         if span < _WORD:
                             low, span, at = _shift(encoding, low, span, at, words)
                         level[u] = 0
                     else:
                         span = part
-                        states[i], states[i + _ONE] = learn(p, n, 1), n + (n < PATIENCE)
+                        q = learn(p, n, 1)
+                        states[i], states[i + _ONE] = q, n + (n < PATIENCE)
                         if span < _WORD:
                             low, span, at = _shift(encoding, low, span, at, words)
                         raw = np.int64(raw_of[context])
@@ -153,7 +160,7 @@ def _layer_coder(encoding: bool, dependent: bool) -> Callable[..., bool]:
                             if not a <= np.float32(1 << 30):
                                 coder[2] = -1
                                 return False
-                            m = max(np.int64(a + np.float32(0.5)), 1)
+                            m = max(m, 1)
                             if 1 < m < UNARY and raw == 0:
                                 tenbits = states[base + 2 * m - 2] >> np.uint32(22)
                                 if a - np.float32(m - 1) < edge[np.uint64(1024) + tenbits]:
@@ -182,11 +189,13 @@ def _layer_coder(encoding: bool, dependent: bool) -> Callable[..., bool]:
                             p, n = np.int64(states[k]), np.int64(states[k + _ONE])
                             part = (span >> 16) * ((p >> 16) | 1)
                             more = t < count if encoding else low < part
-                            states[k], states[k + _ONE] = learn(p, n, more), n + (n < PATIENCE)
                             if more:
                                 span = part
+                                p = learn(p, n, 1)
                             else:
                                 low, span = low + sense * part, span - part
+                                p = learn(p, n, 0)
+                            states[k], states[k + _ONE] = p, n + (n < PATIENCE)
                             if span < _WORD:
                                 low, span, at = _shift(encoding, low, span, at, words)
                             if not more:
@@ -213,10 +222,12 @@ def _layer_coder(encoding: bool, dependent: bool) -> Callable[..., bool]:
                             return False  # raw bits do not fill the interval: no encoder points at the rest
                         far = 2 * m - odd if dependent else m
                         level[u] = (far ^ -minus) + minus
+                        found += far << 12
                     if dependent:
                         state = NEXT[np.uint64(state), np.uint64(m & 1)]
+                    if rounding:
+                        begins[np.uint64(context)] = edges[np.uint64(q >> 22)]
                     left = far
-                    found += far << 12
                     expected += mean
                 begin = end
                 found -= found >> decay

@@ -11,6 +11,7 @@ from fedapp.codec import Layout, Packet, State
 from fedapp.codec.varint import Reader, varint
 from fedapp.errors import DecodeError
 
+_AT_ONCE = 2**16
 MOST = 255  # the largest magnitude that gets a row of its own in the table
 
 
@@ -38,9 +39,18 @@ def decode_symbols(data: bytes, counts: NDArray[np.int64]) -> NDArray[np.int32]:
         raise
     except BaseException as error:  # the coder is compiled code: a panic is no Exception
         raise DecodeError("packet's entropy-coded part is broken") from error
-    if left or (np.bincount(symbols, minlength=len(counts)) != counts).any():
+    if left or (_tally(symbols, len(counts)) != counts).any():
         raise DecodeError("packet's entropy-coded part does not match its table")
     return symbols
+
+
+def _tally(symbols: NDArray[np.int32], kinds: int) -> NDArray[np.int64]:
+    """How many there are of each; part by part, since numpy makes an int64 of each symbol."""
+    parts = (symbols[start : start + _AT_ONCE] for start in range(0, len(symbols), _AT_ONCE))
+    counts = np.zeros(kinds, np.int64)
+    for part in parts:
+        counts += np.bincount(part, minlength=kinds)
+    return counts
 
 
 def _model(counts: NDArray[np.int64]) -> Any:
@@ -96,8 +106,9 @@ def split_levels(x: NDArray[Any], row: float) -> tuple[NDArray[np.int32], NDArra
 
 
 def join_levels(symbols: NDArray[np.int32], most: int, escapes: bytes) -> NDArray[np.int32]:
-    """Undo `split_levels`; raises DecodeError where the number of escapes does not fit."""
-    level = symbols - np.int32(most)
+    """Undo `split_levels`, in place; raises DecodeError where the number of escapes does not fit."""
+    level = symbols
+    level -= np.int32(most)
     escaped = level > most
     if 4 * np.count_nonzero(escaped) != len(escapes):
         raise DecodeError("packet does not hold the levels that it escapes")

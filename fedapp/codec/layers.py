@@ -27,6 +27,11 @@ def require_whole(x: NDArray[Any], layout: Layout) -> None:
         raise TypeError(f"this stage needs the layers, got {len(x)} of {layout.size} values: put it first")
 
 
+def largest(x: NDArray[np.float32]) -> float:
+    """The largest magnitude, NaN if there is one; without a copy of the vector, which may be long."""
+    return float(np.maximum(np.max(x, initial=0.0), -np.min(x, initial=0.0)))
+
+
 def size(slot: Slot) -> int:
     """How many values an array of the model has; a 0-d array has one."""
     return int(np.prod(slot.shape, dtype=np.int64))

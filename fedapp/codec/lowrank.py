@@ -12,6 +12,8 @@ from fedapp.codec.layers import require_finite, require_whole, size
 from fedapp.codec.scale import LARGEST
 from fedapp.errors import DecodeError
 
+_AT_ONCE = 2**16  # values of a product in float64
+
 
 @dataclass(frozen=True)
 class LowRank:
@@ -89,7 +91,12 @@ def _power_iteration(
 
 def _product(left: NDArray[np.float64], right: NDArray[np.float64]) -> NDArray[np.float32]:
     """P Q^T, one outer product after the other: a matrix product of BLAS has no fixed order of additions."""
-    total = np.zeros((len(left), len(right)))
-    for column in range(left.shape[1]):
-        total += left[:, column, None] * right[:, column]
-    return np.clip(total, -LARGEST, LARGEST).astype(np.float32)
+    product = np.empty((len(left), len(right)), np.float32)
+    rows = max(1, _AT_ONCE // len(right))
+    for start in range(0, len(left), rows):
+        part = left[start : start + rows]
+        total = np.zeros((len(part), len(right)))
+        for column in range(left.shape[1]):
+            total += part[:, column, None] * right[:, column]
+        product[start : start + rows] = np.clip(total, -LARGEST, LARGEST)
+    return product

@@ -72,7 +72,7 @@ def _initial_dependent() -> Words:
 CONTEXT = _contexts()
 RAW, RAW_DEPENDENT = _low_bits(18), _low_bits(20)
 INITIAL, INITIAL_DEPENDENT = _initial(), _initial_dependent()
-_GAIN = np.array([min(131072 // (2 * n + 3), 65535) for n in range(PATIENCE + 1)], np.uint16)
+_KEEP = np.array([65536 - 131072 // (2 * n + 3) for n in range(PATIENCE + 1)], np.uint16)
 
 jit = njit(cache=True, error_model="numpy", nogil=True)
 
@@ -80,7 +80,8 @@ jit = njit(cache=True, error_model="numpy", nogil=True)
 @jit
 def learn(p: Whole, n: Whole, bit: Whole) -> Whole:
     """Probability that the bit is set, moved towards `bit` (0 or 1) by 1 / (n + 1.5)."""
-    return p + ((((bit << 32) - bit - p) * np.int64(_GAIN[n])) >> 16)
+    keep = np.int64(_KEEP[n])  # multiplied first: states wait for each other
+    return (p * keep + ((bit << 32) - bit) * (65536 - keep)) >> 16
 
 
 @jit

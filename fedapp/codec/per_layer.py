@@ -59,16 +59,18 @@ class PerLayer:
     def decode(self, packet: Packet, layout: Layout) -> NDArray[Any]:
         if packet.body.dtype != np.uint8 or packet.header:
             raise DecodeError("packet does not hold groups of layers")
-        x, reader = np.zeros(layout.size, np.float32), Reader(packet.body.data)
+        reader, decoded = Reader(packet.body.data), []
         for codec, slots in self._groups(layout).values():
             group = _end_to_end(slots)
             length, kind = reader.varint(len(packet.body)), reader.take(1)[0]
             values = codec.decode(from_bytes(kind, reader.take(length)), group)
             if values.shape != (group.size,) or values.dtype != np.float32:
                 raise DecodeError(f"packet holds {values.dtype} {values.shape}, not {group.size} float32")
-            for slot, part in zip(slots, group.slots, strict=True):
-                x[_span(slot)] = values[_span(part)]
+            decoded += [(slot, values[_span(part)]) for slot, part in zip(slots, group.slots, strict=True)]
         reader.end()
+        x = np.zeros(layout.size, np.float32)
+        for slot, part in decoded:
+            x[_span(slot)] = part
         return x
 
     def _groups(self, layout: Layout) -> dict[int, tuple[Codec, list[Slot]]]:

@@ -15,6 +15,8 @@ from fedapp.errors import DecodeError
 _HEADER = struct.Struct("<fbb")  # step, then how far the points of level 1 and of levels >= 2 move, in 1/256
 _MOST = 2**30  # levels stay clear of the int32 bound, so that sums of a level and its sign cannot wrap
 
+_AT_ONCE = 2**16  # values, so that what is made on the way is small beside the vector
+
 
 @dataclass(frozen=True)
 class DeadZone:
@@ -56,12 +58,14 @@ class DeadZone:
         step, one, more = _HEADER.unpack(packet.header)
         if not 0 <= step < np.inf:
             raise DecodeError(f"packet names a quantizer step of {step}")
-        magnitude = np.abs(level).astype(np.float32)
-        moved = np.where(magnitude == 1, np.float32(one / 256), np.float32(more / 256))
-        with np.errstate(over="ignore"):
-            x: NDArray[np.float32] = (
-                np.sign(level).astype(np.float32) * (magnitude + moved) * np.float32(step)
-            )
+        x = np.empty(len(level), np.float32)
+        for start in range(0, len(level), _AT_ONCE):
+            part = level[start : start + _AT_ONCE]
+            magnitude = np.abs(part).astype(np.float32)
+            moved = np.where(magnitude == 1, np.float32(one / 256), np.float32(more / 256))
+            with np.errstate(over="ignore"):
+                points = np.sign(part).astype(np.float32) * (magnitude + moved) * np.float32(step)
+            x[start : start + _AT_ONCE] = points
         if not np.isfinite(x).all():
             raise DecodeError("packet decodes to values beyond float32")
         return x

@@ -73,13 +73,15 @@ class Eden:
         shared, padded = reader.take(seed.SIZE), _padded(count)
         scales = read_scales(reader.rest(), -(-count // _BLOCK))
         codes = unpack_bits(packet.body, padded, self.bits)
-        turned = lloyd_max.points(self.bits).astype(np.float32)[codes]
+        points, turned = lloyd_max.points(self.bits).astype(np.float32), np.empty(padded, np.float32)
+        for start in range(0, padded, _BLOCK):  # numpy makes an int64 of each code
+            turned[start : start + _BLOCK] = points[codes[start : start + _BLOCK]]
         for signs in reversed(self._turns(shared, padded)):
             hadamard(turned)
             turned *= signs
-        return times(turned[:count], np.repeat(scales, even_runs(count, _BLOCK)))
+        return times(turned[:count], scales, even_runs(count, _BLOCK))
 
-    def _turns(self, shared: bytes, padded: int) -> NDArray[np.float32]:
+    def _turns(self, shared: bytes, padded: int) -> NDArray[np.int8]:
         """The signs before each transform, a row for each."""
         turns = 2 if self.unbiased else 1
         return seed.signs(shared, turns * padded).reshape(turns, padded)

@@ -37,10 +37,13 @@ def levels_of(x: NDArray[Any], step: NDArray[np.float32]) -> NDArray[np.float64]
     return steps
 
 
-def times(level: NDArray[Any], scale: NDArray[np.float32]) -> NDArray[np.float32]:
-    """level * scale in float32; what lies beyond float32 becomes its largest value."""
+def times(
+    level: NDArray[Any], scale: NDArray[np.float32], lengths: NDArray[np.int64] | None = None
+) -> NDArray[np.float32]:
+    """level * scale in float32, a scale for each run; what lies beyond float32 becomes its largest value."""
+    x = np.repeat(scale, len(level) if lengths is None else lengths)
     with np.errstate(over="ignore"):
-        x = level.astype(np.float32) * scale
+        np.multiply(level, x, out=x, dtype=np.float32, casting="same_kind")
     return np.clip(x, -LARGEST, LARGEST, out=x)
 
 

@@ -42,4 +42,4 @@ class Sign:
         lengths = runs(layout, self.scale)
         scales = read_scales(packet.header, len(lengths))
         negative = unpack_bits(packet.body, layout.size, 1).astype(np.int8)
-        return times(1 - 2 * negative, np.repeat(scales, lengths))
+        return times(1 - 2 * negative, scales, lengths)

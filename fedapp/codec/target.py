@@ -8,29 +8,31 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedapp.codec import Packet
+from fedapp.codec.layers import largest
 
-_SAMPLE = 8192  # magnitudes that the estimate looks at
+_SAMPLE = 2**19  # values that the estimate looks at, at least where there are so many
+Floats = NDArray[np.float64]
 _log = logging.getLogger("fedapp.codec")
 
 
 @dataclass(frozen=True)
 class Target:
-    """What a packet shall have, an estimate of it (from a sample of magnitudes, in steps), and what it has.
+    """What a packet shall have, an estimate of it (from magnitudes, in steps, and how many), and what it has.
 
     falls: it becomes less as steps grow. tolerance: relative, where the usual one percent is too strict; from
-    the third encode on thrice of it will do. encodes: how many at most.
+    the third encode on, and in later rounds, thrice of it will do. encodes: how many at most.
     """
 
     name: str
     goal: float
-    estimate: Callable[[NDArray[np.float64]], float]
+    estimate: Callable[[Floats, Floats], float]
     of: Callable[[Packet], float]
     falls: bool
     tolerance: float = 0.01
     encodes: int = 3
 
     def miss(self, packet: Packet) -> float:
-        return abs(float(np.log(self.of(packet) / self.goal)))
+        return abs(self.of(packet) / self.goal - 1)
 
 
 def meet(
@@ -39,50 +41,85 @@ def meet(
     code: Callable[[float], Packet],
     finest: float,
     coarsest: float,
-) -> Packet:
+    usual: float | None,
+    thin: Callable[[float, float], Packet] | None = None,
+) -> tuple[Packet, float]:
     """The packet nearest to the target of a few, each of which corrects the estimate for the next.
 
     `code` encodes at a step in [finest, coarsest]. A target that lies beyond these gets the packet of that
-    limit, and a warning in the log names what it has.
+    limit, and a warning in the log names what it has. `usual`: log of what the estimate missed in the update
+    before; returned with the packet is what it missed in this one.
+
+    What error feedback owes lies dense just below the level 1 of the round before: a little finer step sends
+    most of it at once. So where no step does, `thin(step, least)` encodes magnitudes from so many steps on.
     """
-    sample = np.abs(x[:: -(-len(x) // _SAMPLE)].astype(np.float64)) / coarsest
-    sample = np.append(sample, np.abs(x).max() / coarsest)  # never all zero
+    magnitude, count = _magnitudes(x)
+    magnitude /= coarsest
+
+    def estimate(at: float) -> float:
+        return target.estimate(magnitude / 2.0**at, count)
+
     low, high = float(np.log2(finest / coarsest)), 0.0
     missed: list[tuple[float, float]] = []  # log2 of a step, log of what the estimate missed there
     packets: list[Packet] = []
-    while len(packets) < target.encodes:
-        at = _solve(target, sample, missed, low, high)
+    most = target.encodes + (usual is not None)  # what was usual may mislead the first
+    while len(packets) < most:
+        at = _solve(target, estimate, missed or [(0.0, usual or 0.0)], low, high)
         if any(abs(at - earlier) < 1e-4 for earlier, _ in missed):
             break  # a limit, or as near as it gets
         packets.append(code(2.0**at * coarsest))
         found = target.of(packets[-1])
-        if target.miss(packets[-1]) < target.tolerance * (1 if len(packets) < 3 else 3):
-            return packets[-1]
-        missed.append((at, float(np.log(found / target.estimate(sample / 2.0**at)))))
+        missed.append((at, float(np.log(found / estimate(at)))))
+        if target.miss(packets[-1]) < target.tolerance * (1 if usual is None and len(packets) < 3 else 3):
+            return packets[-1], missed[-1][1]
         low, high = (at, high) if (found > target.goal) == target.falls else (low, at)
-    best = min(packets, key=target.miss)
-    if target.miss(best) > 3 * target.tolerance:
+    best = min(range(len(packets)), key=lambda i: target.miss(packets[i]))
+    if (
+        thin is not None
+        and low > np.log2(finest / coarsest)
+        and target.miss(packets[best]) > 3 * target.tolerance
+    ):
+        least, most_least = 0.5, 2.0**-low  # in steps of 2^low, at which a packet is too large
+        for _ in range(7):
+            middle = (least * most_least) ** 0.5
+            packets.append(thin(2.0**low * coarsest, middle))
+            missed.append(missed[best])
+            if target.miss(packets[-1]) < target.tolerance:
+                break
+            least, most_least = (
+                (middle, most_least) if target.of(packets[-1]) > target.goal else (least, middle)
+            )
+        best = min(range(len(packets)), key=lambda i: target.miss(packets[i]))
+    if target.miss(packets[best]) > 3 * target.tolerance:
         _log.warning("%s: the target is %.6g and the nearest that this update allows %.6g",
-                     target.name, target.goal, target.of(best))  # fmt: skip
-    return best
+                     target.name, target.goal, target.of(packets[best]))  # fmt: skip
+    return packets[best], missed[best][1]
+
+
+def _magnitudes(x: NDArray[np.float32]) -> tuple[Floats, Floats]:
+    """Magnitudes within 2^-9 of themselves, and how many values have each; the largest is among them."""
+    bits = np.abs(x[:: max(len(x) // _SAMPLE, 1)]).view(np.int32)
+    count = np.bincount(bits >> 15)
+    kind = np.flatnonzero(count)
+    middle = (kind.astype(np.int32) << 15 | 1 << 14).view(np.float32)
+    return np.append(middle, largest(x)).astype(np.float64), np.append(count[kind], 1.0)
 
 
 def _solve(
-    target: Target, sample: NDArray[np.float64], missed: list[tuple[float, float]], low: float, high: float
+    target: Target,
+    estimate: Callable[[float], float],
+    missed: list[tuple[float, float]],
+    low: float,
+    high: float,
 ) -> float:
     """Log2 of the step in [2^low, 2^high] where the corrected estimate meets the goal, by bisection."""
-
-    here, miss = missed[-1] if missed else (0.0, 0.0)
+    here, miss = missed[-1]
     before, other = next(((at, m) for at, m in missed if at in (low, high) and at != here), (here - 1, miss))
     slope = (other - miss) / (before - here)  # between two steps that enclose the goal, else none
-
-    def corrected(at: float) -> float:
-        away = min(max(at - here, -1.0), 1.0)
-        return target.estimate(sample / 2.0**at) * float(np.exp(miss + slope * away))
-
     for _ in range(18):
         middle = (low + high) / 2
-        if (corrected(middle) > target.goal) == target.falls:
+        away = min(max(middle - here, -1.0), 1.0)
+        if (estimate(middle) * np.exp(miss + slope * away) > target.goal) == target.falls:
             low = middle
         else:
             high = middle

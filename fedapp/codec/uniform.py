@@ -46,7 +46,7 @@ class Uniform:
         lengths = runs(layout, self.scale)
         if len(packet.body) != layout.size:
             raise DecodeError(f"packet holds {len(packet.body)} levels, the model {layout.size} values")
-        return times(packet.body, np.repeat(read_scales(packet.header, len(lengths)), lengths))
+        return times(packet.body, read_scales(packet.header, len(lengths)), lengths)
 
     @property
     def _most(self) -> int:
@@ -84,7 +84,7 @@ class Stochastic:
     def decode(self, packet: Packet, layout: Layout) -> NDArray[Any]:
         _check_levels(packet, layout, self.levels)
         lengths = even_runs(len(packet.body), self.bucket)
-        return times(packet.body, np.repeat(read_scales(packet.header, len(lengths)), lengths))
+        return times(packet.body, read_scales(packet.header, len(lengths)), lengths)
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ class Dither:
             raise DecodeError("packet does not hold the levels of a quantizer")
         step = read_scales(packet.header[seed.SIZE :], 1)
         dither = seed.centred(packet.header[: seed.SIZE], len(packet.body))
-        return times(packet.body.astype(np.float32) - dither, step)
+        return times(np.subtract(packet.body, dither, out=dither, dtype=np.float32), step)
 
 
 def _check_levels(packet: Packet, layout: Layout, most: int) -> None:
