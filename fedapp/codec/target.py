@@ -59,7 +59,8 @@ def meet(
     def estimate(at: float) -> float:
         return target.estimate(magnitude / 2.0**at, count)
 
-    low, high = float(np.log2(finest / coarsest)), 0.0
+    bottom = low = float(np.log2(finest / coarsest))
+    high = 0.0
     missed: list[tuple[float, float]] = []  # log2 of a step, log of what the estimate missed there
     packets: list[Packet] = []
     most = target.encodes + (usual is not None)  # what was usual may mislead the first
@@ -74,26 +75,35 @@ def meet(
             return packets[-1], missed[-1][1]
         low, high = (at, high) if (found > target.goal) == target.falls else (low, at)
     best = min(range(len(packets)), key=lambda i: target.miss(packets[i]))
-    if (
-        thin is not None
-        and low > np.log2(finest / coarsest)
-        and target.miss(packets[best]) > 3 * target.tolerance
-    ):
-        least, most_least = 0.5, 2.0**-low  # in steps of 2^low, at which a packet is too large
-        for _ in range(7):
-            middle = (least * most_least) ** 0.5
-            packets.append(thin(2.0**low * coarsest, middle))
-            missed.append(missed[best])
-            if target.miss(packets[-1]) < target.tolerance:
-                break
-            least, most_least = (
-                (middle, most_least) if target.of(packets[-1]) > target.goal else (least, middle)
-            )
+    if thin is not None and target.miss(packets[best]) > 3 * target.tolerance:
+        packets += _thinned(target, lambda at, least: thin(2.0**at * coarsest, least), low, high, bottom)
         best = min(range(len(packets)), key=lambda i: target.miss(packets[i]))
     if target.miss(packets[best]) > 3 * target.tolerance:
         _log.warning("%s: the target is %.6g and the nearest that this update allows %.6g",
                      target.name, target.goal, target.of(packets[best]))  # fmt: skip
-    return packets[best], missed[best][1]
+    return packets[best], missed[min(best, len(missed) - 1)][1]
+
+
+def _thinned(
+    target: Target, thin: Callable[[float, float], Packet], low: float, high: float, bottom: float
+) -> list[Packet]:
+    """Packets at a step that gives more than the goal, of ever better least magnitudes."""
+    packets = []
+    while low == bottom:  # no step gave more yet
+        high -= 0.25
+        if len(packets) == 6 or high <= bottom:
+            return packets
+        packets.append(thin(high, 0.0))
+        if target.of(packets[-1]) > target.goal:
+            low = high
+    least, most = 0.5, 2.0**-low
+    for _ in range(7):
+        middle = (least * most) ** 0.5
+        packets.append(thin(low, middle))
+        if target.miss(packets[-1]) < target.tolerance:
+            break
+        least, most = (middle, most) if target.of(packets[-1]) > target.goal else (least, middle)
+    return packets
 
 
 def _magnitudes(x: NDArray[np.float32]) -> tuple[Floats, Floats]:
