@@ -36,7 +36,7 @@ VERSION, INITIAL, HOLDS = "version", "initial", "holds"
 NOTHING = -1  # what a node holds where another initial model grew from the seed
 _FORMAT, _NEWEST = 1, 2**31
 _HEADER = struct.Struct("<BIh")  # format, CRC-32 of the weights that come out, exponent
-_BOUND = 2**24  # of levels: so far float32 holds integers
+_BOUND = 2**23  # of levels: so far float32 holds them, and halves, which the coder adds
 _FINEST, _LEAST, _COARSEST = -20, -140, 127  # exponents: below the longest way; the least; of no way
 _NEAREST = edges(0.0)
 
@@ -62,7 +62,7 @@ class Coded:
 
 @dataclass(frozen=True)
 class Version:
-    """Weights on the lattice: initial + 2**exponent * levels, levels int32 (size,) below 2**24."""
+    """Weights on the lattice: initial + 2**exponent * levels, levels int32 (size,) below 2**23."""
 
     number: int
     exponent: int

@@ -88,7 +88,7 @@ def _thinned(
     target: Target, thin: Callable[[float, float], Packet], low: float, high: float, bottom: float
 ) -> list[Packet]:
     """Packets at a step that gives more than the goal, of ever better least magnitudes."""
-    packets = []
+    packets: list[Packet] = []
     while low == bottom:  # no step gave more yet
         high -= 0.25
         if len(packets) == 6 or high <= bottom:
