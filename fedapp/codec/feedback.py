@@ -3,7 +3,7 @@
 On Fashion-MNIST without privacy (15 or 30 rounds, one or two seeds each, half a point of noise) it gained, in
 points of accuracy at the same bytes: 2.4 at 0.11 bits, 0.3 at 0.31 and 0.2 at 0.55 where clients took part in
 every round; 1.1 at 0.10 and 0.7 at 0.36 in a quarter of them; 1.5 at 0.09 and -0.4 at 0.33 in a tenth, and
--1.9 at 0.34 in a tenth of 100. All but that at 0.31 are from before packets kept to their rate under feedback.
+-1.9 at 0.34 in a tenth of 100. All but that at 0.31 date from before packets kept to their rate with it.
 What comes back late is of an older model and a larger learning rate: Li and Li 2023, "Analysis of error
 feedback in federated non-convex optimization with biased compression", call it stale error compensation.
 """
