@@ -12,7 +12,7 @@ Secret = Callable[[int], bytes]
 
 
 def source(test_seed: int | None, *use: int) -> Secret:
-    """The operating system's bytes; with a test seed a stream that `use` tells apart, and nothing is private."""
+    """The operating system's bytes; with a test seed a stream that `use` tells apart: nothing is private."""
     return os.urandom if test_seed is None else np.random.default_rng([test_seed, *use]).bytes
 
 
