@@ -74,8 +74,8 @@ def clipped(x: NDArray[np.float32], norm: float) -> NDArray[np.float32]:
         return x
     if not np.isfinite(found):
         return np.zeros_like(x)
-    factor = norm / found
-    while length(scaled := (x * factor).astype(np.float32)) > norm:
+    wide, factor = x.astype(np.float64), norm / found  # float32 times a tiny factor may round up for ever
+    while length(scaled := (wide * factor).astype(np.float32)) > norm:
         factor *= 1 - 2.0**-24
     return scaled
 
