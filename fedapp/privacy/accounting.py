@@ -124,7 +124,7 @@ def epsilon(releases: tuple[Release, ...], delta: float) -> Spent:
     # what is released is the Gaussian or does not differ at all, and the loss is jointly convex.
     unsampled = math.fsum(release.count / release.multiplier**2 for release in gaussians) ** -0.5
     exact = Spent(gaussian_epsilon(unsampled, delta), "analytic Gaussian")
-    if all(release.sampling == "none" for release in gaussians):
+    if exact.epsilon == 0 or all(release.sampling == "none" for release in gaussians):
         return exact
     from fedapp.privacy.pld import by_pld  # dp-accounting takes a second to import
 
@@ -154,7 +154,7 @@ def noise_for(
     """
     from scipy.optimize import brentq
 
-    check.real("privacy.epsilon", budget, above=0.0)
+    check.real("privacy.epsilon", budget, low=1e-3, high=1e5)
     check.real("privacy.delta", delta, above=0.0, below=1.0)
     check.whole("the count of releases", count, 1)
 
@@ -164,16 +164,16 @@ def noise_for(
         return epsilon((release,), delta).epsilon / budget - 1
 
     sensitivity = 1.0 if adjacency == "add_remove" else 2.0
-    one = analytic_gaussian(budget, delta)
+    once = analytic_gaussian(budget, delta)
     least, most = math.log(LEAST_NOISE), math.log(MOST_NOISE)
     # The central limit theorem of Gaussian DP (Bu et al. 2020) under-reports, but starts the search well.
-    start = math.log(sensitivity) - 0.5 * math.log(math.log1p(1 / (count * (rate * one) ** 2)))
+    start = math.log(sensitivity) - 0.5 * math.log(math.log1p(1 / (count * (rate * once) ** 2)))
     low = high = min(max(start, least), most)
+    width = 0.05
     while excess(low) <= 0:
         if low == least:
             return LEAST_NOISE
-        high, low = low, max(low - 0.1, least)
-    width = 0.02
+        high, low, width = low, max(low - width, least), 2 * width
     while excess(high) > 0:
         if high == most:
             raise ConfigError(
@@ -196,14 +196,16 @@ def analytic_gaussian(epsilon: float, delta: float) -> float:
 
     check.real("privacy.epsilon", epsilon, above=0.0)
     check.real("privacy.delta", delta, above=0.0, below=1.0)
-    return float(get_sigma_gaussian(epsilon, delta))
+    with np.errstate(divide="ignore"):  # the log of a delta that rounds to zero
+        return float(get_sigma_gaussian(epsilon, delta))
 
 
 def gaussian_epsilon(multiplier: float, delta: float) -> float:
     """The inverse of `analytic_gaussian` in its first argument: Balle and Wang 2018, Theorem 8."""
     from dp_accounting.gaussian_mechanism import get_epsilon_gaussian
 
-    return float(get_epsilon_gaussian(multiplier, delta))
+    with np.errstate(divide="ignore"):
+        return float(get_epsilon_gaussian(multiplier, delta))
 
 
 def _merge(releases: tuple[Release, ...]) -> tuple[Release, ...]:
