@@ -99,7 +99,7 @@ class CentralGaussian:
         return (Gaussian(self.noise, self.plan.sampling, self.plan.rate, rounds, self._adjacency),)
 
     def terms(self, state: Numbers) -> Numbers:
-        return {CLIP: state.get(CLIP, self.clip)}
+        return {CLIP: float(state.get(CLIP, self.clip))}
 
     def on_client(
         self, update: NDArray[np.float32], terms: Numbers, state: State, secret: Secret
