@@ -83,7 +83,7 @@ class DistributedGaussian:
     def terms(self, size: int, cohort: int, rounds: int) -> "Terms":
         """What all parties agree on for updates of `size` values from `cohort` clients in each of `rounds`.
 
-        Raises ConfigError where no noise keeps the budget or the bits do not hold the noise.
+        Raises ConfigError where the bits do not hold the noise.
         """
         if self.noise_multiplier is not None:
             return self._at(self.noise_multiplier, size, cohort)
@@ -97,19 +97,18 @@ class DistributedGaussian:
         check.whole("the size of an update", size, 1)
         check.whole("cohort", cohort, 1)
         kept = max(1, round(self.keep * size))
-        honest = min(cohort, max(1, math.floor((1 - self.tolerated) * cohort + 1e-9)))
         clip = self.clip * math.sqrt(kept / size)
-        raised = _RAISED if self.bits is None else _DOUBLED
-        for bits in range(1, MOST_BITS + 1) if self.bits is None else (self.bits,):
+        honest = min(cohort, max(1, math.floor((1 - self.tolerated) * cohort + 1e-9)))
+        choice, raised = ((self.bits,), _DOUBLED) if self.bits else (range(1, MOST_BITS + 1), _RAISED)
+        for bits in choice:
             steps = _steps(noise, bits, kept, cohort, honest)
             if steps > 0 and _rounded(steps, kept) <= (raised * steps) ** 2:
                 most = math.floor(_rounded(steps, kept))
                 share = sampled_variance(max(_LEAST_SHARE, noise**2 * most / honest))
                 return Terms(size, kept, cohort, honest, bits, clip, clip / steps, most, share)
         raise ConfigError(
-            f"privacy.bits={self.bits or MOST_BITS} cannot hold sums of {kept} values of {cohort} clients under "
-            f"noise of {noise:g} times the clip norm unless rounding multiplies that by more than {raised}: set "
-            f"more bits, a smaller privacy.keep or less noise"
+            f"privacy.bits={self.bits or MOST_BITS} is too few for {kept} values of {cohort} clients: noise "
+            f"of {noise:g} clip norms would grow by {raised} or more; set more bits, or a smaller privacy.keep"
         )
 
 
@@ -148,12 +147,12 @@ class Terms:
         More shares than `honest` are post-processing. Source: Kairouz et al. 2021, Proposition 14, with an L1
         norm of at most sqrt(kept) L2 norms.
         """
-        alpha = np.asarray(orders, np.float64)
-        moved = 2 * math.sqrt(self.most) / math.sqrt(self.honest * self.share)
+        moved = 2 * math.sqrt(self.most / (self.honest * self.share))
         k = np.arange(1, self.honest)  # tau: how far from a discrete Gaussian's log-probabilities a sum's are
         lacks = 10 * np.sum(np.exp(-2 * math.pi**2 * float(self.share) * k / (k + 1)))
-        rdp: NDArray[np.float64] = alpha / 2 * (moved + lacks * math.sqrt(self.kept)) ** 2
-        return np.minimum(rdp, alpha / 2 * moved**2 + lacks * self.kept)
+        half: NDArray[np.float64] = np.asarray(orders, np.float64) / 2
+        rdp = half * (moved + lacks * math.sqrt(self.kept)) ** 2
+        return np.asarray(np.minimum(rdp, half * moved**2 + lacks * self.kept))
 
     def curve(self, rounds: int) -> Curve:
         """What so many rounds cost, for the accountant; under `replace`."""
@@ -234,7 +233,7 @@ def _reach(steps: float, noise: float, kept: int, cohort: int, honest: int) -> f
     the cohort's shares may arrive; rounding moves each by less than one step.
     """
     share = max(_LEAST_SHARE, noise**2 * _rounded(steps, kept) / honest)
-    share = 1.002 * share + 1 / 64  # what `sampled_variance` may make of it
+    share = 1.002 * share + 1 / 64  # or less: see `sampled_variance`
     proxy = (cohort * steps) ** 2 / _width(kept) + cohort * share
     return math.sqrt(2 * math.log(2 * kept / WRAPS) * proxy) + cohort
 
@@ -254,14 +253,13 @@ def _rounded(steps: float, kept: int) -> float:
 def _round(x: NDArray[np.float64], secret: Secret) -> NDArray[np.int64]:
     """Each value to a neighbouring integer, its mean kept within 2^-32."""
     down = np.floor(x)
-    up = np.frombuffer(secret(4 * len(x)), "<u4") < (x - down) * 2.0**32
-    return down.astype(np.int64) + up
+    return down.astype(np.int64) + (np.frombuffer(secret(4 * len(x)), "<u4") < (x - down) * 2.0**32)
 
 
 def _rotated(x: NDArray[np.float64], turn: bytes) -> NDArray[np.float64]:
     """Two Walsh-Hadamard transforms behind random signs, of the first `width` values, then of the last.
 
-    They reach every value, each in a transform of more than half the values, and nothing is filled in.
+    They reach every value, each in a transform of more than half of all, and nothing is filled in.
     """
     x = x.copy()
     for part, signs in _turns(x, turn):
@@ -294,9 +292,9 @@ def _hadamard(x: NDArray[np.float64]) -> NDArray[np.float64]:
     """
     from scipy.linalg import hadamard
 
-    scale, left = 1 / math.sqrt(len(x)), len(x)
+    left = len(x)
     while left > 1:
         factor = min(left, 64)
         x = (hadamard(factor, np.float64) @ x.reshape(factor, -1)).T.reshape(-1)
         left //= factor
-    return x * scale
+    return x / math.sqrt(len(x))
