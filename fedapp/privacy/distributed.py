@@ -99,16 +99,16 @@ class DistributedGaussian:
         kept = max(1, round(self.keep * size))
         clip = self.clip * math.sqrt(kept / size)
         honest = min(cohort, max(1, math.floor((1 - self.tolerated) * cohort + 1e-9)))
-        choice, raised = ((self.bits,), _DOUBLED) if self.bits else (range(1, MOST_BITS + 1), _RAISED)
-        for bits in choice:
+        tried, raised = ((self.bits,), _DOUBLED) if self.bits else (range(1, MOST_BITS + 1), _RAISED)
+        for bits in tried:
             steps = _steps(noise, bits, kept, cohort, honest)
             if steps > 0 and _rounded(steps, kept) <= (raised * steps) ** 2:
                 most = math.floor(_rounded(steps, kept))
                 share = sampled_variance(max(_LEAST_SHARE, noise**2 * most / honest))
                 return Terms(size, kept, cohort, honest, bits, clip, clip / steps, most, share)
         raise ConfigError(
-            f"privacy.bits={self.bits or MOST_BITS} is too few for {kept} values of {cohort} clients: noise "
-            f"of {noise:g} clip norms would grow by {raised} or more; set more bits, or a smaller privacy.keep"
+            f"privacy.bits={self.bits or MOST_BITS} makes noise of {noise:g} clip norms more than {raised} times "
+            f"as large on {kept} values of {cohort} clients: set more bits, or a smaller privacy.keep"
         )
 
 
@@ -159,7 +159,6 @@ class Terms:
         return Curve("distributed Gaussian", tuple(self.rdp(ORDERS).tolist()), rounds)
 
     def epsilon(self, rounds: int, delta: float) -> float:
-        """Epsilon of a client in so many rounds."""
         return epsilon((self.curve(rounds),), delta).epsilon
 
     def encode(self, update: NDArray[Any], rng: np.random.Generator, secret: Secret) -> NDArray[np.uint32]:
