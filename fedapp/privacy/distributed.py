@@ -107,8 +107,8 @@ class DistributedGaussian:
                 share = sampled_variance(max(_LEAST_SHARE, noise**2 * most / honest))
                 return Terms(size, kept, cohort, honest, bits, clip, clip / steps, most, share)
         raise ConfigError(
-            f"privacy.bits={self.bits or MOST_BITS} makes noise of {noise:g} clip norms more than {raised} times "
-            f"as large on {kept} values of {cohort} clients: set more bits, or a smaller privacy.keep"
+            f"privacy.bits={self.bits or MOST_BITS} makes noise of {noise:g} clip norms more than {raised} "
+            f"times as large on {kept} values of {cohort} clients: set more bits, or a smaller privacy.keep"
         )
 
 
