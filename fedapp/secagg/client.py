@@ -25,9 +25,9 @@ SEALED = SHARES + keys.TAG
 class Client:
     """One participant; its state between stages is a Record that it gives out and takes back, empty at first.
 
-    `size` and `modulus` (2 .. 2**31) are those of the vectors to add. A long-term `signing_key` (32
-    bytes, Ed25519) signs the advertisement; a `roster`, the public keys of all participants, refuses keys that
-    none of them signed. Set both or neither.
+    `size` and `modulus` (2 .. 2**31) are those of the vectors to add. A long-term `signing_key` (32 bytes,
+    Ed25519) signs the advertisement; a `roster`, the public keys of all participants, refuses keys that none
+    of them signed. Set both or neither.
 
     Every stage raises FedappError where this client refuses to go on, and DecodeError, one of them, on a
     message that no server makes. Nothing has left the client then, and the state that it had still holds.

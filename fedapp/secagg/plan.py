@@ -47,19 +47,20 @@ class Plan:
         check.real("secagg.dropouts", self.dropouts, low=0.0, below=1.0)
 
     def graph(self, cohort: int) -> Graph:
-        """The sparsest graph that stands the plan, complete if none does; else raises ConfigError.
+        """The sparsest graph that stands the plan, complete unless that halves the messages; or ConfigError.
 
-        Complete (always up to about 55 clients, with the defaults): the threshold is the least for which
+        Complete (up to 104 clients, with the defaults): the threshold is the least for which
         2 * threshold > neighbours + colluders, and both promises hold with certainty.
 
-        Sparse (Bell et al. 2020, definition 3.1, lemma 3.4, with exact tails for their bounds): with
+        Sparse (Bell et al. 2020, definition 3.1 and lemma 3.4, with exact tails for their bounds): with
         hypergeometric X colluders and Y survivors among a client's neighbours,
 
             cohort * P(X >= threshold) + cohort**2 / 2 * ((colluders + dropouts) / cohort)**degree <= 2**-40,
             cohort * P(Y < threshold) <= 2**-20.
 
         The first sums over clients whose secrets colluders could open, and over pairs of stretches of the
-        ring, degree / 2 long each, whose loss would cut the honest survivors in two.
+        ring, degree / 2 long each, whose loss would cut the honest survivors in two. Raises ConfigError if
+        no threshold stands both the colluders and the dropouts.
         """
         check.whole("secagg cohort", cohort, self.least, 1 << 20)
         return _graph(
@@ -72,7 +73,7 @@ def _graph(cohort: int, colluders: int, dropouts: int) -> Graph:
     from scipy.stats import hypergeom
 
     others = cohort - 1
-    for degree in range(2, others, 2):
+    for degree in range(2, others // 2 + 1, 2):
         cut = cohort**2 / 2 * ((colluders + dropouts) / cohort) ** degree
         opened = cohort * hypergeom.sf(np.arange(degree), others, colluders, degree)  # X >= 1, 2, ..., degree
         safe = np.flatnonzero(opened + cut <= PRIVACY)

@@ -120,7 +120,7 @@ class Server:
     def _take_keys(self, client: int, reply: Record) -> None:
         one = data(reply, "keys", keys.advertisement_size(bool(self._roster)))
         keys.read_advertisement(one, self._number, self._roster)
-        # Neighbours refuse a key that comes twice: the client that brings it second must not cost them the round.
+        # Neighbours refuse a key that comes twice: who brings it second must not cost them the round.
         parts = split(one[: 3 * keys.KEY], keys.KEY)
         if len(set(parts)) < len(parts) or not self._taken.isdisjoint(parts):
             raise DecodeError(f"secure aggregation: client {client} advertises a key that is already in use")
@@ -180,12 +180,14 @@ class Server:
             right = partial(_commits, self._commitment[position])
         else:
             right = partial(_opens, self._masking(position))
-        shares = {point: value for point, value in self._shares[position].items() if point not in liars}
-        found = shamir.recover(shares, self._graph.threshold, right)
+        shares, threshold = self._shares[position], self._graph.threshold
+        trusted = {point: value for point, value in shares.items() if point not in liars}
+        # Whoever dealt wrong shares made liars of those who pass them on, who may be needed after all.
+        found = shamir.recover(trusted, threshold, right) or shamir.recover(shares, threshold, right)
         if found is None:
             raise self._failed(
                 f"{len(shares)} shares of client {self._clients[position]} do not open its secret, "
-                f"{self._graph.threshold} sound ones must: it has lied, or its neighbours have"
+                f"{threshold} sound ones must: it has lied, or its neighbours have"
             )
         liars |= found[1]
         return found[0].to_bytes(shamir.BYTES, "little")

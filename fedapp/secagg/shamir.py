@@ -5,13 +5,15 @@ element, and so is a share: 32 bytes, which also serve as an X25519 key.
 """
 
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import combinations
+from math import comb
 
 from fedapp.privacy.secret import Secret
 
 PRIME = 2**255 - 19
 BYTES = 32
-_ATTEMPTS = 200
+_ATTEMPTS = 500
 
 
 def draw(secret: Secret) -> int:
@@ -49,14 +51,18 @@ def recover(
 ) -> tuple[int, set[int]] | None:
     """The secret that `right` confirms, and the points whose shares were wrong; None if no secret is found.
 
-    Tries 200 random subsets: with one wrong share of nine and a threshold of six the first hits with chance
-    1/3, with five wrong of 99 and a threshold of 60 each hits with chance 0.008.
+    Tries all subsets if there are at most 500, and else as many at random: with five wrong shares of 99 and a
+    threshold of 60, each of those hits with chance 0.008.
     """
-    if len(shares) < threshold:
+    points = sorted(shares)
+    if len(points) < threshold:
         return None
-    subsets = random.Random(0)  # any subsets will do
-    for _ in range(_ATTEMPTS):
-        chosen = {point: shares[point] for point in subsets.sample(sorted(shares), threshold)}
+    subsets: Iterable[Sequence[int]] = combinations(points, threshold)
+    if comb(len(points), threshold) > _ATTEMPTS:
+        generator = random.Random(0)  # any subsets will do
+        subsets = (generator.sample(points, threshold) for _ in range(_ATTEMPTS))
+    for subset in subsets:
+        chosen = {point: shares[point] for point in subset}
         value = interpolate(chosen)
         if right(value):
             rest = shares.keys() - chosen.keys()
