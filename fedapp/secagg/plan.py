@@ -70,11 +70,13 @@ class Plan:
 
 @cache
 def _graph(cohort: int, colluders: int, dropouts: int) -> Graph:
-    from scipy.stats import hypergeom
-
     others = cohort - 1
     for degree in range(2, others // 2 + 1, 2):
         cut = cohort**2 / 2 * ((colluders + dropouts) / cohort) ** degree
+        if cut > PRIVACY:
+            continue
+        from scipy.stats import hypergeom  # slow to import, and small cohorts do not come here
+
         opened = cohort * hypergeom.sf(np.arange(degree), others, colluders, degree)  # X >= 1, 2, ..., degree
         safe = np.flatnonzero(opened + cut <= PRIVACY)
         if len(safe):
