@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
@@ -10,8 +11,11 @@ from flwr.common.constant import ErrorCode
 
 from fedapp import config
 from fedapp.downlink import Plain, receive
+from fedapp.errors import FedappError
 from fedapp.job import Job
 from fedapp.privacy.secret import CLIENT, source
+from fedapp.secagg import Client
+from fedapp.secagg.wire import answer, masked
 from fedapp.tasks import Data
 from fedapp.training import Sgd
 from fedapp.wire import ARRAYS, CONFIG, METRICS, WEIGHT, compress, load_state, store_state
@@ -33,12 +37,15 @@ def client_app(job_of: Callable[[Context], Job]) -> ClientApp:
 
     def uplink(message: Message, context: Context, call_next: Next) -> Message:
         job = job_of(context)
+        at = _round(message), partition_of(context)
+        secret = source(job.privacy.test_seed, CLIENT, *at)
+        if job.terms is not None:
+            encode = partial(job.terms.encode, rng=job.public_rng(at[0], 0, use=3), secret=secret)
+            return masked(_secure(job), encode)(message, context, call_next)
         if job.wire_codec is None:
             return call_next(message, context)
-        at = _round(message), partition_of(context)
-        rng, mechanism = job.public_rng(*at, use=1), job.mechanism
-        secret = source(mechanism.test_seed if mechanism else None, CLIENT, *at)
-        return compress(job.wire_codec, rng, mechanism, secret)(message, context, call_next)
+        rng = job.public_rng(*at, use=1)
+        return compress(job.wire_codec, rng, job.mechanism, secret)(message, context, call_next)
 
     @app.train(mods=[guard, downlink, uplink])
     def train(message: Message, context: Context) -> Message:
@@ -74,7 +81,22 @@ def client_app(job_of: Callable[[Context], Job]) -> ClientApp:
         return Message(RecordDict({CONFIG: ConfigRecord({"partition-id": partition_of(context, -1)})}),
                        reply_to=message)  # fmt: skip
 
+    def take_part(stage: str) -> None:
+        @app.query(stage, mods=[guard])
+        def reply(message: Message, context: Context) -> Message:
+            """One stage of secure aggregation."""
+            return answer(_secure(job_of(context)), stage, message, context)
+
+    for stage in ("advertise", "share", "unmask"):
+        take_part(stage)
     return app
+
+
+def _secure(job: Job) -> Client:
+    """This node's end of secure aggregation; FedappError where the run has none."""
+    if job.terms is None:
+        raise FedappError("this run has no secure aggregation")
+    return Client(job.terms.kept, job.terms.modulus, job.dropouts)
 
 
 def guard(message: Message, context: Context, call_next: Next) -> Message:

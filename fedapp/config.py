@@ -43,7 +43,8 @@ _NAMES = {  # group: where its classes live, and which
     "engine": ("fedapp.engine.local", "Local"),
     "privacy": (
         "fedapp.privacy",
-        "none.NoPrivacy example.ExamplePrivacy local.LocalGaussian central.CentralGaussian",
+        "none.NoPrivacy example.ExamplePrivacy local.LocalGaussian central.CentralGaussian "
+        "distributed.DistributedGaussian",
     ),
 }
 TARGETS = {group: [f"{home}.{n}" for n in names.split()] for group, (home, names) in _NAMES.items()}

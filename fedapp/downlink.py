@@ -133,12 +133,15 @@ class Downlink:
             self._weights = weights
             self._publish(ravel(weights, self._layout))
         self._sent = {message.metadata.dst_node_id: message for message in messages}
-        contents: dict[int, RecordDict] = {}  # one for all nodes that hold the same
+        arrays: dict[int, ArrayRecord] = {}  # one for all nodes that hold the same
+        contents: dict[tuple[int, int], RecordDict] = {}  # and are told the same beside
         for node, message in self._sent.items():
-            held = self._held.get(node, 0)
-            if held not in contents:
-                contents[held] = self._content(message.content, held)
-            message.content = contents[held]
+            held, told = self._held.get(node, 0), id(message.content)
+            if held not in arrays:
+                arrays[held] = self._arrays(held)
+            if (held, told) not in contents:
+                contents[held, told] = RecordDict({**message.content, ARRAYS: arrays[held]})
+            message.content = contents[held, told]
         return list(self._sent.values())
 
     def again(self, reply: Message) -> Message | None:
@@ -153,7 +156,7 @@ class Downlink:
             return None
         self._held[node] = NOTHING if tried == 0 else said if said in self._versions else 0
         asked = self._sent[node]
-        content = self._content(asked.content, self._held[node])
+        content = RecordDict({**asked.content, ARRAYS: self._arrays(self._held[node])})
         return Message(content, node, asked.metadata.message_type, group_id=asked.metadata.group_id)
 
     def _publish(self, weights: NDArray[np.float32]) -> None:
@@ -203,8 +206,8 @@ class Downlink:
         code, levels, _ = coder.encode(np.ldexp(x, -exponent), 1.0, edge, shapes(self._layout))
         return len(code), levels
 
-    def _content(self, like: RecordDict, held: int) -> RecordDict:
-        """What a message to a node that holds this version says; `like` is what it would say without us."""
+    def _arrays(self, held: int) -> ArrayRecord:
+        """What a message to a node that holds this version says for weights."""
         base = first(self._layout)
         if held > 0:
             exponent, code = self._versions[held]
@@ -221,7 +224,7 @@ class Downlink:
         arrays = {VERSION: Array("uint8", (len(data),), STYPE, data)}
         arrays |= {INITIAL: Array(self._initial)} if held == NOTHING else {}
         arrays |= {name: array for name, array in self._weights.items() if name not in floats}
-        return RecordDict({**like, ARRAYS: ArrayRecord(arrays)})
+        return ArrayRecord(arrays)
 
 
 def _exponent(x: NDArray[np.float32]) -> int:

@@ -1,5 +1,6 @@
 """Everything one run is made of, checked before anything starts."""
 
+import os
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -12,15 +13,17 @@ from flwr.app import ArrayRecord
 from flwr.serverapp.strategy import Strategy
 from torch import nn
 
-from fedapp import check
+from fedapp import check, secagg
 from fedapp.codec import Codec, Layout, Slot
 from fedapp.codec.chain import ErrorFeedback, Identity
 from fedapp.codec.feedback import AutoFeedback
 from fedapp.downlink import Coded, Plain
 from fedapp.errors import ConfigError
-from fedapp.privacy.accounting import Sampling, Spent
+from fedapp.privacy.accounting import Release, Sampling, Spent
 from fedapp.privacy.accounting import epsilon as epsilon_of
 from fedapp.privacy.central import CentralGaussian
+from fedapp.privacy.discrete import discrete_gaussian
+from fedapp.privacy.distributed import DistributedGaussian, Terms
 from fedapp.privacy.example import ExamplePrivacy
 from fedapp.privacy.local import LocalGaussian
 from fedapp.privacy.mechanism import Mechanism, Plan
@@ -28,7 +31,9 @@ from fedapp.privacy.none import NoPrivacy
 from fedapp.privacy.secret import COHORT, Secret, source, uniform
 from fedapp.tasks import Task
 from fedapp.training import DpSgd, Trainer
-from fedapp.wire import STREAMED
+from fedapp.wire import STREAMED, layout_of
+
+LEAST = 3  # clients in a sum
 
 if TYPE_CHECKING:
     from fedapp.engine.local import Local
@@ -51,10 +56,12 @@ class Job:
     codec: Codec
     downlink: Plain | Coded
     strategy: Strategy
-    privacy: NoPrivacy | ExamplePrivacy | LocalGaussian | CentralGaussian
+    privacy: NoPrivacy | ExamplePrivacy | LocalGaussian | CentralGaussian | DistributedGaussian
     engine: "Local"
     choices: Mapping[str, str | None]
-    feedback: str | None = field(init=False, default=None)  # what `codec.feedback=auto` came to, and why
+    said: str | None = field(
+        init=False, default=None
+    )  # how updates are coded, where the settings leave it open
 
     def __post_init__(self) -> None:
         check.whole("clients", self.clients, 1)
@@ -87,6 +94,7 @@ class Job:
         if self.privacy.unit is None:
             return
         client, central = not example, isinstance(self.privacy, CentralGaussian)
+        summed = isinstance(self.privacy, DistributedGaussian)
         refused = (
             (strategy == "QFedAvg", "strategy=qfedavg needs the clients' losses: choose strategy=fedavg"),
             (
@@ -101,6 +109,18 @@ class Job:
             (
                 central and isinstance(self.codec, ErrorFeedback),
                 "error feedback would bring back what the clip has cut: set codec.feedback=false",
+            ),
+            (
+                summed and self.choices["codec"] not in ("default", "identity"),
+                f"secure aggregation takes the place of codec={self.choices['codec']}: leave codec out",
+            ),
+            (
+                summed and self.sampling == "poisson",
+                "its noise is divided among a cohort of a set size: set sampling=fixed",
+            ),
+            (
+                summed and self.in_round < LEAST,
+                f"fewer than {LEAST} clients hide nobody in their sum: set cohort={LEAST} or more",
             ),
             (self.evaluate == "clients", "evaluate=clients sends private accuracies: set evaluate=server"),
             (
@@ -119,11 +139,16 @@ class Job:
 
     def _plan(self) -> Plan:
         """What the accounting needs: who takes part how often is public where nobody claims amplification."""
-        most = self.rounds
-        if not isinstance(self.privacy, CentralGaussian) and self.in_round < self.clients:
-            drawn = Counter(i for r in range(1, self.rounds + 1) for i in self.draw(r, self.clients))
-            most = max(drawn.values(), default=0)
+        most = self.rounds if isinstance(self.privacy, CentralGaussian) else self._most
         return Plan(cast(Sampling, self.sampling), self.in_round, self.clients, self.rounds, most)
+
+    @cached_property
+    def _most(self) -> int:
+        """Rounds that public draws give one client at most."""
+        if self.in_round == self.clients and self.sampling == "fixed":
+            return self.rounds
+        drawn = Counter(i for r in range(1, self.rounds + 1) for i in self.draw(r, self.clients))
+        return max(drawn.values(), default=0)
 
     def draw(self, server_round: int, nodes: int) -> list[int]:
         """Who trains in a round: of so many nodes, by partition.
@@ -139,11 +164,13 @@ class Job:
 
     def _decide_feedback(self) -> None:
         """Both ends get the same codec of `codec.feedback=auto`."""
-        if isinstance(self.codec, AutoFeedback):
+        if isinstance(self.privacy, DistributedGaussian):
+            object.__setattr__(self, "codec", Identity())
+        elif isinstance(self.codec, AutoFeedback):
             privacy = f"privacy={self.choices['privacy']}" if self.privacy.unit else None
             codec, said = self.codec.decide(self.in_round, self.clients, privacy)
             object.__setattr__(self, "codec", codec)
-            object.__setattr__(self, "feedback", said)
+            object.__setattr__(self, "said", said)
 
     @property
     def in_round(self) -> int:
@@ -152,8 +179,22 @@ class Job:
 
     @property
     def mechanism(self) -> Mechanism | None:
-        """Client-level privacy, if that is what was chosen."""
+        """Client-level privacy of updates that a codec encodes, if that is what was chosen."""
         return self.privacy if isinstance(self.privacy, (LocalGaussian, CentralGaussian)) else None
+
+    @cached_property
+    def terms(self) -> Terms | None:
+        """What clients and server agree on where only sums are to be seen; None elsewhere."""
+        if not isinstance(self.privacy, DistributedGaussian):
+            return None
+        return self.privacy.terms(layout_of(self.initial).size, self.in_round, max(1, self._most))
+
+    @property
+    def dropouts(self) -> secagg.Plan:
+        """What secure aggregation has to stand: one client that colludes at least."""
+        assert isinstance(self.privacy, DistributedGaussian)
+        tolerated = self.privacy.tolerated
+        return secagg.Plan(colluding=max(tolerated, 1 / self.in_round), dropouts=tolerated)
 
     @property
     def wire_codec(self) -> Codec | None:
@@ -187,12 +228,30 @@ class Job:
         _check_codec(self.codec, model)
         if isinstance(self.trainer, DpSgd):
             _check_private_model(model)
-        if self.mechanism is not None and any(True for _ in model.buffers()):
+        if self.privacy.unit == "client" and any(True for _ in model.buffers()):
             raise ConfigError(
                 f"privacy={self.choices['privacy']} noises parameters, and this model has other state too "
                 f"({next(name for name, _ in model.named_buffers())}): use model.norm=group for resnet18"
             )
-        self.spent(self.rounds, self.rounds)  # finds the noise, and imports accountants
+        self.spent(self.rounds, self._most)  # finds the noise, and imports accountants
+        if self.terms is not None:
+            self._check_dropouts()
+            t = self.terms
+            discrete_gaussian(1, t.share, os.urandom)  # compiled once, for all workers
+            said = (
+                f"Secure aggregation takes the codec's place: {t.bits} bits for {t.kept} of {t.size} values"
+            )
+            object.__setattr__(self, "said", said)
+
+    def _check_dropouts(self) -> None:
+        assert isinstance(self.privacy, DistributedGaussian)
+        try:
+            self.dropouts.graph(self.in_round)
+        except ConfigError as error:
+            raise ConfigError(
+                f"privacy.tolerated={self.privacy.tolerated:g} of {self.in_round} clients: {error}; "
+                f"set privacy.tolerated lower, or a larger cohort"
+            ) from error
 
     def spent(self, rounds: int, participations: int) -> Spent | None:
         """What so many rounds cost, where a client took part in so many; None where nothing is private.
@@ -203,9 +262,14 @@ class Job:
             history = self.trainer.history(participations)
             epsilon = self.privacy.spent(history) if participations else 0.0
             return Spent(epsilon, self.privacy.accountant)
-        if self.mechanism is None:
+        if self.terms is not None:
+            releases: tuple[Release, ...] = (self.terms.curve(participations),)
+        elif self.mechanism is not None:
+            releases = self.mechanism.releases(rounds, participations)
+        else:
             return None
-        return epsilon_of(self.mechanism.releases(rounds, participations), self.privacy.delta)
+        assert self.privacy.delta is not None
+        return epsilon_of(releases, self.privacy.delta)
 
     @property
     def note(self) -> str | None:

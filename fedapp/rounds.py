@@ -19,8 +19,11 @@ from fedapp.engine.local import LocalGrid
 from fedapp.errors import DataError, FedappError
 from fedapp.job import Job
 from fedapp.privacy.accounting import Spent
+from fedapp.privacy.distributed import Terms
 from fedapp.report.folder import Round
 from fedapp.report.progress import Progress
+from fedapp.secagg import Server
+from fedapp.secagg.wire import SecureSum, with_records
 from fedapp.wire import CONFIG, Wire, layout_of
 
 
@@ -126,6 +129,8 @@ class Federation:
         messages = sorted(asked, key=self._partition) if cohort else []
         self.rounds = number
         self._took_part.update(cohort)  # before anything is sent: a lost reply was released all the same
+        if self.job.terms is not None:
+            return self._train_on_sums(number, messages, self.job.terms, progress)
         replies = self._watched(self._exchange(messages), progress, len(messages))
         if not self._wire.streams:  # then the order of summation is the order of arrival
             replies = iter(sorted(replies, key=self._partition))
@@ -133,6 +138,26 @@ class Federation:
         self.accepted -= self._wire.failures
         self.arrays = self.arrays if arrays is None else arrays
         return len(messages)
+
+    def _train_on_sums(self, number: int, messages: list[Message], terms: Terms, progress: Progress) -> int:
+        """The same where the server is to see nothing but the sum; raises FedappError where that is lost."""
+        nodes = [message.metadata.dst_node_id for message in messages]
+        server = Server(nodes, terms.kept, terms.modulus, number, self.job.dropouts)
+        summed = SecureSum(server, self._ask)
+        left = with_records(messages, summed.begin())
+        progress.reply(0, len(left))
+        for done, reply in enumerate(self._exchange(left), 1):
+            summed.take(reply)
+            progress.reply(done, len(left))
+        total, count = summed.total()
+        mean = terms.decode(total, count, self.job.public_rng(number, 0, use=3))
+        self.arrays = self._wire.step(number, mean) or self.arrays
+        self.accepted += count
+        return len(messages)
+
+    def _ask(self, messages: list[Message]) -> Iterator[Message]:
+        """Send messages that hold no weights, yield the replies."""
+        return self.traffic.exchange(self.grid, messages, self.job.round_timeout)
 
     def _exchange(self, messages: list[Message]) -> Iterator[Message]:
         """Send the weights, yield the replies; a node that cannot decode is sent others, at most twice."""

@@ -60,8 +60,8 @@ def run(
         folder.write_split(job.task.label_counts().tolist())
     federation = Federation(job, grid)
     failure: BaseException | None = None
-    if job.feedback:
-        console.print(job.feedback, soft_wrap=True, markup=False, highlight=False)
+    if job.said:
+        console.print(job.said, soft_wrap=True, markup=False, highlight=False)
     startup = time.perf_counter() - started
     try:
         with Progress(console, job.rounds) as progress:
@@ -97,7 +97,7 @@ def _summary(
     workers = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
     return Summary(
         task=str(job.choices["task"]),
-        codec=str(job.choices["codec"]),
+        codec="secure aggregation" if job.terms else str(job.choices["codec"]),
         privacy=str(job.choices["privacy"]),
         engine=str(job.choices["engine"]),
         clients=job.clients,

@@ -88,9 +88,7 @@ def compress(
         if reply.has_error():
             return reply
         trained = reply.content.array_records[ARRAYS]
-        layout = layout_of(received)
-        with np.errstate(invalid="ignore"):
-            update = ravel(trained, layout) - ravel(received, layout)
+        layout, update = layout_of(received), update_of(received, trained)
         if mechanism is not None:
             config, kept = message.content.config_records[CONFIG], load_state(context, "privacy")
             terms = {name: value for name, value in config.items() if isinstance(value, float)}
@@ -110,6 +108,13 @@ def compress(
         return reply
 
     return mod
+
+
+def update_of(received: ArrayRecord, trained: ArrayRecord) -> NDArray[np.float32]:
+    """Trained minus received, float32 (size,)."""
+    layout = layout_of(received)
+    with np.errstate(invalid="ignore"):  # of infinities: the caller looks at what comes out
+        return ravel(trained, layout) - ravel(received, layout)
 
 
 def load_state(context: Context, key: str) -> Mapping[str, NDArray[Any]]:
@@ -198,7 +203,16 @@ class Wire(Strategy):
             accepted = [mean.reply(mean.total() / mean.weight)]
         if not accepted:
             return None, None
-        stepped, means = self.inner.aggregate_train(server_round, accepted)
+        return self._stepped(server_round, accepted)
+
+    def step(self, server_round: int, mean: NDArray[np.floating[Any]]) -> ArrayRecord | None:
+        """What the strategy makes of a mean that somebody else has summed."""
+        return self._stepped(server_round, [_Mean(self._weights).reply(mean.astype(np.float64))])[0]
+
+    def _stepped(
+        self, server_round: int, replies: list[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        stepped, means = self.inner.aggregate_train(server_round, replies)
         return (None if stepped is None else _in_dtypes_of(self._weights, stepped)), means
 
     def configure_evaluate(

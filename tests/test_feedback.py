@@ -177,16 +177,16 @@ def test_the_run_decides_and_says_why(overrides: str, on: bool, said: str) -> No
     cohort = "cohort=10" if "clients" in overrides else ""
     job = job_of(f"{PLAIN} {cohort} {overrides}")
     assert isinstance(job.codec, ErrorFeedback if on else RateDistortion)
-    assert re.match(f"Error feedback is {'on' if on else 'off'}: .*{said}", job.feedback)
+    assert re.match(f"Error feedback is {'on' if on else 'off'}: .*{said}", job.said)
     again = job_of(f"{PLAIN} {cohort} {overrides} seed=1")
-    assert (again.codec, again.feedback) == (job.codec, job.feedback)
+    assert (again.codec, again.feedback) == (job.codec, job.said)
 
 
 @pytest.mark.parametrize("codec", ["default codec.rate=0.1 codec.feedback=true", "topk", "eden", "identity"])
 def test_what_is_set_is_neither_decided_nor_explained(codec: str) -> None:
     job = job_of(f"{PLAIN} clients=100 cohort=10 codec={codec}")
     assert isinstance(job.codec, ErrorFeedback) == (codec not in ("eden", "identity"))
-    assert job.feedback is None
+    assert job.said is None
 
 
 def test_under_example_level_privacy_a_user_may_set_it() -> None:

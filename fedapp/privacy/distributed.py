@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -13,13 +13,13 @@ from fedapp.codec import seed
 from fedapp.errors import ConfigError, DecodeError, FedappError
 from fedapp.privacy.accounting import ORDERS, Curve, epsilon, noise_for
 from fedapp.privacy.discrete import discrete_gaussian, sampled_variance
+from fedapp.privacy.mechanism import require_budget
 from fedapp.privacy.secret import Secret
 
 WRAPS = 1e-6  # the chance at most that any coordinate of a round's sum leaves the modulus
 MOST_BITS = 24
 _RAISED, _DOUBLED = 1.05, 2.0  # what rounding may do to the noise: where bits are ours to choose; where given
 _LEAST_SHARE = 0.25  # Kairouz et al. 2021 bound what sums of discrete Gaussians lack from here on
-_LEAST_NOISE, _MOST_NOISE = 0.01, 1e4
 
 
 @dataclass(frozen=True)
@@ -60,25 +60,15 @@ class DistributedGaussian:
     tolerated: float = 0.1
     test_seed: int | None = None
     unit: Literal["client"] = "client"
+    against: ClassVar[str] = "a server that follows the protocol"
 
     def __post_init__(self) -> None:
-        if (self.epsilon is None) == (self.noise_multiplier is None):
-            raise ConfigError(
-                f"set exactly one of privacy.epsilon and privacy.noise_multiplier (the other null), "
-                f"got {self.epsilon!r} and {self.noise_multiplier!r}"
-            )
-        if self.epsilon is not None:
-            check.real("privacy.epsilon", self.epsilon, low=0.01, high=1000.0)
-        if self.noise_multiplier is not None:
-            check.real("privacy.noise_multiplier", self.noise_multiplier, low=_LEAST_NOISE, high=_MOST_NOISE)
-        check.real("privacy.delta", self.delta, low=1e-15, below=0.1)
+        require_budget(self.epsilon, self.delta, self.noise_multiplier, self.test_seed)
         check.real("privacy.clip", self.clip, low=1e-6, high=1e6)
         check.real("privacy.keep", self.keep, above=0.0, high=1.0)
-        check.real("privacy.tolerated", self.tolerated, low=0.0, below=1.0)
+        check.real("privacy.tolerated", self.tolerated, low=0.0, high=0.3)
         if self.bits is not None:
             check.whole("privacy.bits", self.bits, 1, MOST_BITS)
-        if self.test_seed is not None:
-            check.whole("privacy.test_seed", self.test_seed, 0, 2**63 - 1)
 
     def terms(self, size: int, cohort: int, rounds: int) -> "Terms":
         """What all parties agree on for updates of `size` values from `cohort` clients in each of `rounds`.

@@ -9,4 +9,5 @@ class NoPrivacy:
 
     unit: None = None
     delta: None = None
+    test_seed: None = None
     against: None = None

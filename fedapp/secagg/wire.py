@@ -1,0 +1,116 @@
+"""Secure aggregation in Flower's messages: what a node answers, and a round's sum on the server."""
+
+from collections.abc import Callable, Iterable, Iterator
+from logging import WARNING
+
+import numpy as np
+from flwr.app import ConfigRecord, Context, Message, MessageType, RecordDict
+from flwr.clientapp.typing import Mod
+from flwr.supercore import log
+from numpy.typing import NDArray
+
+from fedapp.errors import DecodeError
+from fedapp.secagg.client import Client
+from fedapp.secagg.record import Record
+from fedapp.secagg.server import Server
+from fedapp.wire import ARRAYS, update_of
+
+SECAGG = "secagg"
+
+
+# --- the client's end --------------------------------------------------------------------------------------
+
+
+def answer(client: Client, stage: str, message: Message, context: Context) -> Message:
+    """The reply of one stage: `advertise`, `share` or `unmask`; its state stays in `context.state`."""
+    act = {"advertise": client.advertise, "share": client.share, "unmask": client.unmask}[stage]
+    reply, state = act(_read(message.content), _state(context))
+    context.state[SECAGG] = ConfigRecord({**state})
+    return Message(RecordDict({SECAGG: ConfigRecord({**reply})}), reply_to=message)
+
+
+def masked(client: Client, encode: Callable[[NDArray[np.float32]], NDArray[np.uint32]]) -> Mod:
+    """The client mod in the place of `wire.compress`: only masked values leave the client.
+
+    `encode` makes whole numbers below the modulus of an update, float32 (size,).
+    """
+
+    def mod(message: Message, context: Context, call_next: Callable[[Message, Context], Message]) -> Message:
+        asked, received = _read(message.content), message.content.array_records[ARRAYS]
+        reply = call_next(message, context)
+        if reply.has_error():
+            return reply
+        values = encode(update_of(received, reply.content.array_records[ARRAYS]))
+        record, state = client.mask(asked, _state(context), values)
+        context.state[SECAGG] = ConfigRecord({**state})
+        reply.content = RecordDict({SECAGG: ConfigRecord({**record})})
+        return reply
+
+    return mod
+
+
+def _state(context: Context) -> Record:
+    return _record(context.state.config_records.get(SECAGG, ConfigRecord()))
+
+
+# --- the server's end --------------------------------------------------------------------------------------
+
+
+class SecureSum:
+    """The sum of one round; what does not come, or is refused, is a dropout.
+
+    `exchange` sends messages and yields replies. FedappError from any part: the round is lost, and nothing
+    was unmasked.
+    """
+
+    def __init__(self, server: Server, exchange: Callable[[list[Message]], Iterator[Message]]) -> None:
+        self._server, self._exchange = server, exchange
+
+    def begin(self) -> dict[int, ConfigRecord]:
+        """Keys and shares go round; what each node that is left must be told beside the weights."""
+        self._ask("advertise", self._server.advertise())
+        self._ask("share", self._server.share())
+        return {node: ConfigRecord({**record}) for node, record in self._server.mask().items()}
+
+    def take(self, reply: Message) -> bool:
+        """One reply with masked values, or with any stage's record; whether it counts."""
+        node = reply.metadata.src_node_id
+        try:
+            if reply.has_error():
+                raise DecodeError(reply.error.reason or "the client failed")
+            self._server.take(node, _read(reply.content))
+        except DecodeError as error:
+            log(WARNING, "reply of node %s refused: %s", node, error)
+            return False
+        return True
+
+    def total(self) -> tuple[NDArray[np.uint32], int]:
+        """The sum modulo m, uint32 (size,), and of how many."""
+        self._ask("unmask", self._server.unmask())
+        return self._server.total(), len(self._server.alive)
+
+    def _ask(self, stage: str, records: dict[int, Record]) -> None:
+        messages = [
+            Message(RecordDict({SECAGG: ConfigRecord({**record})}), node, f"{MessageType.QUERY}.{stage}")
+            for node, record in records.items()
+        ]
+        for reply in self._exchange(messages):
+            self.take(reply)
+
+
+def with_records(messages: Iterable[Message], records: dict[int, ConfigRecord]) -> list[Message]:
+    """Those messages whose nodes have a record, with it."""
+    left = [message for message in messages if message.metadata.dst_node_id in records]
+    for message in left:
+        message.content = RecordDict({**message.content, SECAGG: records[message.metadata.dst_node_id]})
+    return left
+
+
+def _read(content: RecordDict) -> Record:
+    if SECAGG not in content.config_records:
+        raise DecodeError("the message holds no record of secure aggregation")
+    return _record(content.config_records[SECAGG])
+
+
+def _record(config: ConfigRecord) -> Record:
+    return {name: value for name, value in config.items() if isinstance(value, (int, bytes))}

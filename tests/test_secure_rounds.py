@@ -1,0 +1,196 @@
+"""Whole rounds in which the server sees nothing but sums: what arrives, what leaves, who may drop out."""
+
+import io
+import math
+from collections.abc import Iterable
+
+import numpy as np
+import pytest
+import torch
+from flwr.app import Error, Message
+from flwr.serverapp import Grid
+from grids import Elsewhere
+from numpy.typing import NDArray
+from rich.console import Console
+from scipy.stats import chisquare
+
+from fedapp import config
+from fedapp.client_app import client_app
+from fedapp.errors import ConfigError, FedappError
+from fedapp.job import Job
+from fedapp.report.folder import Round
+from fedapp.report.progress import Progress
+from fedapp.rounds import Federation
+from fedapp.secagg.residues import unpack
+from fedapp.secagg.wire import SECAGG
+from fedapp.wire import layout_of, ravel
+
+PLAIN = "task=digits model=logistic clients=6 rounds=2 evaluate=none"
+FAST = f"{PLAIN} privacy=distributed_gaussian"
+SHARP = "privacy.epsilon=null privacy.noise_multiplier=0.01 privacy.clip=1000"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def job_of(overrides: str) -> Job:
+    job = config.job(config.compose(f"{FAST} {overrides}"))
+    job.prepare()
+    return job
+
+
+class Watched(Elsewhere):
+    """A grid in this process that keeps replies, and loses those to some types of message from some nodes."""
+
+    def __init__(self, job: Job, lost: dict[str, set[int]] | None = None) -> None:
+        super().__init__(client_app(lambda _: job), list(range(2, job.clients + 2)))
+        self.replies: list[tuple[str, Message]] = []
+        self._lost = lost or {}
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        asked = self._waiting[-1]
+        (reply,) = super().pull_messages(message_ids)
+        kind = asked.metadata.message_type
+        if asked.metadata.dst_node_id in self._lost.get(kind, ()):
+            return [Message(Error(1, "lost"), reply_to=asked)]
+        self.replies.append((kind, reply))
+        return [reply]
+
+
+def run(job: Job, grid: Grid) -> tuple[Federation, list[Round]]:
+    federation = Federation(job, grid)
+    return federation, list(federation.run(Progress(Console(file=io.StringIO()), job.rounds)))
+
+
+def moved(federation: Federation) -> NDArray[np.float64]:
+    job = federation.job
+    layout = layout_of(job.initial)
+    return ravel(federation.arrays, layout).astype(np.float64) - ravel(job.initial, layout)
+
+
+@pytest.mark.parametrize("strategy", ["fedavg", "fedadam"])
+def test_with_next_to_no_noise_it_is_the_uniform_mean_of_clipped_updates(strategy: str) -> None:
+    """As a trusted server makes it, that sees every update: privacy=central_gaussian."""
+    found = []
+    for privacy in ("distributed_gaussian", "central_gaussian codec=identity"):
+        chosen = f"privacy={privacy} privacy.epsilon=null privacy.noise_multiplier=0.01 privacy.test_seed=1"
+        job = config.job(config.compose(f"{PLAIN} {chosen} strategy={strategy} rounds=1"))
+        federation, (record,) = run(job, Watched(job))
+        assert (record.replies, record.failures) == (6, 0)
+        found.append(moved(federation))
+    assert np.corrcoef(found[0], found[1])[0, 1] > (0.98 if strategy == "fedavg" else 0.9)
+    assert np.linalg.norm(found[0]) == pytest.approx(np.linalg.norm(found[1]), rel=0.05)
+
+
+def test_noise_arrives_in_the_mean_as_the_terms_say() -> None:
+    values = []
+    for seed in range(12):
+        job = job_of(
+            f"trainer.epochs=0 rounds=1 model=mlp privacy.epsilon=null privacy.noise_multiplier=2 "
+            f"privacy.test_seed={seed}"
+        )
+        values.append(moved(run(job, Watched(job))[0]))
+    noise = np.concatenate(values)
+    assert job.terms is not None
+    every_share = job.terms.noise * math.sqrt(6 / job.terms.honest) / 6  # all replied
+    assert len(noise) > 100_000
+    assert noise.var() == pytest.approx(every_share**2, rel=0.02)
+    assert noise.std() > 2 * 1.0 / 6
+
+
+def test_only_masked_values_leave_a_client() -> None:
+    """The server's view: uniform residues, whatever the update; a keys-and-shares record in other stages."""
+    job = job_of(f"{SHARP} rounds=6")
+    grid = Watched(job)
+    run(job, grid)
+    assert job.terms is not None
+    kinds = [kind for kind, _ in grid.replies if kind != "query"]
+    assert kinds.count("train") == kinds.count("query.advertise") == kinds.count("query.unmask") == 36
+    seen = []
+    for kind, reply in grid.replies:
+        if kind == "query":
+            continue
+        assert list(reply.content) == [SECAGG]
+        if kind == "train":
+            packed = reply.content.config_records[SECAGG]["values"]
+            assert isinstance(packed, bytes)
+            seen.append(unpack(packed, job.terms.kept, job.terms.modulus))
+    counts = np.bincount(np.concatenate(seen) * 64 // job.terms.modulus, minlength=64)
+    assert chisquare(counts).pvalue > 1e-3
+    assert np.abs(np.corrcoef(seen) - np.eye(36)).max() < 0.2
+
+
+@pytest.mark.parametrize("stage", ["query.advertise", "query.share", "train", "query.unmask"])
+def test_a_tolerated_dropout_at_any_stage_costs_one_reply(stage: str) -> None:
+    job = job_of(f"{SHARP} privacy.tolerated=0.2 privacy.test_seed=3")
+    federation, rounds = run(job, Watched(job, {stage: {4}}))
+    left = 6 if stage == "query.unmask" else 5
+    assert [r.replies for r in rounds] == [left] * 2
+    assert [r.failures for r in rounds] == [6 - left] * 2
+    whole, _ = run(job, Watched(job))
+    if left == 6:
+        assert np.array_equal(moved(federation), moved(whole))
+    else:
+        assert not np.array_equal(moved(federation), moved(whole))
+
+
+@pytest.mark.parametrize("stage", ["query.advertise", "query.share", "train", "query.unmask"])
+def test_too_many_dropouts_lose_the_round_and_nothing_else(stage: str) -> None:
+    job = job_of(f"{SHARP} privacy.tolerated=0.2")
+    federation = Federation(job, Watched(job, {stage: {3, 4, 5, 7}}))
+    before = federation.arrays
+    with pytest.raises(FedappError, match=r"the round is lost|secure aggregation"):
+        list(federation.run(Progress(Console(file=io.StringIO()), 2)))
+    assert federation.arrays is before
+    assert federation.spent is not None
+    assert federation.spent.epsilon > 0  # what clients sent is counted all the same
+
+
+def test_fewer_replies_than_carry_the_noise_are_refused_where_the_sum_could_be_opened() -> None:
+    job = job_of(f"{SHARP} clients=8 privacy.tolerated=0.1")  # no dropout: 7 of 8 open it, and lack a share
+    assert job.terms is not None
+    assert job.terms.honest == 7
+    with pytest.raises(FedappError, match="6 of 8 clients replied, and the noise takes at least 7"):
+        run(job, Watched(job, {"query.advertise": {3, 4}}))
+
+
+def test_a_test_seed_gives_the_same_bits_though_keys_are_fresh() -> None:
+    one, other = (job_of("privacy.test_seed=7") for _ in range(2))
+    assert np.array_equal(moved(run(one, Watched(one))[0]), moved(run(other, Watched(other))[0]))
+    earnest = job_of("")
+    assert not np.array_equal(moved(run(earnest, Watched(earnest))[0]), moved(run(one, Watched(one))[0]))
+
+
+def test_every_byte_of_the_protocol_is_counted() -> None:
+    job = job_of(f"{SHARP} rounds=1 privacy.keep=0.1")
+    grid = Watched(job)
+    federation, (record,) = run(job, grid)
+    assert job.terms is not None
+    values = job.terms.kept * job.terms.bits / 8
+    protocol = 6 * (64 + 5 * 80 + 16 + 5 * 32)  # keys, sealed shares, commitment, opened shares
+    assert 6 * values + protocol < record.uplink_bytes < 6 * values + protocol + 6 * 400
+    assert record.uplink_bytes == federation.traffic.uplink
+
+
+@pytest.mark.parametrize(
+    ("chosen", "said"),
+    [
+        ("codec=topk", "secure aggregation takes the place of codec=topk: leave codec out"),
+        ("sampling=poisson", "set sampling=fixed"),
+        ("cohort=2", "fewer than 3 clients hide nobody in their sum: set cohort=3 or more"),
+        ("strategy=krum", "strategy=krum needs each update by itself"),
+        ("privacy.tolerated=0.5", "privacy.tolerated must be a number at least 0 and at most 0.3"),
+        (
+            "clients=4 privacy.tolerated=0.3",
+            r"privacy.tolerated=0.3 of 4 clients: .*set privacy.tolerated lower",
+        ),
+        ("privacy.bits=2", "privacy.bits=2 makes noise"),
+        ("evaluate=clients", "evaluate=clients sends private accuracies"),
+        ("model=resnet18 model.norm=batch", "has other state too"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_anything_starts(chosen: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        job_of(chosen)
