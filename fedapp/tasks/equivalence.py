@@ -13,17 +13,21 @@ Floats = NDArray[np.float64]
 Rows = NDArray[np.int64]
 Tree = str | tuple["Tree", ...]
 """A hierarchy of categories: a leaf is its name, a node the tuple of its children."""
-Distance = Callable[[Floats], float]
-"""Earth mover's distance, from 0 to 1, of two distributions over m values; takes their difference (m,)."""
+Distance = Callable[[Floats, Floats], float]
+"""Earth mover's distance, from 0 to 1, of two distributions over m values, (m,) each."""
 
 
-def equal(difference: Floats) -> float:
+def equal(p: Floats, q: Floats) -> float:
     """Any two categories are as far apart. Source: Li et al. 2007, section 5.2."""
-    return float(np.abs(difference).sum()) / 2
+    return float(np.abs(p - q).sum()) / 2
 
 
-def ordered(difference: Floats) -> float:
-    """Values, in ascending order, are as far apart as their ranks. Source: Li et al. 2007, section 5.1."""
+def ordered(p: Floats, q: Floats) -> float:
+    """Values, in ascending order, are as far apart as their ranks among those that occur.
+
+    Source: Li et al. 2007, section 5.1.
+    """
+    difference = (p - q)[(p > 0) | (q > 0)]
     return float(np.abs(np.cumsum(difference)).sum()) / max(1, len(difference) - 1)
 
 
@@ -42,7 +46,7 @@ def hierarchical(tree: Tree, categories: Sequence[str]) -> Distance:
 
     walk(tree)
     matrix = np.array(edges, dtype=np.float64)
-    return lambda difference: float(np.abs(matrix @ difference).sum())
+    return lambda p, q: float(np.abs(matrix @ (p - q)).sum())
 
 
 @dataclass(frozen=True)
@@ -93,7 +97,7 @@ def measure(
     for rows in classes:
         for column, whole in zip(sensitive, overall, strict=True):
             counts = column.counts(rows)
-            found.append((*diversity(counts), column.distance(counts / len(rows) - whole)))
+            found.append((*diversity(counts), column.distance(counts / len(rows), whole)))
     distinct, entropy, alpha, t = zip(*found, strict=True)
     return Measures(min(map(len, classes)), min(distinct), min(entropy), max(alpha), max(t))
 

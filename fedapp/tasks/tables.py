@@ -134,7 +134,7 @@ class Csv(Classification):
         return self.standardize or self.anonymity is not None
 
     @property
-    def cost(self) -> Cost | None:
+    def anonymity_cost(self) -> Cost | None:
         """What anonymity costs all simulated clients together; None where none is required."""
         return None if self.anonymity is None else self._shared.cost
 
@@ -201,9 +201,10 @@ class Csv(Classification):
             parts.append(part[found.rows])
             x[parts[-1]] = found.x
             costs.append(found.cost)
-        kept = np.sort(np.concatenate(parts))
+        cost, kept = total(costs), np.sort(np.concatenate(parts))
+        _log.info("%s: %s", self.path, cost)
         train = self._scaled(Data(torch.from_numpy(x[kept]), torch.from_numpy(y[kept])))
-        return _Shared(train, [np.searchsorted(kept, part) for part in parts], total(costs))
+        return _Shared(train, [np.searchsorted(kept, part) for part in parts], cost)
 
     def _schema(self) -> Schema:
         """What all nodes agree on: the settings say it, or the training table; a node has no test table."""
