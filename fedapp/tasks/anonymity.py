@@ -26,7 +26,7 @@ from fedapp.tasks.equivalence import (
     overall_of,
     tree_of,
 )
-from fedapp.tasks.mondrian import mondrian, outliers
+from fedapp.tasks.mondrian import balance, mondrian, outliers
 from fedapp.tasks.schema import Schema
 
 _SLACK = 1e-9  # of a float measure against its bound
@@ -42,12 +42,12 @@ class Anonymity:
     suppress: greatest share of a table's rows that may be dropped. hierarchies: by column, its categories as
     nested lists or mappings; a class then takes the lowest node that covers it, and t its distances.
 
-    *Formal guarantees.* None against an attacker with background knowledge, and no differential privacy: who
-    knows other rows of a class, or what is unlikely, can exclude values; features that are no
-    quasi-identifiers stay as they are; two anonymous tables with common people can be set against each other.
-    Released, in the sense of the measures, is the table, one client's at a time; they say nothing about a
-    model trained on it. A row's class depends on the other rows, so example-level differential privacy does
-    not hold for training on such a table. The ranges, means and the cost line follow from all rows.
+    *Formal guarantees.* Of one client's rows, as a table that is read: each is one of k alike, and its class
+    gives the sensitive values away no more than the bounds say. This is no differential privacy, and says
+    nothing of a model trained on the rows. Not covered: an attacker with background knowledge, who knows
+    other rows of a class or what is unlikely, and so excludes values; features that are no quasi-identifiers,
+    which stay as they are; two tables with common people; the cost, which follows from all rows. A row's
+    class depends on other rows, so example-level differential privacy would not hold for training on them.
     """
 
     quasi_identifiers: Sequence[str]
@@ -92,9 +92,10 @@ class Anonymity:
             and found.t <= (1.0 if self.t is None else self.t) + _SLACK
         )
 
-    def tree(self, column: str) -> Tree | None:
-        """The hierarchy of a column, if it has one."""
-        return dict(self.hierarchies or ()).get(column)
+    @property
+    def trees(self) -> dict[str, Tree]:
+        """The hierarchy of each column that has one."""
+        return dict(self.hierarchies or ())
 
 
 def required(
@@ -175,12 +176,23 @@ def anonymise(x: NDArray[np.float32], y: Rows, schema: Schema, rules: Anonymity,
     spares. No rows are anonymous. Deterministic; the input is not changed. Raises ConfigError for a column
     that does not exist or hierarchies that do not fit; DataError for rows that cannot meet the rules.
     """
+    secrets = rules.sensitive or (schema.label,)
     quasi = [_Quasi.of(name, x, schema, rules) for name in rules.quasi_identifiers]
-    sensitive = [_sensitive(name, x, y, schema, rules) for name in rules.sensitive or (schema.label,)]
+    sensitive = [_sensitive(name, x, y, schema, rules) for name in secrets]
+    stray = {*rules.trees} - {*rules.quasi_identifiers, *secrets}
+    if stray:
+        raise ConfigError(
+            f"task.anonymity.hierarchies has {sorted(stray)}, which are neither quasi-identifiers nor "
+            "sensitive: leave them out"
+        )
     if not len(x):
         return Anonymised(x.copy(), np.arange(0), [], Cost(0, 0, 0, 0, 0.0, None))
     budget, units = int(rules.suppress * len(x)), np.stack([column.units for column in quasi], axis=1)
-    table = _balanced(units, sensitive, rules, budget)
+
+    def balanced(counts: NDArray[np.int64]) -> bool:
+        return rules.met_by(Measures(rules.k, len(x), *diversity(counts)[1:], t=0.0))
+
+    table = balance(units, sensitive, balanced, budget)
     if not rules.met_by(reached := measure([table], sensitive)):
         raise DataError(
             f"{source} cannot be as anonymous as task.anonymity requires: {len(table)} of its {len(x)} rows "
@@ -190,7 +202,7 @@ def anonymise(x: NDArray[np.float32], y: Rows, schema: Schema, rules: Anonymity,
     overall = overall_of(table, sensitive)
 
     def admissible(rows: Rows) -> bool:
-        return len(rows) >= rules.k and rules.met_by(measure([rows], sensitive, overall))
+        return len(rows) >= rules.k and rules.met_by(measure([rows], sensitive, overall))  # k is cheap
 
     classes = mondrian(units, table, admissible)
     trims = outliers(units, classes, admissible, budget - (len(x) - len(table)))
@@ -278,25 +290,9 @@ def _feature(name: str, schema: Schema, field: str) -> tuple[slice, tuple[str, .
 
 def _fitting(name: str, categories: tuple[str, ...] | None, rules: Anonymity) -> Tree | None:
     """The hierarchy of a column; it must name all its categories."""
-    tree = rules.tree(name)
+    tree = rules.trees.get(name)
     lacks = sorted({*(categories or ())} - {*leaves(tree or ())})
     if tree is not None and (categories is None or lacks):
         why = "is for a column of numbers" if categories is None else f"lacks {lacks[:5]}"
         raise ConfigError(f"task.anonymity.hierarchies.{name} {why}: name all categories, or leave it out")
     return tree
-
-
-def _balanced(units: Floats, sensitive: Sequence[Sensitive], rules: Anonymity, budget: int) -> Rows:
-    """The rows that as one class meet alpha and entropy l: of too frequent values, the outermost ones go."""
-    centre = np.median(units, axis=0)
-    rows = np.argsort(-np.abs(units - centre).sum(axis=1), kind="stable")  # the outermost first
-    for column in sensitive:
-        counts = column.counts(rows)
-        goal = counts.copy()
-        while budget > 0 and not rules.met_by(Measures(rules.k, len(units), *diversity(goal)[1:], 0.0)):
-            goal[goal.argmax()] -= 1
-            budget -= 1
-        for value in np.flatnonzero(counts - goal):
-            there = np.flatnonzero(column.codes[rows] == value)
-            rows = np.delete(rows, there[: (counts - goal)[value]])
-    return np.sort(rows)

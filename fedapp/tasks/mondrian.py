@@ -3,8 +3,9 @@
 from collections.abc import Callable, Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
-from fedapp.tasks.equivalence import Floats, Rows
+from fedapp.tasks.equivalence import Floats, Rows, Sensitive
 
 
 def mondrian(units: Floats, table: Rows, admissible: Callable[[Rows], bool]) -> list[Rows]:
@@ -60,3 +61,24 @@ def outliers(
         if len(rows) <= budget:
             taken[number], budget = rows, budget - len(rows)
     return taken
+
+
+def balance(
+    units: Floats, sensitive: Sequence[Sensitive], balanced: Callable[[NDArray[np.int64]], bool], budget: int
+) -> Rows:
+    """The rows, ascending, that are left once too frequent sensitive values are suppressed; at most `budget`.
+
+    balanced: whether counts of a column's values will do. Of the most frequent value the outermost row goes.
+    """
+    middle = np.median(units, axis=0)
+    rows = np.argsort(-np.abs(units - middle).sum(axis=1), kind="stable")  # the outermost first
+    for column in sensitive:
+        counts = column.counts(rows)
+        goal = counts.copy()
+        while budget > 0 and not balanced(goal):
+            goal[goal.argmax()] -= 1
+            budget -= 1
+        for value in np.flatnonzero(counts - goal):
+            there = np.flatnonzero(column.codes[rows] == value)
+            rows = np.delete(rows, there[: (counts - goal)[value]])
+    return np.sort(rows)
