@@ -109,7 +109,7 @@ def test_inpatients_are_4_anonymous_and_3_diverse() -> None:
 
 
 SALARIES = np.arange(3, 12)  # in thousands, one a row: Li et al. 2007 (t-closeness), table 3
-DISEASES = ["ulcer", "gastritis", "cancer", "gastritis", "flu", "bronchitis", "bronchitis", "lungs", "cancer"]
+ILLS = ["ulcer", "gastritis", "cancer", "gastritis", "flu", "bronchitis", "bronchitis", "pneumonia", "cancer"]
 PAID = [3, 4, 5, 6, 11, 8, 7, 9, 10]
 TABLE_4 = [[0, 1, 2], [3, 4, 5], [6, 7, 8]]  # its classes: 476** 2*, 4790* >=40, 476** 3*
 TABLE_5 = [[0, 2, 7], [3, 4, 5], [1, 6, 8]]  # 4767*, 4790*, 4760*
@@ -117,7 +117,7 @@ FIGURE_1 = tree_of(
     "disease",
     {
         "respiratory": {
-            "infection": ["flu", "lungs", "bronchitis"],
+            "infection": ["flu", "pneumonia", "bronchitis"],
             "vascular": ["edema", "embolism"],
         },
         "digestive": {
@@ -158,10 +158,10 @@ def test_diseases_are_as_close_as_published() -> None:
     assert between(["flu"], ["bronchitis"]) == pytest.approx(1 / 3)
     assert between(["flu"], ["embolism"]) == pytest.approx(2 / 3)
     assert between(["flu"], ["cancer"]) == pytest.approx(1)
-    overall = sorted({*DISEASES})
+    overall = sorted({*ILLS})
     assert between(["ulcer", "gastritis", "cancer"], overall) == pytest.approx(0.5)
-    assert between(["ulcer", "cancer", "lungs"], overall) == pytest.approx(0.278, abs=5e-4)
-    disease = Sensitive(np.array([names.index(one) for one in DISEASES]), len(names), distance)
+    assert between(["ulcer", "cancer", "pneumonia"], overall) == pytest.approx(0.278, abs=5e-4)
+    disease = Sensitive(np.array([names.index(one) for one in ILLS]), len(names), distance)
     assert measure(as_rows(TABLE_5), [disease]).t == pytest.approx(8 / 27)
     assert measure(as_rows(TABLE_5), [disease]).distinct_l == 3
     alike = Sensitive(disease.codes, len(names), equal)
