@@ -22,7 +22,10 @@ _HERE = Path(__file__).parent
 CONF = _HERE / "conf" if (_HERE / "conf").is_dir() else _HERE.parent / "conf"  # wheel; checkout and bundle
 
 _NAMES = {  # group: where its classes live, and which
-    "task": ("fedapp.tasks", "images.FashionMnist images.Digits tables.Csv folders.ImageFolder"),
+    "task": (
+        "fedapp.tasks",
+        "images.FashionMnist images.Digits tables.Csv folders.ImageFolder anonymity.required",
+    ),
     "partition": ("fedapp.tasks.partition", "Iid Dirichlet Shard Pathological Natural"),
     "model": ("fedapp.models", "Logistic Mlp SmallCnn Cnn Resnet18"),
     "trainer": ("fedapp.training", "Sgd DpSgd"),

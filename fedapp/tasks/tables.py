@@ -1,7 +1,9 @@
 """Tables: a text file with one example a line and a column of labels."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,21 +14,33 @@ from numpy.typing import NDArray
 from fedapp import check
 from fedapp.errors import ConfigError, DataError
 from fedapp.tasks import Data
+from fedapp.tasks.anonymity import Anonymity, Cost, anonymise, total
 from fedapp.tasks.classification import Classification, check_names, held_out, once
 from fedapp.tasks.schema import Schema, categories_of, in_order, need, read_table, whole
 
 if TYPE_CHECKING:
     import pandas as pd
 
+_log = logging.getLogger("fedapp.tasks")
+
 
 @dataclass(frozen=True)
 class _Read:
-    """What the files of a task hold, encoded and scaled."""
+    """What the files of a task hold, encoded, and scaled unless it is yet to be made anonymous."""
 
     schema: Schema
     train: Data | None
     test: Data | None
     names: NDArray[np.generic] | None
+
+
+@dataclass(frozen=True)
+class _Shared:
+    """Training rows after anonymising each client's, which of them each client has, and what it cost."""
+
+    train: Data
+    parts: list[NDArray[np.int64]]
+    cost: Cost
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +59,10 @@ class Csv(Classification):
     privacy does not cover them (private_preprocessing is then True), and nodes with their own data refuse it.
     The classes and categories listed from the training table are taken as public.
 
+    anonymity: what each client's training rows must reach before it learns from them, see `Anonymity`; test
+    rows stay as they are. In a simulation the training table is split first: a client knows only its own
+    rows. It is no differential privacy, and mixes rows, so private_preprocessing is True with it.
+
     Raises ConfigError for settings that do not fit together; DataError, when data are read, for a table that
     cannot be read, is empty, lacks a column, or has a value that is missing, infinite or unknown.
     """
@@ -60,6 +78,7 @@ class Csv(Classification):
     mean: float | Sequence[float] = 0.0
     std: float | Sequence[float] = 1.0
     standardize: bool = False
+    anonymity: Anonymity | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -84,6 +103,20 @@ class Csv(Classification):
                 "task.standardize=true needs task.path, and no task.mean or task.std: "
                 "set public task.mean and task.std and task.standardize=false"
             )
+        if self.anonymity is not None:
+            self._check_anonymity(self.anonymity)
+
+    def _check_anonymity(self, rules: Anonymity) -> None:
+        if self.standardize:
+            raise ConfigError(
+                "task.standardize=true takes statistics of rows that task.anonymity is to hide: "
+                "set public task.mean and task.std and task.standardize=false"
+            )
+        if self.label in rules.quasi_identifiers:
+            raise ConfigError(
+                f"task.anonymity.quasi_identifiers must not list the label {self.label}, which is learned "
+                "as it is: take it out of the list, and bound alpha or t to hide it"
+            )
 
     @property
     def input_shape(self) -> tuple[int, ...]:
@@ -97,8 +130,13 @@ class Csv(Classification):
 
     @property
     def private_preprocessing(self) -> bool:
-        """True when features are scaled by statistics of the training rows."""
-        return self.standardize
+        """True when features depend on statistics of the training rows, be it those of a class of rows."""
+        return self.standardize or self.anonymity is not None
+
+    @property
+    def anonymity_cost(self) -> Cost | None:
+        """What anonymity costs all simulated clients together; None where none is required."""
+        return None if self.anonymity is None else self._shared.cost
 
     def train_data(self) -> Data:
         """The training rows. Raises ConfigError without a path."""
@@ -107,7 +145,7 @@ class Csv(Classification):
             raise ConfigError(
                 "task=csv has no training table: set task.path, or give every node its own data"
             )
-        return train
+        return train if self.anonymity is None else self._shared.train
 
     def test_data(self) -> Data | None:
         """The test rows; None without a test table and with nothing held out."""
@@ -120,13 +158,20 @@ class Csv(Classification):
                 "task.standardize=true uses statistics that nodes with their own data do not share: "
                 "set public task.mean and task.std instead"
             )
-        return self._encode(self._schema(), read_table(path, self.separator), str(path))
+        schema = self._schema()
+        data = self._encode(schema, read_table(path, self.separator), str(path))
+        if self.anonymity is None:
+            return self._scaled(data)
+        found = anonymise(data.x.numpy(), data.y.numpy(), schema, self.anonymity, str(path))
+        _log.info("%s: %s", path, found.cost)
+        return self._scaled(Data(torch.from_numpy(found.x), data.y[found.rows]))
 
     def client_names(self) -> NDArray[np.generic] | None:
         """The client_column of the training rows."""
         return self._files().names
 
     def _encode(self, schema: Schema, table: "pd.DataFrame", source: str) -> Data:
+        """Features as they are written, and labels."""
         x, y = schema.encode(table, source)
         for field, values in (("mean", self.mean), ("std", self.std)):
             if np.size(values) not in (1, schema.width):
@@ -134,8 +179,32 @@ class Csv(Classification):
                     f"task.{field} has {np.size(values)} numbers for {schema.width} features: "
                     "give one number, or one per feature"
                 )
-        mean, std = torch.tensor(self.mean), torch.tensor(self.std)
-        return Data((torch.from_numpy(x) - mean) / std, torch.from_numpy(y))
+        return Data(torch.from_numpy(x), torch.from_numpy(y))
+
+    def _scaled(self, data: Data) -> Data:
+        return Data((data.x - torch.tensor(self.mean)) / torch.tensor(self.std), data.y)
+
+    @cached_property
+    def _partitions(self) -> list[NDArray[np.int64]]:
+        return super()._partitions if self.anonymity is None else self._shared.parts
+
+    @cached_property
+    def _shared(self) -> _Shared:
+        """Rows that are suppressed, or that no client has, are left out; the others keep their order."""
+        files, rules = self._files(), self.anonymity
+        assert files.train is not None
+        assert rules is not None
+        x, y, parts, costs = files.train.x.numpy().copy(), files.train.y.numpy(), [], []
+        split = self.partition.split(y, self.clients, self.seed, self.client_names())
+        for number, part in enumerate(split):
+            found = anonymise(x[part], y[part], files.schema, rules, f"client {number} of {self.path}")
+            parts.append(part[found.rows])
+            x[parts[-1]] = found.x
+            costs.append(found.cost)
+        cost, kept = total(costs), np.sort(np.concatenate(parts))
+        _log.info("%s: %s", self.path, cost)
+        train = self._scaled(Data(torch.from_numpy(x[kept]), torch.from_numpy(y[kept])))
+        return _Shared(train, [np.searchsorted(kept, part) for part in parts], cost)
 
     def _schema(self) -> Schema:
         """What all nodes agree on: the settings say it, or the training table; a node has no test table."""
@@ -159,6 +228,9 @@ class Csv(Classification):
             rows, out = held_out(train.y.numpy(), self.test_fraction)
             test = Data(train.x[out], train.y[out]) if len(out) else None
             train, names = Data(train.x[rows], train.y[rows]), None if names is None else names[rows]
+            test = None if test is None else self._scaled(test)
+        if self.anonymity is None:
+            train = self._scaled(train)
         if self.standardize:
             std, mean = torch.std_mean(train.x, dim=0, correction=0)
             std = torch.where(std > 0, std, 1.0)
@@ -170,7 +242,7 @@ class Csv(Classification):
         if self.test_path is None:
             return None
         path = Path(self.test_path).expanduser()
-        return self._encode(schema, read_table(path, self.separator), str(path))
+        return self._scaled(self._encode(schema, read_table(path, self.separator), str(path)))
 
     def _infer(self, table: "pd.DataFrame", source: str) -> Schema:
         """The schema of the training table, as far as the settings leave it open."""
