@@ -193,7 +193,9 @@ class Forgetful(Elsewhere):
         return super().pull_messages(message_ids)
 
 
-STATELESS = "cohort=3 rounds=6 codec.feedback=false codec.step=2"  # codec.rate remembers how its estimate missed
+STATELESS = (
+    "cohort=3 rounds=6 codec.feedback=false codec.step=2"  # codec.rate remembers how its estimate missed
+)
 
 
 def test_nodes_that_start_anew_train_on_the_same_weights() -> None:

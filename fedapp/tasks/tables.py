@@ -1,6 +1,6 @@
 """Tables: a text file with one example a line and a column of labels."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -113,14 +113,16 @@ class Csv(Classification):
         """The test rows; None without a test table and with nothing held out."""
         return self._files().test
 
-    def read(self, path: Path) -> Data:
-        """A client's own table, with the columns and classes that all nodes agree on."""
+    def read(
+        self, path: Path, shared: Callable[["pd.DataFrame"], "pd.DataFrame"] = lambda table: table
+    ) -> Data:
+        """A client's own table, or what is shared of it, with the columns and classes that all agree on."""
         if self.standardize:
             raise ConfigError(
                 "task.standardize=true uses statistics that nodes with their own data do not share: "
                 "set public task.mean and task.std instead"
             )
-        return self._encode(self._schema(), read_table(path, self.separator), str(path))
+        return self._encode(self._schema(), shared(read_table(path, self.separator)), str(path))
 
     def client_names(self) -> NDArray[np.generic] | None:
         """The client_column of the training rows."""
