@@ -224,10 +224,11 @@ class Policy:
             )
         if self.epsilon is None or self.delta is None:
             return
-        spends = job.epsilon(job.rounds) if releases else math.inf
-        if spends is None or spends > self.epsilon:
+        known = job.epsilon(job.rounds) if releases else None
+        spends = math.inf if known is None else known
+        if spends > self.epsilon:
             raise PolicyRefusal(
-                "epsilon", f"the planned run spends {spends}, at most {self.epsilon:g} may be"
+                "epsilon", f"the planned run spends {spends:.4g}, at most {self.epsilon:g} may be"
             )
         if job.privacy.delta is None or job.privacy.delta > self.delta:
             raise PolicyRefusal("delta", f"it is {job.privacy.delta}, at most {self.delta:g} may be")
