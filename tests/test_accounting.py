@@ -87,7 +87,7 @@ def test_epsilon_near_zero(sampling: Sampling) -> None:
 
 
 @pytest.mark.parametrize("adjacency", ["add_remove", "replace"])
-@pytest.mark.parametrize(("noise", "rate", "count"), [(0.01, 0.9, 1000), (1e5, 0.1, 10), (3.0, 1e-6, 10**6)])
+@pytest.mark.parametrize(("noise", "rate", "count"), [(0.01, 0.9, 1000), (1e5, 0.1, 10), (3.0, 1e-5, 10**4)])
 def test_extremes_are_bounded(noise: float, rate: float, count: int, adjacency: Adjacency) -> None:
     whole = spent(noise, "none", 1.0, count, adjacency)
     assert 0 <= spent(noise, "poisson", rate, count, adjacency) <= whole < math.inf
@@ -176,7 +176,6 @@ def test_unsampled_gaussians_are_one() -> None:
         (1.0, 0.1, 100, 1e-5),
         (0.8, 0.005, 100, 1e-6),  # the mechanism of prv_accountant's README (Gopi et al. 2021)
         (0.9, 256 / 100_000, 4900, 1e-5),  # tests/test_accountant.py of the same
-        (4.0, 0.5, 50, 1e-6),
         (2.0, 0.02, 1000, 1e-8),
     ],
 )

@@ -162,6 +162,16 @@ def test_limits_of_both_units_bind(ledger: Ledger) -> None:
         charge(ledger, Gaussian(1e6, "none", 1.0, 1, "replace"), "client")
 
 
+def test_what_stands_for_a_whole_run_is_written_down_once(ledger: Ledger) -> None:
+    whole = Gaussian(3.0, "poisson", 0.1, 50, "add_remove")
+    for number in range(1, 4):
+        charge(ledger, whole, "client", server_round=number, once=True)
+    assert ledger.count("a") == 1
+    charge(ledger, whole, "client", run_id=8, once=True)
+    charge(ledger, Gaussian(2.0, "poisson", 0.1, 50, "add_remove"), "client", once=True)
+    assert ledger.count("a") == 3
+
+
 def test_without_a_limit_all_is_written_down_and_nothing_refused(ledger: Ledger) -> None:
     charge(ledger, None)
     charge(ledger, None)

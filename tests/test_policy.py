@@ -295,7 +295,9 @@ class Node:
 
     def asked(self, server_round: int = 1, purpose: str = "train") -> Message:
         arrays = ArrayRecord(self.job.task.model(0).state_dict())
-        content = RecordDict({ARRAYS: arrays, CONFIG: ConfigRecord({"server-round": server_round})})
+        terms = self.job.mechanism.terms({}) if self.job.mechanism else {}
+        told = ConfigRecord({"server-round": server_round, **terms})
+        content = RecordDict({ARRAYS: arrays, CONFIG: told})
         return client_app(lambda _: self.job)(Message(content, 2, purpose), self.context)
 
     def spent(self) -> float:
@@ -362,6 +364,30 @@ def test_a_repeat_whose_reply_was_not_kept_is_charged_again(
     assert node.ledger.count("a") == 1
     assert node.asked(1).has_content()
     assert node.ledger.count("a") == 2
+
+
+@pytest.mark.parametrize(
+    ("choice", "counted", "known"),
+    [
+        ("local_gaussian", [1, 2], (Gaussian(4.0, "none", 1.0, 1, "replace"),)),
+        ("central_gaussian", [1, 1], (Gaussian(4.0, "poisson", 2 / 3, 3, "add_remove"),)),
+    ],
+)
+def test_client_level_rounds_are_charged_by_what_they_hide(
+    tmp_path: Path, choice: str, counted: list[int], known: tuple[Gaussian, ...]
+) -> None:
+    """Each reply where it is noised itself; all rounds at the first where being drawn or not hides it."""
+    job = job_of(f"privacy={choice} privacy.epsilon=null privacy.noise_multiplier=4.0 cohort=2")
+    node = Node(job, tmp_path, RULES.replace("none, example", choice))
+    assert releases(job) == known
+    spent = []
+    for number, count in enumerate(counted, 1):
+        assert node.asked(number).has_content()
+        assert node.ledger.count("a") == count
+        spent.append(node.ledger.spent("a"))
+    assert 0 < spent[0]["client"] <= spent[0]["example"] < math.inf
+    assert (spent[1] == spent[0]) == (choice == "central_gaussian")
+    assert "outside the 3 planned rounds" in str(node.asked(4).error.reason)
 
 
 def test_a_spent_budget_declines_without_telling_figures(tmp_path: Path) -> None:

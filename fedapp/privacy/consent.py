@@ -33,6 +33,7 @@ import fedapp
 from fedapp.errors import ConfigError
 from fedapp.job import Job
 from fedapp.privacy.accounting import Gaussian, Release
+from fedapp.privacy.central import CentralGaussian
 from fedapp.privacy.ledger import BudgetSpent, Ledger, fingerprint
 from fedapp.privacy.policy import Policy, PolicyRefusal
 from fedapp.tasks import Data
@@ -98,25 +99,37 @@ def data_of(job: Job, message: Message, context: Context) -> Data:
         ledger, data_id = books
         own = context.node_config.get("data")
         content = None if own is None else fingerprint(Path(str(own)).expanduser())
-        released = releases(job)
+        central, released, asked = isinstance(job.privacy, CentralGaussian), releases(job), _round(message)
+        if central and not 1 <= asked <= job.rounds:
+            raise PolicyRefusal("epsilon", f"round {asked} is outside the {job.rounds} planned rounds")
         ledger.charge(
             data_id,
             job.privacy.unit if released else None,
             released,
             context.run_id,
-            _round(message),
+            asked,
             message.metadata.message_type,
+            adversary="observers" if central else "server",
             fingerprint=content,
+            once=central and bool(released),
         )
     return data
 
 
 def releases(job: Job) -> Sequence[Release]:
-    """What one reply of a job releases, to the server and all others; nothing where it is unprotected."""
-    if isinstance(job.trainer, DpSgd) and job.note is None:
+    """What one reply of a job releases; nothing where it is unprotected.
+
+    In the central model a client is hidden among those that might have been drawn, in every round of the run,
+    so its first reply stands for all of them.
+    """
+    if job.note is not None:
+        return ()
+    if isinstance(job.trainer, DpSgd):
         dp = job.trainer
         return (Gaussian(dp.noise_multiplier, "poisson", dp.sampling_rate, dp.steps, "add_remove"),)
-    return ()
+    if job.mechanism is None:
+        return ()
+    return job.mechanism.releases(job.rounds, 1)
 
 
 def installed() -> Path:
@@ -136,8 +149,8 @@ def _files(package: Path) -> dict[str, str]:
 
 
 def _same(running: dict[str, str], kept: dict[str, str]) -> bool:
-    for name in sorted(set(running.items()) ^ set(kept.items())):
-        _log.warning("the run's fedapp differs from the installed one in %s", name[0])
+    for name in sorted({name for name, _ in running.items() ^ kept.items()}):
+        _log.warning("the run's fedapp differs from the installed one in %s", name)
     return running == kept
 
 

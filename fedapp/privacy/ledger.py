@@ -105,11 +105,13 @@ class Ledger:
         *,
         adversary: str = "server",
         fingerprint: str | None = None,
+        once: bool = False,
     ) -> None:
         """Write releases down before they are made; returns once they are on the disk.
 
         unit: who each release protects; None with no releases says that the data leave unprotected.
         adversary: against whom. fingerprint: of the content, which warns of content known under another id.
+        once: these releases stand for all rounds of the run, and are written down at the first that asks.
         Raises BudgetSpent, with nothing written, where a limit would be passed.
         """
         if (unit is None) != (not releases):
@@ -121,6 +123,8 @@ class Ledger:
                 _recognize(db, data_id, fingerprint)
                 budget = _budget(db, data_id)
             for text in written:
+                if once and _charged(db, data_id, text, run_id, purpose):
+                    continue
                 db.execute(
                     "INSERT INTO events (id, unit, release, adversary, run, round, purpose, time) "
                     "VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
@@ -257,6 +261,14 @@ def _recognize(db: sqlite3.Connection, data_id: str, content: str) -> None:
     for other in sorted(known):
         _log.warning("%s has the same content as %s: they share one budget", data_id, other)
         _join(db, _budget(db, data_id), _budget(db, other))
+
+
+def _charged(db: sqlite3.Connection, data_id: str, text: str | None, run_id: int, purpose: str) -> bool:
+    found = db.execute(
+        "SELECT 1 FROM events WHERE id = ? AND release IS ? AND run = ? AND purpose = ?",
+        (data_id, text, str(run_id), purpose),
+    )
+    return found.fetchone() is not None
 
 
 def _join(db: sqlite3.Connection, one: int, other: int) -> None:

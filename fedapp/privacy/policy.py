@@ -42,8 +42,9 @@ class Policy:
     """What a client lets runs do. A rule that is not given bounds nothing; the first three must be given.
 
     tasks, privacy: the choices accepted, as `task=` and `privacy=` name them; what protects nothing counts as
-    none, whatever it is called. metrics: names of the metrics that may leave; num-examples is the weight of a
-    client, without which a run under privacy=none is refused. versions: of fedapp.
+    none, whatever it is called. metrics: names of the metrics that may leave, and of what a
+    mechanism sends beside its update; num-examples is the weight of a client, without which a run under
+    privacy=none is refused. versions: of fedapp.
 
     epsilon, delta: the most that a whole planned run may cost, one update a round. noise: the least noise
     multiplier. secure_aggregation: true refuses all runs without it, which in this version are all.
@@ -224,8 +225,8 @@ class Policy:
             )
         if self.epsilon is None or self.delta is None:
             return
-        known = job.epsilon(job.rounds) if releases else None
-        spends = math.inf if known is None else known
+        known = job.spent(job.rounds, job.rounds) if releases else None
+        spends = math.inf if known is None else known.epsilon
         if spends > self.epsilon:
             raise PolicyRefusal(
                 "epsilon", f"the planned run spends {spends:.4g}, at most {self.epsilon:g} may be"
