@@ -16,6 +16,7 @@ commands:
   simulate   train one model over simulated clients on this machine
              (fedapp simulate --help lists all settings; -m KEY=A,B sweeps)
   report     make report.html of a run folder anew: fedapp report RUN_DIR
+  ledger     what a client's data has spent, and may spend: fedapp ledger show|set-limit|overlap
 
 Settings are Hydra overrides of the YAML in conf/. On real machines the same app runs by `flwr run`.
 """
@@ -23,7 +24,7 @@ Settings are Hydra overrides of the YAML in conf/. On real machines the same app
 
 def main() -> None:
     """Entry of the console script; exits 0, 1 (an error, told in one line), 2 (usage) or 130 (Ctrl-C)."""
-    commands = {"simulate": simulate, "report": report}
+    commands = {"simulate": simulate, "report": report, "ledger": ledger}
     if len(sys.argv) > 1 and sys.argv[1] in ("-h", "--help"):
         print(USAGE, end="")
         return
@@ -101,6 +102,13 @@ def report() -> None:
     if len(sys.argv) != 2:
         sys.exit(_usage("fedapp: report takes one run folder\n"))
     print(write_page(Path(sys.argv[1])))
+
+
+def ledger() -> None:
+    """Show or change a client's ledger."""
+    from fedapp.privacy.ledger_cli import main
+
+    main(sys.argv[1:])
 
 
 def _started() -> float:

@@ -13,6 +13,7 @@ from fedapp import config
 from fedapp.downlink import Plain, receive
 from fedapp.errors import FedappError
 from fedapp.job import Job
+from fedapp.privacy.consent import consent, data_of
 from fedapp.privacy.secret import CLIENT, source
 from fedapp.secagg import Client
 from fedapp.secagg.wire import answer, masked
@@ -47,7 +48,7 @@ def client_app(job_of: Callable[[Context], Job]) -> ClientApp:
         rng = job.public_rng(*at, use=1)
         return compress(job.wire_codec, rng, job.mechanism, secret)(message, context, call_next)
 
-    @app.train(mods=[guard, downlink, uplink])
+    @app.train(mods=[guard, consent(job_of), downlink, uplink])
     def train(message: Message, context: Context) -> Message:
         """Load, fit, reply with the trained weights; the mod `uplink` then encodes the update."""
         job = job_of(context)
@@ -57,21 +58,21 @@ def client_app(job_of: Callable[[Context], Job]) -> ClientApp:
         if isinstance(trainer, Sgd) and isinstance(mu, float):
             trainer = trainer.pulled(mu)
         rng = job.public_rng(_round(message), partition_of(context), use=0)
-        data = _on(job, job.task.client_data(context.node_config))
+        data = _on(job, data_of(job, message, context))
         state, progress = load_state(context, "trainer"), (_round(message) - 1) / max(1, job.rounds)
         metrics, state = trainer.fit(job.task, job.model, data, state, rng, progress)
         store_state(context, "trainer", state)
         trained = ArrayRecord(job.model.state_dict())
         return Message(RecordDict({ARRAYS: trained, METRICS: MetricRecord({**metrics})}), reply_to=message)
 
-    @app.evaluate(mods=[guard, downlink])
+    @app.evaluate(mods=[guard, consent(job_of), downlink])
     def evaluate(message: Message, context: Context) -> Message:
         """Test the received weights on the client's own data; refused under differential privacy."""
         job = job_of(context)
         if job.privacy.unit is not None:
             raise PermissionError("metrics of private data do not leave the client")
         load(job, message.content.array_records[ARRAYS])
-        data = _on(job, job.task.client_data(context.node_config))
+        data = _on(job, data_of(job, message, context))
         metrics = job.task.evaluate(job.model, data) if len(data) else {"accuracy": 0.0, "loss": 0.0}
         return Message(RecordDict({METRICS: MetricRecord({**metrics, WEIGHT: len(data)})}), reply_to=message)
 

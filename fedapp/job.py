@@ -125,7 +125,8 @@ class Job:
             (self.evaluate == "clients", "evaluate=clients sends private accuracies: set evaluate=server"),
             (
                 self.task.private_preprocessing,
-                "task.standardize=true takes statistics of private data: give public task.mean and task.std",
+                "task.standardize=true takes statistics of private data: give public task.mean and task.std; "
+                "and task.anonymity mixes rows, which needs privacy=none",
             ),
         )
         for holds, reason in refused:

@@ -43,7 +43,7 @@ from fedapp.wire import STREAMED
 PRIVATE = {
     "flwr.clientapp.typing": {"Mod"},
     "flwr.common.constant": {"SUPERLINK_NODE_ID", "ErrorCode"},
-    "flwr.common.serde": {"recorddict_to_proto"},
+    "flwr.common.serde": {"recorddict_from_proto", "recorddict_to_proto"},
     "flwr.supercore": {"log"},
     "flwr.supercore.run": {"Run"},
     "flwr.supercore.task_identity": {"TaskIdentity"},

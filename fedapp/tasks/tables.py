@@ -1,7 +1,7 @@
 """Tables: a text file with one example a line and a column of labels."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -151,15 +151,17 @@ class Csv(Classification):
         """The test rows; None without a test table and with nothing held out."""
         return self._files().test
 
-    def read(self, path: Path) -> Data:
-        """A client's own table, with the columns and classes that all nodes agree on."""
+    def read(
+        self, path: Path, shared: Callable[["pd.DataFrame"], "pd.DataFrame"] = lambda table: table
+    ) -> Data:
+        """A client's own table, or what is shared of it, with the columns and classes that all agree on."""
         if self.standardize:
             raise ConfigError(
                 "task.standardize=true uses statistics that nodes with their own data do not share: "
                 "set public task.mean and task.std instead"
             )
         schema = self._schema()
-        data = self._encode(schema, read_table(path, self.separator), str(path))
+        data = self._encode(schema, shared(read_table(path, self.separator)), str(path))
         if self.anonymity is None:
             return self._scaled(data)
         found = anonymise(data.x.numpy(), data.y.numpy(), schema, self.anonymity, str(path))

@@ -1,0 +1,173 @@
+"""A client's consent: its policy and its ledger around each train and evaluate message.
+
+The participant names both when starting the SuperNode, in its node config: policy="<file>", ledger="<file>"
+with data-id="<any name of the data>". Where none is named, as in a simulation, nothing is asked.
+
+In this order: the policy checks what the run asks; a reply of this round that was charged before is sent
+again as the same bytes; the data are read and narrowed to what is shared; what the reply will release is
+written to the ledger; the client works; metrics that may not leave are taken out; the reply is kept, then
+leaves.
+
+What this can enforce. Flower runs the code of the bundle that arrives, and a bundle named fedapp shadows the
+installed package, so it is that code which reads the policy. With a policy or a ledger, a run whose fedapp
+differs from the installed one in any file is declined, which catches other versions and changes made without
+malice. It does not stop a bundle written to ignore all this: whoever may start runs on the SuperLink can run
+any code as the SuperNode's user. Give runs to those you trust, and the SuperNode a user that can read no
+more than it needs.
+"""
+
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from hashlib import sha256
+from importlib.machinery import PathFinder
+from pathlib import Path
+
+from flwr.app import Context, Error, Message, MetricRecord, RecordDict
+from flwr.clientapp.typing import Mod
+from flwr.common.constant import ErrorCode
+from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
+
+import fedapp
+from fedapp.errors import ConfigError
+from fedapp.job import Job
+from fedapp.privacy.accounting import Gaussian, Release
+from fedapp.privacy.central import CentralGaussian
+from fedapp.privacy.ledger import BudgetSpent, Ledger, fingerprint
+from fedapp.privacy.policy import Policy, PolicyRefusal
+from fedapp.tasks import Data
+from fedapp.training import DpSgd
+from fedapp.wire import CONFIG, METRICS
+
+SPENT = "the client's privacy budget does not allow this release"
+_PROTO = type(recorddict_to_proto(RecordDict()))
+_log = logging.getLogger("fedapp.client")
+
+
+def consent(job_of: Callable[[Context], Job]) -> Mod:
+    """The client mod: asks policy and ledger; a declined message costs the run this reply, and is told why.
+
+    The reason is public: it names the rule, and holds no data and no figure of the ledger.
+    """
+
+    def mod(message: Message, context: Context, call_next: Callable[[Message, Context], Message]) -> Message:
+        policy, books = _policy(context), _books(context)
+        if policy is None and books is None:
+            return call_next(message, context)
+        try:
+            if not _same(_files(Path(fedapp.__file__).parent), _files(installed())):
+                raise PolicyRefusal("versions", "the run brings a fedapp that differs from the installed one")
+            job, purpose, server_round = job_of(context), message.metadata.message_type, _round(message)
+            if policy is not None:
+                policy.check(job, purpose, server_round, releases(job))
+            if books and (kept := books[0].stored(books[1], context.run_id, server_round, purpose)):
+                return Message(recorddict_from_proto(_PROTO.FromString(kept)), reply_to=message)
+            with policy.in_time() if policy else nullcontext():
+                reply = call_next(message, context)
+            if reply.has_error() or METRICS not in reply.content.metric_records:
+                return reply  # nothing was trained or tested
+            if policy is not None:
+                metrics = reply.content.metric_records[METRICS]
+                left = {name: value for name, value in metrics.items() if policy.may_leave(name)}
+                reply.content[METRICS] = MetricRecord(left)
+            if books:
+                data = recorddict_to_proto(reply.content).SerializeToString()
+                books[0].store(books[1], context.run_id, server_round, purpose, data)
+            return reply
+        except (PolicyRefusal, BudgetSpent) as refusal:
+            _log.warning("node %s declined: %s", context.node_id, refusal)
+            reason = str(refusal) if isinstance(refusal, PolicyRefusal) else SPENT
+            return Message(Error(ErrorCode.MOD_FAILED_PRECONDITION, reason), reply_to=message)
+
+    return mod
+
+
+def data_of(job: Job, message: Message, context: Context) -> Data:
+    """The client's data for this message: no more than it shares, and charged to its ledger already.
+
+    Raises PolicyRefusal, BudgetSpent.
+    """
+    policy, books = _policy(context), _books(context)
+    if policy is None:
+        data = job.task.client_data(context.node_config)
+    else:
+        data = policy.data(job.task, context.node_config)
+        if message.metadata.message_type == "train":
+            policy.check_work(job.trainer, len(data))
+    if books is not None:
+        ledger, data_id = books
+        own = context.node_config.get("data")
+        content = None if own is None else fingerprint(Path(str(own)).expanduser())
+        central, released, asked = isinstance(job.privacy, CentralGaussian), releases(job), _round(message)
+        if central and not 1 <= asked <= job.rounds:
+            raise PolicyRefusal("epsilon", f"round {asked} is outside the {job.rounds} planned rounds")
+        ledger.charge(
+            data_id,
+            job.privacy.unit if released else None,
+            released,
+            context.run_id,
+            asked,
+            message.metadata.message_type,
+            adversary="observers" if central else "server",
+            fingerprint=content,
+            once=central and bool(released),
+        )
+    return data
+
+
+def releases(job: Job) -> Sequence[Release]:
+    """What one reply of a job releases; nothing where it is unprotected.
+
+    In the central model a client is hidden among those that might have been drawn, in every round of the run,
+    so its first reply stands for all of them.
+    """
+    if job.note is not None:
+        return ()
+    if isinstance(job.trainer, DpSgd):
+        dp = job.trainer
+        return (Gaussian(dp.noise_multiplier, "poisson", dp.sampling_rate, dp.steps, "add_remove"),)
+    if job.terms is not None:
+        return (job.terms.curve(1),)
+    return () if job.mechanism is None else job.mechanism.releases(job.rounds, 1)
+
+
+def installed() -> Path:
+    """The folder of the fedapp that the participant installed: the one behind the bundle's, if any."""
+    running = Path(fedapp.__file__).parent
+    others = [entry for entry in sys.path if Path(entry).resolve() != running.parent.resolve()]
+    found = PathFinder.find_spec("fedapp", others)
+    return running if found is None or found.origin is None else Path(found.origin).parent
+
+
+def _files(package: Path) -> dict[str, str]:
+    """The digest of each file of a fedapp by its name: code, and settings inside the package or beside it."""
+    conf = package / "conf" if (package / "conf").is_dir() else package.parent / "conf"
+    named = {f"fedapp/{file.relative_to(package)}": file for file in package.rglob("*.py")}
+    named |= {f"conf/{file.relative_to(conf)}": file for file in conf.rglob("*.yaml")}
+    return {name: sha256(file.read_bytes()).hexdigest() for name, file in named.items()}
+
+
+def _same(running: dict[str, str], kept: dict[str, str]) -> bool:
+    for name in sorted({name for name, _ in running.items() ^ kept.items()}):
+        _log.warning("the run's fedapp differs from the installed one in %s", name)
+    return running == kept
+
+
+def _policy(context: Context) -> Policy | None:
+    path = context.node_config.get("policy")
+    return None if path is None else Policy.load(Path(str(path)).expanduser())
+
+
+def _books(context: Context) -> tuple[Ledger, str] | None:
+    """The ledger, and the id that these data have in it."""
+    path, data_id = context.node_config.get("ledger"), context.node_config.get("data-id")
+    if path is None:
+        return None
+    if data_id is None:
+        raise ConfigError('a ledger needs to know whose budget to charge: give the node data-id="<name>"')
+    return Ledger(Path(str(path))), str(data_id)
+
+
+def _round(message: Message) -> int:
+    return int(str(message.content.config_records[CONFIG]["server-round"]))

@@ -1,0 +1,290 @@
+"""The ledger: what a client's data has spent, over all runs and apps, in one SQLite file on its own disk."""
+
+import logging
+import sqlite3
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+
+import numpy as np
+
+from fedapp import check
+from fedapp.errors import FedappError
+from fedapp.privacy.accounting import Release
+from fedapp.privacy.filter import FILTER, UNITS, Unit, as_text, cost, epsilon
+
+_VERSION = 1
+_SCHEMA = """
+CREATE TABLE data (id TEXT PRIMARY KEY, budget INTEGER NOT NULL);
+CREATE TABLE fingerprints (id TEXT NOT NULL, fingerprint TEXT NOT NULL, PRIMARY KEY (id, fingerprint));
+CREATE TABLE limits (
+    id TEXT NOT NULL, unit TEXT NOT NULL, epsilon REAL NOT NULL, delta REAL NOT NULL, PRIMARY KEY (id, unit));
+CREATE TABLE events (
+    number INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL, unit TEXT, release TEXT,
+    adversary TEXT NOT NULL, run TEXT NOT NULL, round INTEGER NOT NULL, purpose TEXT NOT NULL,
+    time REAL NOT NULL);
+CREATE TABLE replies (
+    id TEXT NOT NULL, run TEXT NOT NULL, round INTEGER NOT NULL, purpose TEXT NOT NULL, digest TEXT NOT NULL,
+    reply BLOB NOT NULL, PRIMARY KEY (id, run, purpose));
+"""
+_log = logging.getLogger("fedapp.ledger")
+
+
+class BudgetSpent(FedappError):  # noqa: N818
+    """One more release would pass a limit; nothing was written."""
+
+
+@dataclass(frozen=True)
+class Limit:
+    """The most that the data `id` may spend for one unit: epsilon at delta, ever."""
+
+    id: str
+    unit: Unit
+    epsilon: float
+    delta: float
+
+
+class Ledger:
+    """What data have spent. Several processes may use one file at once; each method is one transaction.
+
+    Data have an id, which the person gives. Ids that overlap share one budget: the person says so
+    (`overlap`), or the same content under two ids does; no id opens a new budget for data that have one.
+
+    A release is written, and synchronized to the disk, before `charge` returns, and only then may it be
+    made: a crash at any point counts a release that was not made, never the other way round. To send one
+    again, the very same bytes must be sent (`store`, `stored`); anything else is charged again.
+
+    *Formal guarantees.* With a limit (epsilon, delta) for a unit, all releases that `charge` lets pass are
+    together (epsilon, delta)-DP, though each is chosen in view of all earlier ones. Adjacency: one unit (an
+    example, or all of the client's data) is replaced by one that contributes zero, which an add_remove and
+    a replace release both bound. A client-level release bounds an example, too, once the client's
+    contribution is taken as replaced by another; an example-level release bounds no client, and an
+    unprotected one nothing: then epsilon is infinite. A Curve must bound both changes. How releases add up,
+    and why this is a privacy filter: `fedapp.privacy.filter`. Against whom: whoever sees the releases that
+    each event names; all are added up. Not covered: a limit that is raised in view of releases, a file that
+    is deleted or set back to an older copy, content that differs in a byte under an id that the person
+    calls another, and code that does not ask the ledger.
+    """
+
+    def __init__(self, path: Path | str, new: bool = False) -> None:
+        """Open the ledger in a file, or make a new one. Raises FedappError where there is no ledger.
+
+        A missing file is no empty ledger: a slip in its name would open a new budget.
+        """
+        self._path = Path(path).expanduser()
+        if not new and not self._path.is_file():
+            raise FedappError(
+                f"there is no ledger {self._path}: correct the path, or make it with fedapp ledger set-limit"
+            )
+        if new:
+            try:
+                self._path.touch(mode=0o600)  # fingerprints tell whether content was guessed right
+            except OSError as error:
+                raise FedappError(f"the ledger {self._path} cannot be made ({error})") from error
+        with self._transaction() as db:
+            version = db.execute("PRAGMA user_version").fetchone()[0]
+            empty = not db.execute("SELECT COUNT(*) FROM sqlite_master").fetchone()[0]
+            if new and empty:
+                for statement in _SCHEMA.split(";"):
+                    db.execute(statement)
+                db.execute(f"PRAGMA user_version = {_VERSION}")
+            elif version != _VERSION:
+                raise FedappError(f"{self._path} is no ledger of version {_VERSION}: give another file")
+
+    def charge(
+        self,
+        data_id: str,
+        unit: Unit | None,
+        releases: Sequence[Release],
+        run_id: int,
+        server_round: int,
+        purpose: str = "train",
+        *,
+        adversary: str = "server",
+        fingerprint: str | None = None,
+        once: bool = False,
+    ) -> None:
+        """Write releases down before they are made; returns once they are on the disk.
+
+        unit: who each release protects; None with no releases says that the data leave unprotected.
+        adversary: against whom. fingerprint: of the content, which warns of content known under another id.
+        once: these releases stand for all rounds of the run, and are written down at the first that asks.
+        Raises BudgetSpent, with nothing written, where a limit would be passed.
+        """
+        if (unit is None) != (not releases):
+            raise ValueError("an unprotected release has no unit and no noise; any other one has both")
+        written: list[str | None] = [as_text(release) for release in releases] or [None]
+        with self._transaction() as db:
+            budget = _budget(db, data_id)
+            if fingerprint is not None:
+                _recognize(db, data_id, fingerprint)
+                budget = _budget(db, data_id)
+            for text in written:
+                if once and _charged(db, data_id, text, run_id, purpose):
+                    continue
+                db.execute(
+                    "INSERT INTO events (id, unit, release, adversary, run, round, purpose, time) "
+                    "VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+                    (data_id, unit, text, adversary, str(run_id), server_round, purpose, time.time()),
+                )
+            for limit in _limits(db, budget):
+                would = _spent(db, budget, limit.unit, limit.delta)
+                if would > limit.epsilon:
+                    raise BudgetSpent(
+                        f"one more release would spend epsilon {would:.3g} of the {limit.unit}-level limit "
+                        f"of {limit.epsilon:g} at delta {limit.delta:g} that {limit.id} has: let it rest, "
+                        f"ask the run for more noise, or raise it with fedapp ledger set-limit"
+                    )
+
+    def spent(self, data_id: str, delta: float = 1e-5) -> dict[Unit, float]:
+        """Epsilon at `delta`, for each unit, of all releases of these data and of what overlaps with them."""
+        check.real("delta", delta, above=0.0, below=1.0)
+        with self._transaction() as db:
+            budget = _find(db, data_id)
+            return {unit: _spent(db, budget, unit, delta) for unit in UNITS}
+
+    def set_limit(self, data_id: str, unit: Unit, epsilon: float, delta: float) -> None:
+        """Set the most that these data may ever spend. Set it once: what was released does not come back."""
+        check.choice("unit", unit, UNITS)
+        check.real("epsilon", epsilon, above=0.0)
+        check.real("delta", delta, above=0.0, below=1.0)
+        with self._transaction() as db:
+            _budget(db, data_id)
+            db.execute("REPLACE INTO limits VALUES (?, ?, ?, ?)", (data_id, unit, epsilon, delta))
+
+    def overlap(self, one: str, other: str) -> None:
+        """Say that two ids name overlapping data: from now on, and for what was, they share one budget."""
+        with self._transaction() as db:
+            _join(db, _budget(db, one), _budget(db, other))
+
+    def budgets(self) -> list[list[str]]:
+        """The ids, those that share a budget together."""
+        with self._transaction() as db:
+            rows = db.execute("SELECT id, budget FROM data ORDER BY id").fetchall()
+        return [[i for i, b in rows if b == budget] for budget in dict.fromkeys(b for _, b in rows)]
+
+    def limits(self, data_id: str) -> list[Limit]:
+        """Every limit that binds these data: theirs, and those of what overlaps with them."""
+        with self._transaction() as db:
+            return _limits(db, _find(db, data_id))
+
+    def count(self, data_id: str) -> int:
+        """How many releases are written down of these data and of what overlaps with them."""
+        with self._transaction() as db:
+            found = db.execute(f"SELECT COUNT(*) FROM events WHERE {_OF}", (_find(db, data_id),))
+            return int(found.fetchone()[0])
+
+    def store(self, data_id: str, run_id: int, server_round: int, purpose: str, reply: bytes) -> None:
+        """Keep a charged reply before it leaves, in place of that of an earlier round."""
+        with self._transaction() as db:
+            row = (data_id, str(run_id), server_round, purpose, sha256(reply).hexdigest(), reply)
+            db.execute("REPLACE INTO replies VALUES (?, ?, ?, ?, ?, ?)", row)
+
+    def stored(self, data_id: str, run_id: int, server_round: int, purpose: str) -> bytes | None:
+        """The bytes that this round's reply was; None where none was kept."""
+        with self._transaction() as db:
+            row = db.execute(
+                "SELECT digest, reply FROM replies WHERE id = ? AND run = ? AND round = ? AND purpose = ?",
+                (data_id, str(run_id), server_round, purpose),
+            ).fetchone()
+        return bytes(row[1]) if row is not None and sha256(row[1]).hexdigest() == row[0] else None
+
+    @contextmanager
+    def _transaction(self) -> Iterator[sqlite3.Connection]:
+        """A connection of its own, since none survives a fork; writers wait for each other."""
+        try:
+            with closing(sqlite3.connect(self._path, timeout=60, isolation_level=None)) as db:
+                # EXTRA synchronizes the folder as well once the journal is deleted, which is what commits:
+                # with FULL, a power cut could bring the journal back, and undo what was released since.
+                db.execute("PRAGMA synchronous = EXTRA")
+                db.execute("PRAGMA fullfsync = ON")  # on macOS a plain fsync stops short of the disk
+                db.execute("PRAGMA journal_mode = DELETE")
+                db.execute("BEGIN IMMEDIATE")
+                try:
+                    yield db
+                except BaseException:
+                    db.execute("ROLLBACK")
+                    raise
+                db.execute("COMMIT")
+        except sqlite3.Error as error:
+            raise FedappError(
+                f"the ledger {self._path} cannot be used ({error}), and nothing is released without it: "
+                "see that it is a ledger, may be written, and its disk has room"
+            ) from error
+
+
+_OF = "id IN (SELECT id FROM data WHERE budget = ?)"
+
+
+def fingerprint(path: Path) -> str:
+    """SHA-256 of a file, or of the names and contents of all files in a folder, as hexadecimal digits."""
+    whole = sha256()
+    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    for file in files:
+        with file.open("rb") as opened:
+            name = file.relative_to(path).as_posix() if path.is_dir() else ""
+            digest = sha256()
+            while block := opened.read(1 << 20):
+                digest.update(block)
+        whole.update(name.encode() + b"\0" + digest.digest())
+    return whole.hexdigest()
+
+
+def _find(db: sqlite3.Connection, data_id: str) -> int | None:
+    row = db.execute("SELECT budget FROM data WHERE id = ?", (data_id,)).fetchone()
+    return None if row is None else int(row[0])
+
+
+def _budget(db: sqlite3.Connection, data_id: str) -> int:
+    """The budget of an id; a new one for a new id."""
+    if (found := _find(db, data_id)) is not None:
+        return found
+    (new,) = db.execute("SELECT COALESCE(MAX(budget), 0) + 1 FROM data").fetchone()
+    db.execute("INSERT INTO data VALUES (?, ?)", (data_id, new))
+    return int(new)
+
+
+def _recognize(db: sqlite3.Connection, data_id: str, content: str) -> None:
+    """Content that is known under another id makes the two share one budget."""
+    known = {i for (i,) in db.execute("SELECT id FROM fingerprints WHERE fingerprint = ?", (content,))}
+    if data_id in known:
+        return
+    earlier = db.execute("SELECT COUNT(*) FROM fingerprints WHERE id = ?", (data_id,)).fetchone()[0]
+    if earlier:
+        _log.warning(
+            "the content of %s has changed: its budget goes on, and pays for the new content", data_id
+        )
+    db.execute("INSERT INTO fingerprints VALUES (?, ?)", (data_id, content))
+    for other in sorted(known):
+        _log.warning("%s has the same content as %s: they share one budget", data_id, other)
+        _join(db, _budget(db, data_id), _budget(db, other))
+
+
+def _charged(db: sqlite3.Connection, data_id: str, text: str | None, run_id: int, purpose: str) -> bool:
+    found = db.execute(
+        "SELECT 1 FROM events WHERE id = ? AND release IS ? AND run = ? AND purpose = ?",
+        (data_id, text, str(run_id), purpose),
+    )
+    return found.fetchone() is not None
+
+
+def _join(db: sqlite3.Connection, one: int, other: int) -> None:
+    db.execute("UPDATE data SET budget = ? WHERE budget = ?", (min(one, other), max(one, other)))
+
+
+def _limits(db: sqlite3.Connection, budget: int | None) -> list[Limit]:
+    rows = db.execute(f"SELECT id, unit, epsilon, delta FROM limits WHERE {_OF} ORDER BY id, unit", (budget,))
+    return [Limit(*row) for row in rows]
+
+
+def _spent(db: sqlite3.Connection, budget: int | None, unit: Unit, delta: float) -> float:
+    """Epsilon of everything that is written down under a budget."""
+    total, rows = np.zeros(len(FILTER)), db.execute(
+        f"SELECT unit, release, COUNT(*) FROM events WHERE {_OF} GROUP BY unit, release", (budget,)
+    ).fetchall()  # fmt: skip
+    for protects, text, times in rows:
+        total += times * cost(text, protects, unit)
+    return epsilon(total, delta) if rows else 0.0

@@ -1,0 +1,483 @@
+"""The ledger: what adds up to what, what is refused, and that no crash and no race ever counts too little."""
+
+import logging
+import math
+import os
+import signal
+import sqlite3
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from dp_accounting.rdp import compute_epsilon
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from scipy.special import logsumexp
+
+from fedapp import cli
+from fedapp.errors import ConfigError, FedappError
+from fedapp.privacy import accounting, filter
+from fedapp.privacy.accounting import ORDERS, Curve, Gaussian, Release
+from fedapp.privacy.filter import FILTER, Unit, as_text, cost
+from fedapp.privacy.ledger import BudgetSpent, Ledger, fingerprint
+
+PLAIN = Gaussian(2.0, "none", 1.0, 1, "add_remove")
+SAMPLED = Gaussian(1.0, "poisson", 0.05, 20, "add_remove")
+REPLACED = Gaussian(4.0, "none", 1.0, 1, "replace")
+LAPLACE = Curve("laplace", tuple(0.01 * order for order in ORDERS), 1)
+
+
+@pytest.fixture
+def ledger(tmp_path: Path) -> Ledger:
+    return Ledger(tmp_path / "ledger.db", new=True)
+
+
+def charge(ledger: Ledger, release: Release | None = PLAIN, unit: Unit = "example", **more: Any) -> None:
+    given: dict[str, Any] = {"data_id": "a", "run_id": 7, "server_round": 1} | more
+    ledger.charge(unit=unit if release else None, releases=(release,) if release else (), **given)
+
+
+# How releases add up
+
+
+@pytest.mark.parametrize(
+    "releases", [(PLAIN,) * 5, (SAMPLED,), (PLAIN, SAMPLED, LAPLACE), (REPLACED, SAMPLED)]
+)
+@pytest.mark.parametrize("delta", [1e-5, 1e-3])
+def test_epsilon_is_that_of_dp_accounting_at_each_orders_share(
+    ledger: Ledger, releases: tuple[Release, ...], delta: float
+) -> None:
+    """An independent conversion of the summed curve (dp-accounting), at delta over the number of orders."""
+    for release in releases:
+        charge(ledger, release)
+    total = np.sum([accounting.rdp(release) for release in releases], axis=0)
+    at = [ORDERS.index(order) for order in FILTER]
+    spent = ledger.spent("a", delta)["example"]
+    assert spent == pytest.approx(compute_epsilon(FILTER, total[at], delta / len(FILTER))[0], rel=1e-12)
+
+
+@pytest.mark.parametrize("release", [PLAIN, SAMPLED, Gaussian(30.0, "none", 1.0, 15, "add_remove")])
+def test_the_filter_costs_a_little_and_never_gains(release: Gaussian) -> None:
+    tight = accounting.epsilon((release,), 1e-5).epsilon
+    assert tight < filter.epsilon(cost(as_text(release), "example", "example"), 1e-5) < 1.6 * tight
+
+
+def test_a_sum_does_not_depend_on_how_it_was_written_down(ledger: Ledger) -> None:
+    for number in range(3):
+        charge(ledger, SAMPLED, server_round=number)
+    charge(ledger, Gaussian(1.0, "poisson", 0.05, 60, "add_remove"), data_id="b")
+    assert ledger.spent("a")["example"] == pytest.approx(ledger.spent("b")["example"], rel=1e-12)
+    assert ledger.spent("a", 1e-7)["example"] > ledger.spent("a")["example"]
+    assert ledger.spent("nothing yet") == {"example": 0.0, "client": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("unit", "release", "example", "client"),
+    [
+        ("example", PLAIN, PLAIN, None),
+        ("client", REPLACED, REPLACED, REPLACED),
+        ("client", PLAIN, Gaussian(2.0, "none", 1.0, 1, "replace"), PLAIN),  # 2C: the client stays, changed
+        ("client", LAPLACE, LAPLACE, LAPLACE),
+        ("client", None, None, None),
+    ],
+)
+def test_what_a_release_costs_either_unit(
+    ledger: Ledger, unit: Unit, release: Release | None, example: Release | None, client: Release | None
+) -> None:
+    charge(ledger, release, unit)
+    spent = ledger.spent("a")
+    for name, as_if in (("example", example), ("client", client)):
+        total = np.full(len(ORDERS), np.inf) if as_if is None else accounting.rdp(as_if)
+        wanted = filter.epsilon(total[[ORDERS.index(order) for order in FILTER]], 1e-5)
+        assert spent[name] == wanted  # type: ignore[index]
+        assert math.isinf(wanted) == (as_if is None)
+
+
+def test_releases_of_both_units_and_purposes_add_up(ledger: Ledger) -> None:
+    charge(ledger, REPLACED, "client")
+    once = ledger.spent("a")
+    charge(ledger, REPLACED, "client", purpose="evaluate")
+    twice = ledger.spent("a")
+    assert twice["client"] == twice["example"] > once["client"]
+    charge(ledger, SAMPLED, "example")
+    assert ledger.spent("a")["example"] > twice["example"]
+    assert ledger.spent("a")["client"] == math.inf
+
+
+@pytest.mark.parametrize(("noise", "rate"), [(1.0, 0.05), (2.0, 0.3), (0.7, 0.01), (5.0, 0.9)])
+def test_one_contribution_for_another_under_poisson_sampling(noise: float, rate: float) -> None:
+    """The bound lies above the true divergence, integrated here for the worst pair, at +C and at -C."""
+    x = np.linspace(-80 * noise, 80 * noise, 400_001)
+
+    def log_density(centre: float) -> NDArray[np.float64]:
+        both = [
+            math.log1p(-rate) - x**2 / (2 * noise**2),
+            math.log(rate) - (x - centre) ** 2 / (2 * noise**2),
+        ]
+        values: NDArray[np.float64] = logsumexp(both, axis=0) - math.log(noise * math.sqrt(2 * math.pi))
+        return values
+
+    plus, minus, step = log_density(1.0), log_density(-1.0), math.log(x[1] - x[0])
+    bound = cost(as_text(Gaussian(noise, "poisson", rate, 1, "add_remove")), "client", "example")
+    for order, known in zip(FILTER[:9], bound[:9], strict=True):
+        true = logsumexp(order * plus + (1 - order) * minus + step) / (order - 1)
+        assert true <= known * (1 + 1e-6)
+    assert bound[0] < 12 * (logsumexp(1.5 * plus - 0.5 * minus + step) / 0.5)
+
+
+# Limits
+
+
+def test_a_release_past_the_limit_is_refused_and_leaves_no_trace(ledger: Ledger, tmp_path: Path) -> None:
+    ledger.set_limit("a", "example", 6.0, 1e-5)
+    for number in range(100):
+        try:
+            charge(ledger, SAMPLED, server_round=number)
+        except BudgetSpent as error:
+            refused = error
+            break
+    before = (tmp_path / "ledger.db").read_bytes()
+    assert number > 2
+    assert 5.0 < ledger.spent("a")["example"] <= 6.0
+    assert "of the example-level limit of 6 at delta 1e-05 that a has" in str(refused)
+    with pytest.raises(BudgetSpent):
+        charge(ledger, SAMPLED, data_id="a", fingerprint="new content")
+    assert (tmp_path / "ledger.db").read_bytes() == before
+    charge(ledger, Gaussian(1000.0, "none", 1.0, 1, "add_remove"))  # what still fits may pass
+    assert ledger.count("a") == number + 1
+
+
+def test_limits_of_both_units_bind(ledger: Ledger) -> None:
+    ledger.set_limit("a", "client", 8.0, 1e-5)
+    for release in (SAMPLED, None):  # either would cost a client everything
+        with pytest.raises(BudgetSpent, match="epsilon inf of the client-level limit of 8"):
+            charge(ledger, release)
+    charge(ledger, REPLACED, "client")
+    ledger.set_limit("a", "example", 0.1, 1e-5)
+    with pytest.raises(BudgetSpent, match=r"example-level limit of 0\.1"):
+        charge(ledger, Gaussian(1e6, "none", 1.0, 1, "replace"), "client")
+
+
+def test_what_stands_for_a_whole_run_is_written_down_once(ledger: Ledger) -> None:
+    whole = Gaussian(3.0, "poisson", 0.1, 50, "add_remove")
+    for number in range(1, 4):
+        charge(ledger, whole, "client", server_round=number, once=True)
+    assert ledger.count("a") == 1
+    charge(ledger, whole, "client", run_id=8, once=True)
+    charge(ledger, Gaussian(2.0, "poisson", 0.1, 50, "add_remove"), "client", once=True)
+    assert ledger.count("a") == 3
+
+
+def test_without_a_limit_all_is_written_down_and_nothing_refused(ledger: Ledger) -> None:
+    charge(ledger, None)
+    charge(ledger, None)
+    assert ledger.count("a") == 2
+    assert ledger.spent("a") == {"example": math.inf, "client": math.inf}
+
+
+@settings(deadline=None, max_examples=15)
+@given(
+    epsilon=st.floats(0.1, 20.0),
+    events=st.lists(
+        st.tuples(
+            st.sampled_from([PLAIN, SAMPLED, REPLACED, LAPLACE]),
+            st.sampled_from(["example", "client"]),
+            st.sampled_from(["a", "b", "c"]),
+        ),
+        max_size=12,
+    ),
+    overlaps=st.sets(st.tuples(st.sampled_from("abc"), st.sampled_from("abc")), max_size=2),
+)
+def test_whatever_is_asked_no_limit_is_passed(
+    tmp_path_factory: pytest.TempPathFactory,
+    epsilon: float,
+    events: list[tuple[Release, Unit, str]],
+    overlaps: set[tuple[str, str]],
+) -> None:
+    ledger = Ledger(tmp_path_factory.mktemp("ledger") / "ledger.db", new=True)
+    ledger.set_limit("a", "example", epsilon, 1e-6)
+    for one, other in sorted(overlaps):
+        ledger.overlap(one, other)
+    passed = 0
+    for release, unit, data_id in events:
+        try:
+            charge(ledger, release, unit, data_id=data_id)
+            passed += 1
+        except BudgetSpent:
+            pass
+        assert ledger.spent("a", 1e-6)["example"] <= epsilon
+    counts = {tuple(ids): ledger.count(ids[0]) for ids in ledger.budgets()}
+    assert sum(counts.values()) == passed
+
+
+# Whose budget it is
+
+
+def test_ids_that_overlap_share_one_budget_and_every_limit(ledger: Ledger) -> None:
+    charge(ledger, SAMPLED, data_id="a")
+    charge(ledger, SAMPLED, data_id="b")
+    alone = ledger.spent("a")["example"]
+    ledger.set_limit("b", "example", alone * 1.01, 1e-5)
+    ledger.set_limit("c", "client", 9.0, 1e-5)
+    ledger.overlap("a", "b")
+    assert ledger.spent("a") == ledger.spent("b")
+    assert ledger.spent("a")["example"] > alone
+    with pytest.raises(BudgetSpent, match="that b has"):
+        charge(ledger, PLAIN, data_id="a")
+    ledger.overlap("b", "c")
+    assert ledger.budgets() == [["a", "b", "c"]]
+    assert {limit.id for limit in ledger.limits("a")} == {"b", "c"}
+
+
+def test_the_same_content_under_another_id_opens_no_budget(
+    ledger: Ledger, caplog: pytest.LogCaptureFixture
+) -> None:
+    charge(ledger, SAMPLED, data_id="a", fingerprint="x")
+    charge(ledger, SAMPLED, data_id="a", fingerprint="x")
+    assert not caplog.records
+    charge(ledger, SAMPLED, data_id="b", fingerprint="x")
+    assert "b has the same content as a: they share one budget" in caplog.text
+    assert ledger.count("b") == 3
+    caplog.clear()
+    charge(ledger, SAMPLED, data_id="b", fingerprint="y")
+    assert "the content of b has changed: its budget goes on" in caplog.text
+    assert ledger.count("a") == 4
+    assert [record.levelno for record in caplog.records] == [logging.WARNING]
+
+
+def test_fingerprints_are_of_content_and_names_below_a_folder(tmp_path: Path) -> None:
+    for name in ("one", "two", "three"):
+        (tmp_path / name / "cat").mkdir(parents=True)
+        (tmp_path / name / "cat" / "1.png").write_bytes(b"123")
+    (tmp_path / "three" / "dog").mkdir()
+    (tmp_path / "three" / "cat" / "1.png").rename(tmp_path / "three" / "dog" / "1.png")
+    assert fingerprint(tmp_path / "one") == fingerprint(tmp_path / "two") != fingerprint(tmp_path / "three")
+    (tmp_path / "a.csv").write_bytes(b"x,y")
+    (tmp_path / "b.csv").write_bytes(b"x,y")
+    assert fingerprint(tmp_path / "a.csv") == fingerprint(tmp_path / "b.csv")
+    (tmp_path / "b.csv").write_bytes(b"x,z")
+    assert fingerprint(tmp_path / "a.csv") != fingerprint(tmp_path / "b.csv")
+
+
+# Replies that are sent again
+
+
+def test_a_stored_reply_comes_back_as_it_was(ledger: Ledger, tmp_path: Path) -> None:
+    reply = os.urandom(1000)
+    ledger.store("a", 2**63 + 5, 3, "train", reply)
+    assert ledger.stored("a", 2**63 + 5, 3, "train") == reply
+    for other in (("b", 2**63 + 5, 3, "train"), ("a", 5, 3, "train"), ("a", 2**63 + 5, 4, "train"),
+                  ("a", 2**63 + 5, 3, "evaluate")):  # fmt: skip
+        assert ledger.stored(*other) is None
+    with sqlite3.connect(tmp_path / "ledger.db") as db:
+        db.execute("UPDATE replies SET reply = ?", (reply[:-1] + b"?",))
+    db.close()
+    assert ledger.stored("a", 2**63 + 5, 3, "train") is None  # not the very same bytes: no reply
+    ledger.store("a", 2**63 + 5, 4, "train", b"next")
+    assert ledger.stored("a", 2**63 + 5, 3, "train") is None  # one round is kept
+
+
+# Crashes and races
+
+
+def in_child(work: Callable[[], None]) -> int:
+    """Do it in a forked process; returns its id."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            work()
+        finally:
+            os._exit(0)
+    return pid
+
+
+def test_killed_before_any_statement_it_never_counts_too_little(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Kill -9 before the first, second, ... statement; what was released by then must be written down."""
+    path, released = tmp_path / "ledger.db", tmp_path / "released"
+    released.touch()
+    connect, killed = sqlite3.connect, 0
+    Ledger(path, new=True).set_limit("a", "example", 1e6, 1e-5)
+    for statement in range(100):
+        left = iter(range(statement))
+
+        def counted(*args: Any, left: Any = left, **kwargs: Any) -> sqlite3.Connection:
+            db: sqlite3.Connection = connect(*args, **kwargs)
+            db.set_trace_callback(lambda sql: None if next(left, None) is not None else _die())
+            return db
+
+        def work(connected: Any = counted) -> None:
+            monkeypatch.setattr(sqlite3, "connect", connected)
+            ledger = Ledger(path)
+            for number in (1, 2):
+                charge(ledger, server_round=number, fingerprint=f"content {number}")
+                with released.open("a") as file:
+                    file.write("x")
+                ledger.store("a", 7, number, "train", b"reply")
+
+        _, status = os.waitpid(in_child(work), 0)
+        killed += os.WIFSIGNALED(status)
+        assert Ledger(path).count("a") >= len(released.read_text())
+        if not os.WIFSIGNALED(status):
+            break
+    assert killed > 25
+    assert len(released.read_text()) >= killed / 2
+
+
+def _die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_killed_at_any_time_it_never_counts_too_little(tmp_path: Path) -> None:
+    path, released = tmp_path / "ledger.db", tmp_path / "released"
+    released.touch()
+    Ledger(path, new=True)
+
+    def work() -> None:
+        ledger = Ledger(path)
+        with released.open("ab", buffering=0) as file:
+            while True:
+                charge(ledger)
+                file.write(b"x")
+
+    pauses = np.random.default_rng(0).uniform(0.03, 0.25, 25)
+    for pause in pauses:
+        child = in_child(work)
+        time.sleep(pause)
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        made, written = len(released.read_bytes()), Ledger(path).count("a")
+        assert made <= written <= made + len(pauses)
+    assert made > 5
+
+
+def test_two_nodes_at_once_pass_no_limit_and_lose_nothing(tmp_path: Path) -> None:
+    path, released = tmp_path / "ledger.db", tmp_path / "released"
+    ledger = Ledger(path, new=True)
+    for _ in range(20):
+        charge(ledger, data_id="apart")
+    ledger.set_limit("a", "example", ledger.spent("apart")["example"], 1e-5)
+    ledger.overlap("a", "b")
+
+    def work(data_id: str) -> None:
+        for _ in range(15):
+            try:
+                charge(Ledger(path), data_id=data_id)
+            except BudgetSpent:
+                continue
+            with released.open("ab", buffering=0) as file:
+                file.write(b"x")
+
+    children = [in_child(lambda name=name: work(name)) for name in ("a", "b", "a")]  # type: ignore[misc]
+    for child in children:
+        os.waitpid(child, 0)
+    assert len(released.read_bytes()) == ledger.count("a") == 20  # of the 45 that were asked
+
+
+# What is no ledger
+
+
+def test_a_missing_ledger_is_not_an_empty_one(tmp_path: Path) -> None:
+    with pytest.raises(FedappError, match=r"there is no ledger .*typo.db: correct the path"):
+        Ledger(tmp_path / "typo.db")
+    with pytest.raises(FedappError, match="cannot be made"):
+        Ledger(tmp_path / "no" / "folder.db", new=True)
+    Ledger(tmp_path / "ledger.db", new=True).set_limit("a", "client", 1.0, 1e-5)
+    assert (tmp_path / "ledger.db").stat().st_mode & 0o777 == 0o600
+    assert Ledger(tmp_path / "ledger.db", new=True).budgets() == [["a"]]  # it is opened, not emptied
+
+
+def test_other_files_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "text").write_text("no database, but long enough to be taken for one" * 100)
+    with pytest.raises(FedappError, match=r"cannot be used .file is not a database"):
+        Ledger(tmp_path / "text")
+    (tmp_path / "empty").touch()
+    other = sqlite3.connect(tmp_path / "other.db")
+    other.execute("CREATE TABLE things (x)")
+    other.close()
+    for name, new in (("empty", False), ("other.db", False), ("other.db", True)):
+        with pytest.raises(FedappError, match="is no ledger of version 1"):
+            Ledger(tmp_path / name, new)
+
+
+def test_a_full_or_unwritable_ledger_says_so(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
+    connect = sqlite3.connect
+
+    def full(*args: Any, **kwargs: Any) -> sqlite3.Connection:
+        db: sqlite3.Connection = connect(*args, **kwargs)
+        db.execute("PRAGMA max_page_count = 1")
+        return db
+
+    monkeypatch.setattr(sqlite3, "connect", full)
+    with pytest.raises(FedappError, match="nothing is released without it"):
+        ledger.store("a", 1, 1, "train", os.urandom(100_000))
+
+
+def test_bad_values_are_named(ledger: Ledger) -> None:
+    with pytest.raises(ConfigError, match="unit must be one of example, client"):
+        ledger.set_limit("a", "row", 1.0, 1e-5)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="epsilon"):
+        ledger.set_limit("a", "client", 0.0, 1e-5)
+    with pytest.raises(ConfigError, match="delta"):
+        ledger.set_limit("a", "client", 1.0, 1.0)
+    with pytest.raises(ValueError, match="an unprotected release has no unit"):
+        ledger.charge("a", "example", (), 1, 1)
+    with pytest.raises(ValueError, match="an unprotected release has no unit"):
+        ledger.charge("a", None, (PLAIN,), 1, 1)
+
+
+def test_a_curve_at_other_orders_is_not_misread(ledger: Ledger, tmp_path: Path) -> None:
+    charge(ledger, LAPLACE)
+    with sqlite3.connect(tmp_path / "ledger.db") as db:
+        db.execute("UPDATE events SET release = replace(release, '1024.0', '2048.0')")
+    db.close()
+    with pytest.raises(FedappError, match="at other orders"):
+        ledger.spent("a")
+
+
+# The command
+
+
+def command(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
+    monkeypatch.setattr("sys.argv", ["fedapp", "ledger", *arguments])
+    cli.main()
+
+
+def test_the_command_sets_joins_and_shows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = str(tmp_path / "ledger.db")
+    command(monkeypatch, "set-limit", path, "ward 3", "example", "8", "1e-6")
+    charge(Ledger(path), SAMPLED, data_id="ward 4")
+    command(monkeypatch, "overlap", path, "ward 3", "ward 4")
+    capsys.readouterr()
+    command(monkeypatch, "show", path)
+    spent = Ledger(path).spent("ward 3", 1e-6)["example"]
+    assert capsys.readouterr().out.splitlines() == [
+        "ward 3, ward 4: 1 releases",
+        f"  example  epsilon {spent:.4g} of 8 at delta 1e-06",
+        "  client   epsilon inf without a limit at delta 1e-05",
+    ]
+
+
+def test_the_command_names_what_is_wrong(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = str(tmp_path / "typo.db")
+    for arguments, code, said in (
+        (("show", path), 1, "fedapp: there is no ledger"),
+        (("overlap", path, "a", "b"), 1, "fedapp: there is no ledger"),
+        (("set-limit", path, "a", "example", "one", "1e-5"), 2, "usage: fedapp ledger"),
+        (("set-limit", path, "a", "example", "0", "1e-5"), 1, "fedapp: epsilon must be a number above 0"),
+        (("set-limit", path, "a", "row", "1", "1e-5"), 2, "invalid choice: 'row'"),
+        ((), 2, "usage: fedapp ledger"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            command(monkeypatch, *arguments)
+        assert ended.value.code == code
+        assert said in capsys.readouterr().err
