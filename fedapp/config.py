@@ -89,11 +89,12 @@ def split(overrides: str) -> list[str]:
         raise ConfigError(f"overrides {overrides!r} cannot be read: {error}") from error
     for part in parts:
         key, _, value = part.partition("=")
-        plain = re.fullmatch(r"[A-Za-z]\w*(\.\w+)*", key) and "${" not in value and "=" in part
+        # No _target_: a choice's name, by which clients accept a run, must go on to say what it is.
+        plain = re.fullmatch(r"[A-Za-z]\w*(\.[A-Za-z0-9]\w*)*", key) and "${" not in value and "=" in part
         if not plain or key.startswith("hydra") or (key in _GROUPS and not re.fullmatch(r"\w+", value)):
             raise ConfigError(
                 f"{part!r} is no plain override: write key=value or group=choice, without +, ~, paths, "
-                f"interpolation or hydra keys"
+                f"interpolation, hydra keys or keys that begin with _"
             )
     return parts
 
