@@ -223,6 +223,7 @@ def test_what_else_is_wrong_is_told_in_one_line(overrides: str, said: str) -> No
         "-m",
         "--config-dir=/tmp",
         "codec",
+        "privacy=local_gaussian privacy._target_=fedapp.privacy.central.CentralGaussian",
         "'unclosed",
     ],
 )
