@@ -176,7 +176,6 @@ class DpSgd:
     ) -> tuple[Metrics, State]:
         history = self._charge(state)
         model.train()
-        torch.manual_seed(int(rng.integers(2**63)))  # dropout draws from the global generator
         noise, draws = self._secret_generators(rng, data.x.device)
         lr = scheduled(self.lr, self.schedule, progress)
         with closing(_Step(task, model, self, noise, lr)) as step:
@@ -206,12 +205,18 @@ class DpSgd:
     def _secret_generators(
         self, rng: np.random.Generator, device: torch.device
     ) -> tuple[torch.Generator, torch.Generator]:
-        """Noise and sampling draw from the operating system's entropy, never from the public `rng`."""
+        """Noise and sampling draw from the operating system's entropy, never from the public `rng`.
+
+        So does dropout, by the global generator: masks go to examples by their place in a batch, so one more
+        example gives all behind it other masks, which moves an update by far more than the clip norm where
+        masks are known.
+        """
         assert self.privacy is not None
-        secret: Iterator[int] = (int.from_bytes(os.urandom(8), "little") for _ in range(2))
+        secret: Iterator[int] = (int.from_bytes(os.urandom(8), "little") for _ in range(3))
         if self.privacy.test_seed is not None:
             public = np.random.default_rng([self.privacy.test_seed, int(rng.integers(2**63))])
-            secret = iter(int(s) for s in public.integers(2**63, size=2))
+            secret = iter(int(s) for s in public.integers(2**63, size=3))
+        torch.manual_seed(next(secret))
         noise, draws = (torch.Generator(device).manual_seed(s) for s in secret)
         return noise, draws
 
@@ -224,7 +229,7 @@ class _Step:
         from opacus.grad_sample import GradSampleModule, GradSampleModuleFastGradientClipping
 
         self._task, self._chunk = task, dp.physical_batch_size
-        self._parameters = [p for p in model.parameters() if p.requires_grad]
+        self._parameters: list[Any] = [p for p in model.parameters() if p.requires_grad]
         self._ghost = sum(p.numel() for p in self._parameters) > dp.ghost_above
         optimizer: type[optimizers.DPOptimizer] = optimizers.DPOptimizer
         if self._ghost:
@@ -245,25 +250,36 @@ class _Step:
         for last, chunk in zip([False] * (len(chunks) - 1) + [True], chunks, strict=True):
             self._optimizer.zero_grad(set_to_none=True)
             self._optimizer.signal_skip_step(not last)
-            if len(chunk):
-                self._backward(data.x[chunk], data.y[chunk])
-            else:  # an empty sample releases noise alone
-                for p in self._parameters:
-                    p.grad = torch.zeros_like(p)
-                    setattr(p, "grad_sample", p.new_zeros(0, *p.shape))  # noqa: B010  (where Opacus looks)
+            self._backward(data.x[chunk], data.y[chunk])
             self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
 
     def _backward(self, x: torch.Tensor, y: torch.Tensor) -> None:
+        """Gradients of these examples where Opacus looks; one that is not finite counts as zero.
+
+        No clip bounds it, and no noise hides that it was there; whoever made the weights may have aimed at it.
+        """
         from opacus.utils.fast_gradient_clipping_utils import DPTensorFastGradientClipping
 
+        if not len(x):  # an empty sample releases noise alone
+            for p in self._parameters:
+                p.grad = torch.zeros_like(p)
+                p.grad_sample = p.new_zeros(0, *p.shape)
+            return
         with warnings.catch_warnings():  # the first layer's input needs no gradient, and need not
             warnings.filterwarnings("ignore", message="Full backward hook is firing")
             if self._ghost:
                 losses = self._task.loss(self._model(x), y, reduction="none")
                 DPTensorFastGradientClipping(self._model, self._optimizer, losses).backward()
+                finite = self._model.get_norm_sample().isfinite()
             else:
                 self._task.loss(self._model(x), y).backward()
+                samples = [p.grad_sample.reshape(len(x), -1) for p in self._parameters]
+                finite = torch.stack([sample.sum(1) for sample in samples]).isfinite().all(0)
+        if not finite.all():
+            for p in self._parameters:
+                p.grad, p.grad_sample = None, None
+            self._backward(x[finite], y[finite])
 
     def close(self) -> None:
         """Leave the model as it was: no hooks, no gradients."""

@@ -280,8 +280,8 @@ def test_cosine_schedule_falls_to_a_twentieth(trainer: Sgd | DpSgd) -> None:
 @pytest.mark.parametrize(
     "trainer", [Sgd(batch_size=10), replace(PRIVATE, ghost_above=10**9)], ids=["sgd", "dp_sgd"]
 )
-def test_dropout_is_public_randomness(trainer: Trainer) -> None:
-    """Masks come from the client's public stream, whatever the process drew before."""
+def test_dropout_draws_from_a_stream_of_the_fit(trainer: Trainer) -> None:
+    """Whatever the process drew before. Under privacy it is fixed by a test seed alone."""
     task = Digits(build=Cnn(), partition=Iid(), clients=4, seed=0)
     results = []
     for seed in (1, 2):
@@ -290,6 +290,34 @@ def test_dropout_is_public_randomness(trainer: Trainer) -> None:
         trainer.fit(task, model, data(20), {}, np.random.default_rng(0), 0.0)
         results.append(flat(model))
     assert np.array_equal(results[0], results[1])
+
+
+def test_dropout_under_privacy_is_secret(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Known masks would tell the batch's other examples that one more stands before them."""
+    task, masks = Digits(build=Cnn(), partition=Iid(), clients=4, seed=0), []
+    monkeypatch.setattr(training._Step, "__call__", lambda *_: masks.append(torch.rand(4).tolist()))
+    for _ in range(2):
+        dp = replace(PRIVATE, privacy=ExamplePrivacy(), steps=1)
+        dp.fit(task, task.model(0), data(20), {}, np.random.default_rng(0), 0.0)
+    assert masks[0] != masks[1]
+
+
+@pytest.mark.parametrize("ghost_above", [0, 10**9])
+@pytest.mark.parametrize("value", [3e38, torch.nan])
+def test_an_example_whose_gradient_is_not_finite_counts_as_zero(ghost_above: int, value: float) -> None:
+    """It would make every weight NaN, which no noise hides; alone in its batch, or beside others."""
+    task = Digits(build=Mlp(), partition=Iid(), clients=4, seed=0)
+    dp = replace(PRIVATE, sampling_rate=1.0, steps=1, ghost_above=ghost_above)
+    outlier = Data(torch.full((1, 1, 8, 8), value), torch.tensor([3]))
+    for few in (data(20), data(0)):
+        more = Data(torch.cat([few.x, outlier.x]), torch.cat([few.y, outlier.y]))
+        results = []
+        for examples in (few, more):
+            model = task.model(0)
+            dp.fit(task, model, examples, {}, np.random.default_rng(0), 0.0)
+            results.append(flat(model))
+        assert np.isfinite(results[1]).all()
+        assert np.abs(results[1] - results[0]).max() < 1e-6
 
 
 @pytest.mark.parametrize("ghost_above", [0, 200_000])
