@@ -192,10 +192,14 @@ class Job:
 
     @property
     def dropouts(self) -> secagg.Plan:
-        """What secure aggregation has to stand: one client that colludes at least."""
+        """What secure aggregation has to stand: one client that colludes at least.
+
+        A sum of fewer than carry the noise is not to be opened: the server must not see it either.
+        """
         assert isinstance(self.privacy, DistributedGaussian)
-        tolerated = self.privacy.tolerated
-        return secagg.Plan(colluding=max(tolerated, 1 / self.in_round), dropouts=tolerated)
+        assert self.terms is not None
+        tolerated, least = self.privacy.tolerated, max(LEAST, self.terms.honest)
+        return secagg.Plan(least, colluding=max(tolerated, 1 / self.in_round), dropouts=tolerated)
 
     @property
     def wire_codec(self) -> Codec | None:

@@ -257,7 +257,7 @@ class _Step:
     def _backward(self, x: torch.Tensor, y: torch.Tensor) -> None:
         """Gradients of these examples where Opacus looks; one that is not finite counts as zero.
 
-        No clip bounds it, and no noise hides that it was there; whoever made the weights may have aimed at it.
+        No clip bounds it, and no noise hides that it was there; who made the weights may have aimed at it.
         """
         from opacus.utils.fast_gradient_clipping_utils import DPTensorFastGradientClipping
 

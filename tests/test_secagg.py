@@ -308,12 +308,20 @@ def test_stories_that_differ_open_one_secret_at_most() -> None:
 
 def test_fewer_alive_than_the_threshold_are_refused() -> None:
     one, messages = reach("unmask")
-    with pytest.raises(FedappError, match="3 neighbours are alive, fewer than the threshold, 4"):
+    with pytest.raises(FedappError, match="3 neighbours are alive, at least 4 must"):
         one.answer("unmask", 0, messages[0] | {"alive": b"\xe0"})
     one, messages = reach("mask")
     shares = held(messages[0], "sealed")[: 3 * client_module.SEALED]
-    with pytest.raises(FedappError, match="3 neighbours have shared, fewer than the threshold, 4"):
+    with pytest.raises(FedappError, match="3 neighbours have shared, at least 4 must"):
         one.answer("mask", 0, messages[0] | {"present": b"\xe0", "sealed": shares})
+
+
+def test_on_the_complete_graph_clients_too_count_the_terms_of_a_sum() -> None:
+    one, messages = reach("unmask")
+    one.clients[0] = replace(one.clients[0], plan=Plan(least=6))
+    with pytest.raises(FedappError, match="4 neighbours are alive, at least 5 must"):
+        one.answer("unmask", 0, messages[0] | {"alive": b"\xf0"})
+    one.answer("unmask", 0, messages[0])
 
 
 def test_a_client_that_never_shared_cannot_be_alive() -> None:

@@ -148,12 +148,24 @@ def test_too_many_dropouts_lose_the_round_and_nothing_else(stage: str) -> None:
     assert federation.spent.epsilon > 0  # what clients sent is counted all the same
 
 
-def test_fewer_replies_than_carry_the_noise_are_refused_where_the_sum_could_be_opened() -> None:
-    job = job_of(f"{SHARP} clients=8 privacy.tolerated=0.1")  # no dropout: 7 of 8 open it, and lack a share
+@pytest.mark.parametrize(
+    ("stage", "said"),
+    [
+        ("query.advertise", "6 clients have advertised keys, at least 7 must"),
+        ("query.share", "6 clients have shared, at least 7 must"),
+        ("train", "6 clients have sent masked vectors, at least 7 must"),
+    ],
+)
+def test_a_sum_of_fewer_than_carry_the_noise_is_never_opened(stage: str, said: str) -> None:
+    """Masks would allow it, and the server that then throws the sum away has seen it."""
+    job = job_of(f"{SHARP} clients=8 privacy.tolerated=0.1")
     assert job.terms is not None
     assert job.terms.honest == 7
-    with pytest.raises(FedappError, match="6 of 8 clients replied, and the noise takes at least 7"):
-        run(job, Watched(job, {"query.advertise": {3, 4}}))
+    assert job.dropouts.graph(8).threshold < 6
+    grid = Watched(job, {stage: {3, 4}})
+    with pytest.raises(FedappError, match=said):
+        run(job, grid)
+    assert "query.unmask" not in [kind for kind, _ in grid.replies]
 
 
 def test_a_test_seed_gives_the_same_bits_though_keys_are_fresh() -> None:

@@ -20,10 +20,10 @@ Flower's ConfigRecord holds them, and who carries them is not their concern. Bot
 who these are, and when each dropped out. Against: a semi-honest server (it follows the protocol and keeps
 all it sees) together with up to `Plan.colluding` of the cohort, for as long as X25519, HKDF-SHA256, ChaCha20
 and ChaCha20-Poly1305 are what they are held to be. To them the other clients' vectors are uniform modulo m,
-but for their sum. It has at least threshold + 1 terms, colluders' included: below that nobody unmasks, and
-the round is lost. Complete graph: with certainty. Sparse graph: but for a chance of 2**-40 over the server's
-secret seating, if colluders and dropouts are chosen without knowing it. What the sum itself says is left to
-differential privacy.
+but for their sum. It has at least `Plan.least` and threshold + 1 terms, colluders' included: below that
+nobody unmasks, and the round is lost. Complete graph: with certainty. Sparse graph: but for a chance of
+2**-40 over the server's secret seating, if colluders and dropouts are chosen without knowing it. What the sum
+itself says is left to differential privacy.
 
 An active server is not covered. What clients do check: none answers a stage twice in a session, so no vector
 is masked twice; a request to unmask is one bit a neighbour, so none can ask for both secrets of a client;

@@ -113,7 +113,7 @@ class Client:
         graph, position = self._graph(state), whole(state, "position")
         others = graph.neighbours(position)
         present = read_marks(message, "present", len(others))
-        _enough(sum(present), graph, "have shared")
+        self._enough(sum(present), graph, "have shared")
         sealed = iter(split(data(message, "sealed", SEALED * sum(present)), SEALED))
         masking, sealing = data(state, "masking", keys.KEY), data(state, "sealing", keys.KEY)
         public = split(data(state, "keys", 2 * keys.KEY * len(others)), 2 * keys.KEY)
@@ -150,7 +150,7 @@ class Client:
             raise FedappError(
                 "secure aggregation: a client that never shared cannot be alive: unmasking is refused"
             )
-        _enough(sum(alive), graph, "are alive")
+        self._enough(sum(alive), graph, "are alive")
         shares = iter(split(data(state, "shares", SHARES * sum(held)), SHARES))
         given = [
             one[: shamir.BYTES] if here else one[shamir.BYTES :]
@@ -161,6 +161,13 @@ class Client:
 
     def _graph(self, state: Record) -> Graph:
         return self.plan.graph(whole(state, "cohort"))
+
+    def _enough(self, count: int, graph: Graph, what: str) -> None:
+        """The threshold; where all are neighbours, also that the sum will have its least terms."""
+        complete = graph.degree == graph.cohort - 1
+        least = max(graph.threshold, self.plan.least - 1 if complete else 0)
+        if count < least:
+            raise FedappError(f"secure aggregation: {count} neighbours {what}, at least {least} must")
 
 
 def _session(message: Record, state: Record, stage: int) -> int:
@@ -174,13 +181,6 @@ def _session(message: Record, state: Record, stage: int) -> int:
             f"and no stage is answered twice: start a new session"
         )
     return session
-
-
-def _enough(count: int, graph: Graph, what: str) -> None:
-    if count < graph.threshold:
-        raise FedappError(
-            f"secure aggregation: {count} neighbours {what}, fewer than the threshold, {graph.threshold}"
-        )
 
 
 def _element(value: int) -> bytes:

@@ -33,8 +33,9 @@ class Graph:
 class Plan:
     """What a cohort has to stand: shares of it that collude with the server, and that drop out.
 
-    `least` is the fewest clients that may start. Dropouts are counted over the three stages after the
-    advertisements; those who never advertise do not count at all, since the graph joins those who did.
+    `least` is the fewest clients that may start, and that may be in a sum. Dropouts are counted over the
+    three stages after the advertisements; those who never advertise do not count at all, since the graph
+    joins those who did.
     """
 
     least: int = 3

@@ -206,8 +206,8 @@ class Server:
                     f"{count} neighbours of client {self._clients[position]} {what}, "
                     f"{self._graph.threshold} must"
                 )
-        if not left:
-            raise self._failed(f"no clients {what}")
+        if len(left) < self._plan.least:
+            raise self._failed(f"{len(left)} clients {what}, at least {self._plan.least} must")
 
     def _begin(self, stage: str, after: str) -> None:
         if self._stage != after:
