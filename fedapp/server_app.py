@@ -60,8 +60,9 @@ def run(
         folder.write_split(job.task.label_counts().tolist())
     federation = Federation(job, grid)
     failure: BaseException | None = None
-    if job.said:
-        console.print(job.said, soft_wrap=True, markup=False, highlight=False)
+    for said in (job.said, getattr(job.task, "anonymity_cost", None)):
+        if said:
+            console.print(str(said), soft_wrap=True, markup=False, highlight=False)
     startup = time.perf_counter() - started
     try:
         with Progress(console, job.rounds) as progress:
