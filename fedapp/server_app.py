@@ -98,7 +98,7 @@ def _summary(
     workers = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
     return Summary(
         task=str(job.choices["task"]),
-        codec="secure aggregation" if job.terms else str(job.choices["codec"]),
+        codec=job.coded_by,
         privacy=str(job.choices["privacy"]),
         engine=str(job.choices["engine"]),
         clients=job.clients,

@@ -202,9 +202,7 @@ class Wire(Strategy):
         for reply in replies:
             with self._at_its_own_cost(reply):
                 metrics, arrays = metrics_of(reply, self._uses), reply.content.array_records[ARRAYS]
-                weight = cast(int, metrics[WEIGHT])
-                if self._uniform and weight != 1:
-                    raise DecodeError(f"under privacy every client weighs 1, this one says {weight}")
+                weight = weight_of(metrics, self._uniform)
                 if self.codec is None:
                     values = values_of(arrays, self._weights)
                 else:
@@ -329,6 +327,14 @@ def metrics_of(reply: Message, names: tuple[str, ...]) -> MetricRecord:
         if not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
             raise DecodeError(f"{name} is not a finite number of at least 0")
     return metrics
+
+
+def weight_of(metrics: MetricRecord, uniform: bool) -> int:
+    """What a client weighs in the mean: 1 where all weigh the same; DecodeError if it says otherwise."""
+    weight = cast(int, metrics[WEIGHT])
+    if uniform and weight != 1:
+        raise DecodeError(f"under privacy every client weighs 1, this one says {weight}")
+    return weight
 
 
 def values_of(arrays: ArrayRecord, like: Mapping[str, Array]) -> dict[str, NDArray[Any]]:

@@ -311,7 +311,9 @@ def test_private_cohorts_come_from_the_operating_system() -> None:
 
 def test_padded_packets_all_have_one_size_and_the_same_effect() -> None:
     chosen = "privacy=central_gaussian privacy.test_seed=1 trainer.epochs=1 codec=default rounds=2"
-    plain, wide, narrow = (job_of(f"{chosen} {p}") for p in ("", f"{PADDED}=2000", f"{PADDED}=128 codec.rate=2"))
+    plain, wide, narrow = (
+        job_of(f"{chosen} {p}") for p in ("", f"{PADDED}=2000", f"{PADDED}=128 codec.rate=2")
+    )
     expected, _ = run(plain)
     for job, same in ((wide, True), (narrow, False)):
         grid = Watched(job)
