@@ -11,6 +11,7 @@ from flwr.common.constant import ErrorCode
 from fedapp import config
 from fedapp.downlink import Plain, receive
 from fedapp.job import Job
+from fedapp.privacy.secret import CLIENT, source
 from fedapp.tasks import Data
 from fedapp.training import Sgd
 from fedapp.wire import ARRAYS, CONFIG, METRICS, WEIGHT, compress, load_state, store_state
@@ -34,8 +35,10 @@ def client_app(job_of: Callable[[Context], Job]) -> ClientApp:
         job = job_of(context)
         if job.wire_codec is None:
             return call_next(message, context)
-        rng = job.public_rng(_round(message), partition_of(context), use=1)
-        return compress(job.wire_codec, rng)(message, context, call_next)
+        at = _round(message), partition_of(context)
+        rng, mechanism = job.public_rng(*at, use=1), job.mechanism
+        secret = source(mechanism.test_seed if mechanism else None, CLIENT, *at)
+        return compress(job.wire_codec, rng, mechanism, secret)(message, context, call_next)
 
     @app.train(mods=[guard, downlink, uplink])
     def train(message: Message, context: Context) -> Message:

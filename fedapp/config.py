@@ -41,7 +41,10 @@ _NAMES = {  # group: where its classes live, and which
         "FedMedian FedTrimmedAvg Krum MultiKrum Bulyan",
     ),
     "engine": ("fedapp.engine.local", "Local"),
-    "privacy": ("fedapp.privacy", "none.NoPrivacy example.ExamplePrivacy"),
+    "privacy": (
+        "fedapp.privacy",
+        "none.NoPrivacy example.ExamplePrivacy local.LocalGaussian central.CentralGaussian",
+    ),
 }
 TARGETS = {group: [f"{home}.{n}" for n in names.split()] for group, (home, names) in _NAMES.items()}
 """Everything a `_target_` of a group may name, exactly: an override string comes over the network."""

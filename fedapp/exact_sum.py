@@ -32,6 +32,6 @@ class ExactSum:
         self._fine += np.rint((term - coarse / self._COARSE) * self._FINE).astype(np.int64)
         self.weight += weight
 
-    def mean(self) -> NDArray[np.float64]:
-        """The sum over the total weight."""
-        return (self._coarse / self._COARSE + self._fine / self._FINE) / self.weight
+    def total(self) -> NDArray[np.float64]:
+        """The weighted sum."""
+        return self._coarse / self._COARSE + self._fine / self._FINE

@@ -18,6 +18,7 @@ from fedapp.engine.grid import stream
 from fedapp.engine.local import LocalGrid
 from fedapp.errors import DataError, FedappError
 from fedapp.job import Job
+from fedapp.privacy.accounting import Spent
 from fedapp.report.folder import Round
 from fedapp.report.progress import Progress
 from fedapp.wire import CONFIG, Wire, layout_of
@@ -66,11 +67,14 @@ class Federation:
     traffic: Traffic = field(default_factory=Traffic)
     messages: int = 0
     accepted: int = 0
+    rounds: int = 0
 
     def __post_init__(self) -> None:
         self.arrays = self.job.initial
         self.parameters = layout_of(self.arrays).size
-        self._wire = Wire(self.job.strategy, self.job.wire_codec)
+        self._wire = Wire(
+            self.job.strategy, self.job.wire_codec, self.job.mechanism, self.job.privacy.unit is not None
+        )
         coded = self.job.downlink
         self._downlink = Downlink(coded, self.arrays) if isinstance(coded, Coded) else None
         self._partitions = partitions(self.grid, self.job.clients, self.job.round_timeout)
@@ -87,13 +91,14 @@ class Federation:
             started, before, accepted = time.perf_counter(), replace(self.traffic), self.accepted
             sent = self._train(number, progress)
             accuracy, loss = self._evaluate(number)
+            spent = self.spent
             yield Round(
                 round=number,
                 accuracy=accuracy,
                 loss=loss,
                 uplink_bytes=self.traffic.uplink - before.uplink,
                 downlink_bytes=self.traffic.downlink - before.downlink,
-                epsilon=self.epsilon,
+                epsilon=None if spent is None else spent.epsilon,
                 seconds=time.perf_counter() - started,
                 replies=self.accepted - accepted,
                 failures=sent - (self.accepted - accepted),
@@ -104,15 +109,22 @@ class Federation:
                 )
 
     @property
-    def epsilon(self) -> float | None:
-        """Epsilon of the client that took part most often."""
-        return self.job.epsilon(max(self._took_part.values(), default=0))
+    def spent(self) -> Spent | None:
+        """The budget of all rounds so far; where clients spend by themselves, of who did most often."""
+        if self.job.note:  # a test seed
+            return None
+        return self.job.spent(self.rounds, max(self._took_part.values(), default=0))
 
     def _train(self, number: int, progress: Progress) -> int:
         """One round of training; returns how many clients were asked."""
-        cohort = self._draw(number)
-        asked = self._wire.configure_train(number, self.arrays, ConfigRecord(), cast(Grid, Cohort(cohort)))
-        messages = sorted(asked, key=self._partition)
+        nodes = sorted(
+            self._partitions, key=self._partitions.__getitem__
+        )  # never by node id, which is random
+        cohort = [nodes[i] for i in self.job.draw(number, len(nodes))]
+        view = cast(Grid, Cohort(cohort or nodes))  # strategies wait for nodes, and keep what they configure
+        asked = self._wire.configure_train(number, self.arrays, ConfigRecord(), view)
+        messages = sorted(asked, key=self._partition) if cohort else []
+        self.rounds = number
         self._took_part.update(cohort)  # before anything is sent: a lost reply was released all the same
         replies = self._watched(self._exchange(messages), progress, len(messages))
         if not self._wire.streams:  # then the order of summation is the order of arrival
@@ -144,13 +156,6 @@ class Federation:
             self.accepted += 1
             progress.reply(done, total)
             yield reply
-
-    def _draw(self, number: int) -> list[int]:
-        """The nodes of this round, drawn by partition, never by node id, which is random."""
-        nodes = sorted(self._partitions, key=self._partitions.__getitem__)
-        rng = self.job.public_rng(number, partition=0, use=2)
-        drawn = rng.choice(len(nodes), size=min(self.job.in_round, len(nodes)), replace=False)
-        return [nodes[i] for i in sorted(drawn)]
 
     def _partition(self, message: Message) -> int:
         """The partition that a message goes to or comes from."""

@@ -89,7 +89,7 @@ def _summary(
     started: float,
     failure: BaseException | None,
 ) -> Summary:
-    traffic, parameters = federation.traffic, federation.parameters
+    traffic, parameters, spent = federation.traffic, federation.parameters, federation.spent
     float32_up = 4 * parameters * federation.accepted
     uncompressed = float32_up + 4 * parameters * federation.messages
     sent = traffic.uplink + traffic.downlink
@@ -114,10 +114,11 @@ def _summary(
         compression_ratio=uncompressed / sent if sent else None,
         uplink_ratio=float32_up / traffic.uplink if traffic.uplink else None,
         parameters=parameters,
-        epsilon=federation.epsilon,
+        epsilon=None if spent is None else spent.epsilon,
         delta=job.privacy.delta,
-        accountant=job.privacy.accountant,
+        accountant=None if spent is None else spent.accountant,
         privacy_unit=job.privacy.unit,
+        privacy_against=job.privacy.against,
         startup_s=startup,
         seconds_per_round=sum(r.seconds for r in records) / len(records) if records else None,
         wall_s=time.perf_counter() - started,

@@ -1,11 +1,13 @@
 """The two ends of the wire: what a client sends for its update, and what the server makes of it.
 
-client:  trained - received -> codec.encode -> pack        (`compress`, a Flower client mod)
-server:  unpack -> codec.decode -> running sum -> strategy  (`Wire`, a wrapper around a Flower strategy)
+client:  trained - received -> mechanism -> codec.encode -> pack        (`compress`, a Flower client mod)
+server:  unpack -> codec.decode -> running sum -> mechanism -> strategy  (`Wire`, a wrapper around a strategy)
 
-Without this pair the app is plain Flower; with the identity codec the pair is not installed at all.
+Without this pair the app is plain Flower; with the identity codec and no mechanism it is not installed.
 """
 
+import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from io import BytesIO
@@ -13,7 +15,7 @@ from logging import WARNING
 from typing import Any, cast
 
 import numpy as np
-from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MessageType, MetricRecord, RecordDict
 from flwr.clientapp.typing import Mod
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
@@ -25,6 +27,8 @@ from fedapp.codec import Codec, Layout, Slot
 from fedapp.codec.packet import decode_update, pack
 from fedapp.errors import DecodeError
 from fedapp.exact_sum import ExactSum
+from fedapp.privacy.mechanism import Mechanism, Numbers
+from fedapp.privacy.secret import SERVER, Secret, source
 
 STYPE = "fedapp.packet"
 ARRAYS, METRICS, CONFIG, UPDATE = "arrays", "metrics", "config", "update"
@@ -68,10 +72,14 @@ def unravel(flat: NDArray[Any], layout: Layout, like: ArrayRecord) -> dict[str, 
 # --- the client's end --------------------------------------------------------------------------------
 
 
-def compress(codec: Codec, rng: np.random.Generator) -> Mod:
+def compress(
+    codec: Codec, rng: np.random.Generator, mechanism: Mechanism | None = None, secret: Secret = os.urandom
+) -> Mod:
     """The client mod: replaces the trained weights in a train reply by the encoded update.
 
-    The codec's state stays in `context.state["codec"]`. Integer buffers go beside the packet, unchanged.
+    A mechanism of client-level privacy makes it private first, and nothing else of the reply then leaves the
+    client. What codec and mechanism keep stays in `context.state`. Integer buffers go beside the packet,
+    unchanged; a private model has none.
     """
 
     def mod(message: Message, context: Context, call_next: Callable[[Message, Context], Message]) -> Message:
@@ -81,8 +89,15 @@ def compress(codec: Codec, rng: np.random.Generator) -> Mod:
             return reply
         trained = reply.content.array_records[ARRAYS]
         layout = layout_of(received)
-        update = ravel(trained, layout) - ravel(received, layout)
-        if not np.isfinite(update).all():  # before error feedback could remember it
+        with np.errstate(invalid="ignore"):
+            update = ravel(trained, layout) - ravel(received, layout)
+        if mechanism is not None:
+            config, kept = message.content.config_records[CONFIG], load_state(context, "privacy")
+            terms = {name: value for name, value in config.items() if isinstance(value, float)}
+            update, side, kept = mechanism.on_client(update, terms, kept, secret)
+            store_state(context, "privacy", kept)
+            reply.content[METRICS] = MetricRecord({WEIGHT: 1, **side})
+        elif not np.isfinite(update).all():  # before error feedback could remember it
             raise ValueError("the trained weights are not finite; training diverged")
         state = load_state(context, "codec")
         packet, state = codec.encode(update, layout, state, rng)
@@ -121,11 +136,21 @@ class Wire(Strategy):
     Linear strategies get the mean as one reply, summed as replies arrive: memory does not grow with the
     cohort. Others get every decoded reply. With `codec=None` the weights that came pass as they are. A reply
     that is an error, or does not decode, is counted in `failures` and costs the round nothing else.
+
+    A mechanism of client-level privacy, which takes a linear strategy, bounds each update, and makes the mean
+    of their sum. `uniform` refuses replies that weigh anything but 1: no client then counts more.
     """
 
-    def __init__(self, inner: Strategy, codec: Codec | None) -> None:
-        self.inner, self.codec = inner, codec
+    def __init__(
+        self,
+        inner: Strategy,
+        codec: Codec | None,
+        mechanism: Mechanism | None = None,
+        uniform: bool = False,
+    ) -> None:
+        self.inner, self.codec, self.mechanism = inner, codec, mechanism
         self.streams = codec is not None and type(inner).__name__ in STREAMED
+        self._uniform, self._kept = uniform or mechanism is not None, dict[str, float]()
         self.failures = 0
         self._uses = (WEIGHT, LOSS) if type(inner).__name__ == "QFedAvg" else (WEIGHT,)
         self._weights = ArrayRecord()
@@ -134,32 +159,43 @@ class Wire(Strategy):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         self._weights = arrays
-        return self.inner.configure_train(server_round, arrays, config, grid)
+        terms = {} if self.mechanism is None else self.mechanism.terms(self._kept)
+        return self.inner.configure_train(server_round, arrays, ConfigRecord({**config, **terms}), grid)
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """One mean or all decoded replies to the strategy; None where nobody trained on anything."""
         self.failures = 0
-        mean, accepted = _Mean(self._weights), []
+        mean, accepted, sides = _Mean(self._weights), [], Counter[str]()
         for reply in replies:
             with self._at_its_own_cost(reply):
                 metrics, arrays = metrics_of(reply, self._uses), reply.content.array_records[ARRAYS]
                 weight = cast(int, metrics[WEIGHT])
+                if self._uniform and weight != 1:
+                    raise DecodeError(f"under privacy every client weighs 1, this one says {weight}")
                 if self.codec is None:
                     values = values_of(arrays, self._weights)
                 else:
                     update = decode_update(_packet_in(arrays.pop(UPDATE)), self.codec, mean.layout)
                     values = values_of(arrays, mean.buffers)
+                    side: Numbers = {}
+                    if self.mechanism is not None:
+                        update, side = self.mechanism.on_reply(update, _side_of(reply), self._kept)
                     if self.streams:
-                        mean.add(reply, update, values, weight)
+                        mean.add(update, values, weight)
+                        sides.update(side)
                         continue
                     values |= unravel(ravel(self._weights, mean.layout) + update, mean.layout, self._weights)
                 if weight:
                     reply.content = RecordDict({ARRAYS: _record(values, self._weights), METRICS: metrics})
                     accepted.append(reply)
-        if mean.weight:
-            accepted = [mean.reply()]
+        if self.mechanism is not None:
+            secret = source(self.mechanism.test_seed, SERVER, server_round)
+            made, kept = self.mechanism.on_server(mean.total(), sides, mean.weight, self._kept, secret)
+            self._kept, accepted = dict(kept), [mean.reply(made)]
+        elif mean.weight:
+            accepted = [mean.reply(mean.total() / mean.weight)]
         if not accepted:
             return None, None
         stepped, means = self.inner.aggregate_train(server_round, accepted)
@@ -193,7 +229,7 @@ class Wire(Strategy):
 
 
 class _Mean:
-    """The running mean of decoded replies, and the one reply that carries it to a linear strategy."""
+    """The running sum of decoded replies, and the one reply that carries their mean to a linear strategy."""
 
     def __init__(self, weights: ArrayRecord) -> None:
         self.layout = layout_of(weights)
@@ -204,33 +240,32 @@ class _Mean:
             ravel(weights, self.layout), {n: a.numpy() for n, a in self.buffers.items()}
         )
         self._sum = ExactSum(len(self._received))
-        self._first: Message | None = None
 
     @property
     def weight(self) -> int:
         return self._sum.weight
 
-    def add(
-        self, reply: Message, update: NDArray[np.float32], buffers: Mapping[str, NDArray[Any]], weight: int
-    ) -> None:
+    def add(self, update: NDArray[np.float32], buffers: Mapping[str, NDArray[Any]], weight: int) -> None:
         """Add an update, with what its buffers changed behind it: a reply counts as a whole or not at all."""
         x = self._flat(update, buffers)
         x[self.layout.size :] -= self._received[self.layout.size :]
         self._sum.add(x, weight)
-        self._first = self._first or reply
 
-    def reply(self) -> Message:
-        """The first reply, which now carries the mean of all: weights, buffers, total weight."""
-        assert self._first is not None
-        flat = self._received + self._sum.mean()
+    def total(self) -> NDArray[np.float64]:
+        """The weighted sum of updates, and of what buffers changed behind it."""
+        return self._sum.total()
+
+    def reply(self, mean: NDArray[np.float64]) -> Message:
+        """A reply as of one client that trained the mean of all: weights, buffers, total weight."""
+        flat = self._received + mean
         values, offset = unravel(flat, self.layout, self._weights), self.layout.size
         for name, like in self.buffers.items():
             size = int(np.prod(like.shape, dtype=np.int64))
             values[name] = flat[offset : offset + size].reshape(like.shape)
             offset += size
-        metrics = MetricRecord({WEIGHT: self.weight})
-        self._first.content = RecordDict({ARRAYS: _record(values, self._weights), METRICS: metrics})
-        return self._first
+        metrics = MetricRecord({WEIGHT: max(1, self.weight)})
+        content = RecordDict({ARRAYS: _record(values, self._weights), METRICS: metrics})
+        return Message(content, dst_node_id=0, message_type=MessageType.TRAIN)
 
     def _flat(self, floats: NDArray[np.float32], buffers: Mapping[str, NDArray[Any]]) -> NDArray[Any]:
         return np.concatenate([floats, *(values.reshape(-1) for values in buffers.values())])
@@ -273,6 +308,12 @@ def values_of(arrays: ArrayRecord, like: Mapping[str, Array]) -> dict[str, NDArr
             raise DecodeError(f"{name} is not finite")
         values[name] = value if dtype.kind == "f" else value.astype(np.float64)
     return values
+
+
+def _side_of(reply: Message) -> dict[str, float]:
+    """The numbers that a mechanism's other end sent beside the update."""
+    metrics = reply.content.metric_records[METRICS]
+    return {name: value for name, value in metrics.items() if isinstance(value, float)}
 
 
 def _packet_in(array: Array) -> bytes:

@@ -22,7 +22,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, 
 from flwr.clientapp import ClientApp
 from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
-from flwr.supercore.run import Run
+from grids import Elsewhere
 from rich.console import Console
 from torch import nn
 
@@ -95,53 +95,6 @@ def test_another_seed_gives_another_model() -> None:
     assert model_after("seed=1") != model_after("codec=default")
 
 
-class Elsewhere(Grid):
-    """A grid of other nodes: ids of its own, in no order, in this process; it answers one message a pull."""
-
-    def __init__(self, app: ClientApp, ids: list[int]) -> None:
-        LocalGrid(app, [1], workers=0)  # sets the identity that messages are made with
-        self._app, self._waiting = app, list[Message]()
-        self._contexts = {
-            node: Context(1, node, {"partition-id": i, "num-partitions": len(ids)}, RecordDict(), {})
-            for i, node in enumerate(ids)
-        }
-
-    def get_node_ids(self) -> Iterable[int]:
-        return reversed(self._contexts)
-
-    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        for message in messages:
-            message.metadata.__dict__["_message_id"] = os.urandom(8).hex()
-            self._waiting.append(message)
-        return [message.metadata.message_id for message in self._waiting]
-
-    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        message = self._waiting.pop()
-        return [self._app(message, self._contexts[message.metadata.dst_node_id])]
-
-    def send_and_receive(
-        self, messages: Iterable[Message], *, timeout: float | None = None
-    ) -> Iterable[Message]:
-        raise NotImplementedError
-
-    def create_message(
-        self,
-        content: RecordDict,
-        message_type: str,
-        dst_node_id: int,
-        group_id: str,
-        ttl: float | None = None,
-    ) -> Message:
-        raise NotImplementedError
-
-    def set_run(self, run: Run) -> None:
-        raise NotImplementedError
-
-    @property
-    def run(self) -> Run:
-        raise NotImplementedError
-
-
 @pytest.mark.parametrize("setting", ["codec=default", "codec=identity", "strategy=fedmedian"])
 def test_node_ids_and_the_order_of_arrival_change_no_bit(setting: str) -> None:
     job = job_of(setting)
@@ -149,19 +102,18 @@ def test_node_ids_and_the_order_of_arrival_change_no_bit(setting: str) -> None:
     assert bits(rounds_on(job, grid)[0].arrays) == model_after(setting)
 
 
-def test_cohorts_are_drawn_by_seed_and_round_alone() -> None:
-    def drawn(seed: int, ids: list[int]) -> list[list[int]]:
-        job = job_of(f"seed={seed} evaluate=none")
-        grid = Elsewhere(client_app(lambda _: job), ids)
-        federation = Federation(job, grid)
-        return [[ids.index(node) for node in federation._draw(number)] for number in range(1, 7)]
+@pytest.mark.parametrize("sampling", ["fixed", "poisson"])
+def test_cohorts_are_drawn_by_seed_and_round_alone(sampling: str) -> None:
+    def drawn(seed: int) -> list[list[int]]:
+        job = job_of(f"seed={seed} sampling={sampling}")
+        return [job.draw(number, 5) for number in range(1, 41)]
 
-    first = drawn(0, [2, 3, 4, 5, 6])
-    assert first == drawn(0, [905, 17, 2**62 + 5, 44, 3])
-    assert first != drawn(1, [2, 3, 4, 5, 6])
-    assert all(len(set(cohort)) == 3 for cohort in first)
-    assert len({tuple(cohort) for cohort in first}) > 1
-    assert {node for cohort in first for node in cohort} == set(range(5))
+    cohorts = drawn(0)
+    assert cohorts == drawn(0) != drawn(1)
+    assert {len(cohort) for cohort in cohorts} == ({3} if sampling == "fixed" else set(range(6)))
+    assert len({tuple(cohort) for cohort in cohorts}) > 8
+    assert {i for cohort in cohorts for i in cohort} == set(range(5))
+    assert sum(map(len, cohorts)) == pytest.approx(120, abs=20)  # 3 deviations of a binomial of 200
 
 
 def test_two_nodes_with_one_partition_are_refused() -> None:
@@ -193,7 +145,7 @@ class Forgetful(Elsewhere):
         return super().pull_messages(message_ids)
 
 
-STATELESS = "cohort=3 rounds=6 codec.feedback=false codec.step=2"  # codec.rate remembers how its estimate missed
+STATELESS = "cohort=3 rounds=6 codec.feedback=false codec.step=2"  # a rate remembers its last miss
 
 
 def test_nodes_that_start_anew_train_on_the_same_weights() -> None:

@@ -259,7 +259,7 @@ def test_the_page_of_a_private_run_shows_the_budget(tmp_path: Path) -> None:
     folder.write_summary(PRIVATE)
     page = Page(tmp_path)
     assert page.charts() == ["Accuracy", "Loss", "Traffic", "Privacy budget"]
-    assert "delta 1e-05, per client, RDP accountant" in page.html
+    assert "delta 1e-05, per client, by RDP" in page.html
 
 
 def test_everything_a_user_wrote_stays_text(tmp_path: Path) -> None:
@@ -391,7 +391,7 @@ def test_the_table_says_what_the_run_cost(tmp_path: Path) -> None:
     text = out.getvalue()
     for shown in ("run-7", "81.24 %", "1.20 MB", "25.0x smaller", "30.0 MB", "3.21", "[b]odd[/b]", "5.00 s"):
         assert shown in text
-    assert "delta 1e-05, per client, RDP accountant" in text
+    assert "delta 1e-05, per client, by RDP" in text
 
 
 @pytest.mark.parametrize(

@@ -4,10 +4,11 @@ import math
 import warnings
 from dataclasses import dataclass
 from functools import cache
-from typing import Literal
+from typing import ClassVar, Literal
 
 from fedapp import check
 from fedapp.errors import ConfigError
+from fedapp.privacy.mechanism import require_budget
 
 History = tuple[tuple[float, float, int], ...]
 """Composed releases of one client's data: (noise multiplier, sampling rate, steps) in order."""
@@ -40,21 +41,13 @@ class ExamplePrivacy:
     accountant: Literal["prv", "rdp"] = "prv"
     test_seed: int | None = None
     unit: Literal["example"] = "example"
+    against: ClassVar[str] = "the server too"
 
     def __post_init__(self) -> None:
-        if (self.epsilon is None) == (self.noise_multiplier is None):
-            raise ConfigError(
-                f"set exactly one of privacy.epsilon and privacy.noise_multiplier (the other null), "
-                f"got {self.epsilon!r} and {self.noise_multiplier!r}"
-            )
-        if self.epsilon is not None:
-            check.real("privacy.epsilon", self.epsilon, low=0.01, high=1000.0)
-        if self.noise_multiplier is not None:
+        require_budget(self.epsilon, self.delta, self.noise_multiplier, self.test_seed)
+        if self.noise_multiplier is not None:  # the accountants are not made for less
             check.real("privacy.noise_multiplier", self.noise_multiplier, low=0.2, high=1e4)
-        check.real("privacy.delta", self.delta, low=1e-15, below=0.1)
         check.choice("privacy.accountant", self.accountant, ("prv", "rdp"))
-        if self.test_seed is not None:
-            check.whole("privacy.test_seed", self.test_seed, 0, 2**63 - 1)
 
     def sigma(self, sampling_rate: float, steps: int) -> float:
         """The noise multiplier for a planned run of so many steps; the smallest within 0.2 %."""

@@ -9,4 +9,4 @@ class NoPrivacy:
 
     unit: None = None
     delta: None = None
-    accountant: None = None
+    against: None = None

@@ -10,6 +10,8 @@ from scipy.special import ndtri
 Secret = Callable[[int], bytes]
 """So many bytes that nobody else can know; `os.urandom` is one."""
 
+SERVER, CLIENT, COHORT = 0, 1, 2  # uses of a test seed
+
 
 def source(test_seed: int | None, *use: int) -> Secret:
     """The operating system's bytes; with a test seed a stream that `use` tells apart: nothing is private."""

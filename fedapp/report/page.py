@@ -145,6 +145,7 @@ def _tables(s: Summary) -> str:
         ("delta", NONE if s.delta is None else f"{s.delta:.3g}"),
         ("accountant", s.accountant or NONE),
         ("unit", s.privacy_unit or NONE),
+        ("against", s.privacy_against or NONE),
     )
     cost = (
         ("wall time", seconds_text(s.wall_s)),

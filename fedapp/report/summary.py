@@ -50,6 +50,7 @@ class Summary:
     peak_rss_mb: float
     seed: int
     versions: dict[str, str]
+    privacy_against: str | None = None
     interrupted: bool = False
     note: str | None = None  # what a reader must know, e.g. why epsilon is None
 
@@ -119,13 +120,14 @@ def seconds_text(seconds: float | None) -> str:
 
 
 def guarantee_text(summary: Summary) -> str:
-    """What stands beside epsilon: 'delta 1e-05, per client, RDP accountant', or that nothing is private."""
+    """What stands beside epsilon: 'delta 1e-05, per client, ..., by prv', or that nothing is private."""
     if summary.privacy == "none":
         return "no differential privacy"
     parts = [
         None if summary.delta is None else f"delta {summary.delta:.3g}",
         None if summary.privacy_unit is None else f"per {summary.privacy_unit}",
-        None if summary.accountant is None else f"{summary.accountant} accountant",
+        None if summary.privacy_against is None else f"against {summary.privacy_against}",
+        None if summary.accountant is None else f"by {summary.accountant}",
     ]
     return ", ".join(part for part in parts if part) or "not accounted"
 

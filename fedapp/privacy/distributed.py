@@ -1,0 +1,299 @@
+"""Distributed differential privacy: each client adds a share of integer noise, the server sees only sums."""
+
+import math
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from fedapp import check
+from fedapp.codec import seed
+from fedapp.errors import ConfigError, DecodeError, FedappError
+from fedapp.privacy.accounting import ORDERS, Curve, epsilon, noise_for
+from fedapp.privacy.discrete import discrete_gaussian, sampled_variance
+from fedapp.privacy.secret import Secret
+
+WRAPS = 1e-6  # the chance at most that any coordinate of a round's sum leaves the modulus
+MOST_BITS = 24
+_RAISED, _DOUBLED = 1.05, 2.0  # what rounding may do to the noise: where bits are ours to choose; where given
+_LEAST_SHARE = 0.25  # Kairouz et al. 2021 bound what sums of discrete Gaussians lack from here on
+_LEAST_NOISE, _MOST_NOISE = 0.01, 1e4
+
+
+@dataclass(frozen=True)
+class DistributedGaussian:
+    """One client is protected from the server too, which learns no more than a noised sum.
+
+    A client keeps the values at public random places, clips, rotates and rounds them to whole steps, adds its
+    share of discrete Gaussian noise, and sends the residues modulo 2^bits. Secure aggregation adds them.
+
+    *Formal guarantees.* The sequence of sums over the run is (epsilon, delta)-DP. Adjacency: one client's
+    updates are replaced by any others, in a cohort of fixed size. Released: each round's sum modulo 2^bits,
+    so all that follows from it (the mean, every model). Sensitivity: twice the norm bound after rounding,
+    which each client verifies on its integers, so no floating-point error enters it; the noise is
+    `noise_multiplier` times that bound. Steps, modulus, places, rotation and divisor are public, and none
+    depends on an update. Sampling assumed: none; the server may know who takes part. Against: a server that
+    follows the protocol and sees only the sum, together with clients that tell it their noise; all who leave
+    and all who collude are at most the `tolerated` share of the cohort, and the other shares alone carry the
+    stated noise. What sums of discrete Gaussians lack of one is accounted. Not covered: the secure
+    aggregation itself (whoever sees single replies sees one share of noise, which is little); a server that
+    adds replies of fewer clients or invents clients; clients that omit their noise beyond the tolerated
+    share; how long rounding and drawing noise take; tails beyond 20 deviations, cut at a chance below 2^-250
+    a draw; the choice of hyper-parameters on private data.
+
+    `epsilon` is the budget of the planned run and sets the noise; a `noise_multiplier` given instead sets
+    the noise of the sum over the clip norm. `clip` bounds a whole update; of a share `keep` of its values,
+    sqrt(keep) of that. `bits` for each kept value: null takes the fewest at which rounding raises the noise
+    by at most 5 %. `test_seed` fixes the noise: then nothing is private.
+    Source: Kairouz, Liu and Steinke 2021, "The distributed discrete Gaussian mechanism for federated learning
+    with secure aggregation", Algorithms 1 and 2; the noise is a multiple of the bound after rounding here.
+    """
+
+    epsilon: float | None = 8.0
+    delta: float = 1e-5
+    noise_multiplier: float | None = None
+    clip: float = 1.0
+    keep: float = 1.0
+    bits: int | None = None
+    tolerated: float = 0.1
+    test_seed: int | None = None
+    unit: Literal["client"] = "client"
+
+    def __post_init__(self) -> None:
+        if (self.epsilon is None) == (self.noise_multiplier is None):
+            raise ConfigError(
+                f"set exactly one of privacy.epsilon and privacy.noise_multiplier (the other null), "
+                f"got {self.epsilon!r} and {self.noise_multiplier!r}"
+            )
+        if self.epsilon is not None:
+            check.real("privacy.epsilon", self.epsilon, low=0.01, high=1000.0)
+        if self.noise_multiplier is not None:
+            check.real("privacy.noise_multiplier", self.noise_multiplier, low=_LEAST_NOISE, high=_MOST_NOISE)
+        check.real("privacy.delta", self.delta, low=1e-15, below=0.1)
+        check.real("privacy.clip", self.clip, low=1e-6, high=1e6)
+        check.real("privacy.keep", self.keep, above=0.0, high=1.0)
+        check.real("privacy.tolerated", self.tolerated, low=0.0, below=1.0)
+        if self.bits is not None:
+            check.whole("privacy.bits", self.bits, 1, MOST_BITS)
+        if self.test_seed is not None:
+            check.whole("privacy.test_seed", self.test_seed, 0, 2**63 - 1)
+
+    def terms(self, size: int, cohort: int, rounds: int) -> "Terms":
+        """What all parties agree on for updates of `size` values from `cohort` clients in each of `rounds`.
+
+        Raises ConfigError where the bits do not hold the noise.
+        """
+        if self.noise_multiplier is not None:
+            return self._at(self.noise_multiplier, size, cohort)
+        assert self.epsilon is not None
+        noise = noise_for(self.epsilon, self.delta, "none", 1.0, rounds, "replace")  # the Gaussian's: less
+        while (over := self._at(noise, size, cohort).epsilon(rounds, self.delta) / self.epsilon) > 1:
+            noise *= max(1.001, over**0.5)  # epsilon falls no faster than the noise's square rises
+        return self._at(noise, size, cohort)
+
+    def _at(self, noise: float, size: int, cohort: int) -> "Terms":
+        check.whole("the size of an update", size, 1)
+        check.whole("cohort", cohort, 1)
+        kept = max(1, round(self.keep * size))
+        clip = self.clip * math.sqrt(kept / size)
+        honest = min(cohort, max(1, math.floor((1 - self.tolerated) * cohort + 1e-9)))
+        tried, raised = ((self.bits,), _DOUBLED) if self.bits else (range(1, MOST_BITS + 1), _RAISED)
+        for bits in tried:
+            steps = _steps(noise, bits, kept, cohort, honest)
+            if steps > 0 and _rounded(steps, kept) <= (raised * steps) ** 2:
+                most = math.floor(_rounded(steps, kept))
+                share = sampled_variance(max(_LEAST_SHARE, noise**2 * most / honest))
+                return Terms(size, kept, cohort, honest, bits, clip, clip / steps, most, share)
+        raise ConfigError(
+            f"privacy.bits={self.bits or MOST_BITS} makes noise of {noise:g} clip norms more than {raised} "
+            f"times as large on {kept} values of {cohort} clients: set more bits, or a smaller privacy.keep"
+        )
+
+
+@dataclass(frozen=True)
+class Terms:
+    """The public terms of a run: what a client sends, and how the server reads the sum.
+
+    `size` values in an update, of which `kept` are sent as residues modulo 2^bits; `cohort` clients are
+    asked, and at least `honest` of them add noise that nobody knows; `clip` bounds the norm of what is kept,
+    `step` is the grid's in units of the update, `most` bounds the squared norm after rounding, in steps
+    squared, and so is `share`, the variance of one client's noise.
+    """
+
+    size: int
+    kept: int
+    cohort: int
+    honest: int
+    bits: int
+    clip: float
+    step: float
+    most: int
+    share: Fraction
+
+    @property
+    def modulus(self) -> int:
+        return 1 << self.bits
+
+    @property
+    def noise(self) -> float:
+        """Standard deviation of the least noise on a kept value of the sum, in units of the update."""
+        return self.step * math.sqrt(self.honest * self.share)
+
+    def rdp(self, orders: ArrayLike) -> NDArray[np.float64]:
+        """Float64 (len(orders),): Renyi divergence of one round's sum when one client is replaced.
+
+        More shares than `honest` are post-processing. Source: Kairouz et al. 2021, Proposition 14, with an L1
+        norm of at most sqrt(kept) L2 norms.
+        """
+        moved = 2 * math.sqrt(self.most / (self.honest * self.share))
+        k = np.arange(1, self.honest)  # tau: how far from a discrete Gaussian's log-probabilities a sum's are
+        lacks = 10 * np.sum(np.exp(-2 * math.pi**2 * float(self.share) * k / (k + 1)))
+        half: NDArray[np.float64] = np.asarray(orders, np.float64) / 2
+        rdp = half * (moved + lacks * math.sqrt(self.kept)) ** 2
+        return np.asarray(np.minimum(rdp, half * moved**2 + lacks * self.kept))
+
+    def curve(self, rounds: int) -> Curve:
+        """What so many rounds cost, for the accountant; under `replace`."""
+        return Curve("distributed Gaussian", tuple(self.rdp(ORDERS).tolist()), rounds)
+
+    def epsilon(self, rounds: int, delta: float) -> float:
+        return epsilon((self.curve(rounds),), delta).epsilon
+
+    def encode(self, update: NDArray[Any], rng: np.random.Generator, secret: Secret) -> NDArray[np.uint32]:
+        """A client's residues: float (size,) to uint32 (kept,) below 2^bits; `rng` is public, the round's.
+
+        An update that is not finite counts as zero, for an error would tell. Values are rounded up or down at
+        random without bias, and all again while their norm exceeds the bound: at least 39 % of tries succeed
+        (Kairouz et al. 2021, Proposition 22), almost all where many values are kept.
+        """
+        if update.shape != (self.size,):
+            raise ValueError(f"the update has shape {update.shape}, the terms are for ({self.size},)")
+        places, turn = self._public(rng)
+        x = update[places].astype(np.float64)
+        if not np.isfinite(update).all():
+            x[:] = 0
+        x *= self.clip / max(math.sqrt(x @ x), self.clip) / self.step
+        x = _rotated(x, turn)
+        whole = _round(x, secret)
+        while whole @ whole > self.most:
+            whole = _round(x, secret)
+        whole += discrete_gaussian(self.kept, self.share, secret)
+        return (whole & self.modulus - 1).astype(np.uint32)
+
+    def decode(
+        self, total: NDArray[np.integer[Any]], replies: int, rng: np.random.Generator
+    ) -> NDArray[np.float32]:
+        """The mean update, float32 (size,), from the sum of so many replies, integers (kept,) modulo 2^bits.
+
+        Unbiased for the mean of the clipped updates over the public cohort, a lost reply counting as zero:
+        what is kept is scaled by size / kept. Raises FedappError where fewer replied than carry the noise,
+        or more than were asked; DecodeError on another shape or type.
+        """
+        if not self.honest <= replies <= self.cohort:
+            raise FedappError(
+                f"{replies} of {self.cohort} clients replied, and the noise takes at least {self.honest}: "
+                f"the round is lost; a larger privacy.tolerated, with more noise from each, allows for fewer"
+            )
+        if total.shape != (self.kept,) or total.dtype.kind not in "iu":
+            raise DecodeError(f"the sum is {total.dtype} {total.shape}, not whole numbers ({self.kept},)")
+        places, turn = self._public(rng)
+        lifted = total.astype(np.int64) + self.modulus // 2 & self.modulus - 1
+        x = np.float64(self.step * self.size / self.kept / self.cohort) * (lifted - self.modulus // 2)
+        mean = np.zeros(self.size, np.float32)
+        mean[places] = _rotated_back(x, turn)
+        return mean
+
+    def _public(self, rng: np.random.Generator) -> tuple[NDArray[np.bool_], bytes]:
+        """The round's places and the seed of its rotation."""
+        places, turn = seed.draw(rng), seed.draw(rng)
+        return seed.places(places, self.size, self.kept), turn
+
+
+# --- how fine the grid is ----------------------------------------------------------------------------------
+
+
+def _steps(noise: float, bits: int, kept: int, cohort: int, honest: int) -> float:
+    """How many steps the clip norm may have for the sum to fit; 0 where not even none fits."""
+    low, high = 0.0, 2.0**bits
+    for _ in range(50):
+        middle = (low + high) / 2
+        fits = _reach(middle, noise, kept, cohort, honest) < 2 ** (bits - 1)
+        low, high = (middle, high) if fits else (low, middle)
+    return low
+
+
+def _reach(steps: float, noise: float, kept: int, cohort: int, honest: int) -> float:
+    """What no coordinate of the sum exceeds, but with chance `WRAPS`, whatever the updates.
+
+    They may all be the same. Behind random signs a coordinate of their rotated sum is sub-Gaussian with proxy
+    (cohort steps)^2 / width; a discrete Gaussian with its variance (Canonne et al. 2020, section 2), and all
+    the cohort's shares may arrive; rounding moves each by less than one step.
+    """
+    share = max(_LEAST_SHARE, noise**2 * _rounded(steps, kept) / honest)
+    share = 1.002 * share + 1 / 64  # or less: see `sampled_variance`
+    proxy = (cohort * steps) ** 2 / _width(kept) + cohort * share
+    return math.sqrt(2 * math.log(2 * kept / WRAPS) * proxy) + cohort
+
+
+def _rounded(steps: float, kept: int) -> float:
+    """The bound on the squared norm after rounding a norm of so many steps.
+
+    Source: Kairouz et al. 2021, Proposition 22, with beta = exp(-1/2).
+    """
+    root = math.sqrt(kept)
+    return min((steps + root) ** 2, steps**2 + kept / 4 + steps + root / 2)
+
+
+# --- rounding and rotation ---------------------------------------------------------------------------------
+
+
+def _round(x: NDArray[np.float64], secret: Secret) -> NDArray[np.int64]:
+    """Each value to a neighbouring integer, its mean kept within 2^-32."""
+    down = np.floor(x)
+    return down.astype(np.int64) + (np.frombuffer(secret(4 * len(x)), "<u4") < (x - down) * 2.0**32)
+
+
+def _rotated(x: NDArray[np.float64], turn: bytes) -> NDArray[np.float64]:
+    """Two Walsh-Hadamard transforms behind random signs, of the first `width` values, then of the last.
+
+    They reach every value, each in a transform of more than half of all, and nothing is filled in.
+    """
+    x = x.copy()
+    for part, signs in _turns(x, turn):
+        part[:] = _hadamard(part * signs)
+    return x
+
+
+def _rotated_back(x: NDArray[np.float64], turn: bytes) -> NDArray[np.float64]:
+    x = x.copy()
+    for part, signs in reversed(_turns(x, turn)):
+        part[:] = _hadamard(part) * signs
+    return x
+
+
+def _turns(x: NDArray[np.float64], turn: bytes) -> list[tuple[NDArray[np.float64], NDArray[np.int8]]]:
+    width = _width(len(x))
+    signs = seed.signs(turn, 2 * width)
+    return [(x[:width], signs[:width]), (x[-width:], signs[width:])]
+
+
+def _width(count: int) -> int:
+    """The largest power of two within the count."""
+    return 1 << count.bit_length() - 1
+
+
+def _hadamard(x: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Orthonormal Walsh-Hadamard transform of a power of two values; its own inverse.
+
+    A matrix product for every six bits of a place, each of which brings the next six to the front.
+    """
+    from scipy.linalg import hadamard
+
+    left = len(x)
+    while left > 1:
+        factor = min(left, 64)
+        x = (hadamard(factor, np.float64) @ x.reshape(factor, -1)).T.reshape(-1)
+        left //= factor
+    return x / math.sqrt(len(x))

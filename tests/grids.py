@@ -1,0 +1,58 @@
+"""Grids for tests."""
+
+import os
+from collections.abc import Iterable
+
+from flwr.app import Context, Message, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.serverapp import Grid
+from flwr.supercore.run import Run
+
+from fedapp.engine.local import LocalGrid
+
+
+class Elsewhere(Grid):
+    """A grid of other nodes: ids of its own, in no order, in this process; it answers one message a pull."""
+
+    def __init__(self, app: ClientApp, ids: list[int]) -> None:
+        LocalGrid(app, [1], workers=0)  # sets the identity that messages are made with
+        self._app, self._waiting = app, list[Message]()
+        self._contexts = {
+            node: Context(1, node, {"partition-id": i, "num-partitions": len(ids)}, RecordDict(), {})
+            for i, node in enumerate(ids)
+        }
+
+    def get_node_ids(self) -> Iterable[int]:
+        return reversed(self._contexts)
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        for message in messages:
+            message.metadata.__dict__["_message_id"] = os.urandom(8).hex()
+            self._waiting.append(message)
+        return [message.metadata.message_id for message in self._waiting]
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        message = self._waiting.pop()
+        return [self._app(message, self._contexts[message.metadata.dst_node_id])]
+
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> Iterable[Message]:
+        raise NotImplementedError
+
+    def create_message(
+        self,
+        content: RecordDict,
+        message_type: str,
+        dst_node_id: int,
+        group_id: str,
+        ttl: float | None = None,
+    ) -> Message:
+        raise NotImplementedError
+
+    def set_run(self, run: Run) -> None:
+        raise NotImplementedError
+
+    @property
+    def run(self) -> Run:
+        raise NotImplementedError
