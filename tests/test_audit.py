@@ -10,7 +10,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from numpy.typing import NDArray
 from opacus.optimizers import DPOptimizer
 from opacus.optimizers.optimizer import _mark_as_processed
 from scipy.stats import binom, norm
@@ -18,11 +17,15 @@ from scipy.stats import binom, norm
 from fedapp import cli, config
 from fedapp.audit import command
 from fedapp.audit.bound import lower_bound, p_value
+from fedapp.audit.client import Central, Local
 from fedapp.audit.example import examples
-from fedapp.audit.one_run import Claim, Finding, Guesses, Release, audit, choose
+from fedapp.audit.one_run import Claim, Finding, Guesses, audit, choose
 from fedapp.errors import ConfigError
 from fedapp.job import Job
+from fedapp.privacy import central, local
+from fedapp.privacy.central import CentralGaussian
 from fedapp.privacy.example import epsilon
+from fedapp.privacy.local import LocalGaussian
 from fedapp.tasks import Data
 
 SMALL = (
@@ -111,6 +114,9 @@ def test_scores_are_likelihood_ratios() -> None:
     claimed, x = claim(1.5, 0.2, 2), np.array([[0.3, -1.0], [2.0, 0.0]])
     out, drawn = norm.pdf(x, 0, 1.5), norm.pdf(x, 1, 1.5)
     assert np.allclose(claimed.scores(x), np.log((0.8 * out + 0.2 * drawn) / out).sum(0))
+    opposite = norm.pdf(x, -1, 1.5)
+    ratio = np.log((0.8 * out + 0.2 * drawn) / (0.8 * out + 0.2 * opposite)).sum(0)
+    assert np.allclose(replace(claimed, out=-1.0).scores(x), ratio)
 
 
 def test_guesses_take_both_ends() -> None:
@@ -130,47 +136,42 @@ def test_choice_sees_no_result() -> None:
     assert lower_bound(2000, guesses.total, guesses.total, 1e-5) > claimed.epsilon
 
 
-# --- client-level mechanisms, as functions of who is in -------------------------------------------------
+# --- client-level mechanisms ---------------------------------------------------------------------------
 
 
-def central(clip: bool = True, noise: float = 6.0) -> Release:
-    """Updates of norm 10, clipped to 1, summed over Poisson cohorts, noised by the server."""
-
-    def release(included: NDArray[np.bool_]) -> NDArray[np.float64]:
-        rng = np.random.default_rng(8)
-        size = 1.0 if clip else 10.0
-        drawn = [included & (rng.random(len(included)) < 0.3) for _ in range(40)]
-        return np.stack([size * d + noise * rng.standard_normal(len(included)) for d in drawn])
-
-    return release
+CLIENTS = "task=digits clients=2000 rounds=5 privacy.epsilon=2 privacy.test_seed=1 privacy=central_gaussian"
+MECHANISMS = {
+    "central": f"{CLIENTS} cohort=600",
+    "central, adaptive clip": f"{CLIENTS} cohort=600 privacy.quantile=0.5",
+    "central, fixed": f"{CLIENTS} cohort=600 sampling=fixed",
+    "local": CLIENTS.replace("central", "local"),
+    "local, cohorts": CLIENTS.replace("central", "local") + " cohort=1200",
+}
 
 
-def local(noise: float = 3.0) -> Release:
-    """Each client alone: one of two opposite updates of norm 1, noised at home; replacing it moves 2."""
+def audited_clients(settings: str) -> Finding:
+    job = config.job(config.compose(settings))
+    release: Central | Local
+    if isinstance(job.privacy, CentralGaussian):
+        release = Central(job, job.privacy)
+    else:
+        assert isinstance(job.privacy, LocalGaussian)
+        release = Local(job, job.privacy)
+    return audit(release, release.claim(), job.clients, 0.95, np.random.default_rng(2))
 
-    def release(included: NDArray[np.bool_]) -> NDArray[np.float64]:
-        update = np.where(included, 1.0, -1.0)
-        reply = update + noise * np.random.default_rng(9).standard_normal(len(included))
-        return (reply[None] + 1) / 2
 
-    return release
-
-
-def test_client_level_mechanisms_are_audited_alike() -> None:
-    of_central, of_local = claim(6.0, 0.3, 40), claim(3.0 / 2)
-    found = {
-        name: audit(release, claimed, 3000, 0.95, np.random.default_rng(1))
-        for name, release, claimed in (
-            ("central", central(), of_central),
-            ("no clip", central(clip=False), of_central),
-            ("no noise", central(noise=0.0), of_central),
-            ("local", local(), of_local),
-            ("local, little noise", local(noise=0.3), of_local),
-        )
-    }
-    assert {name for name, f in found.items() if f.passed} == {"central", "local"}
-    assert found["central"].bound > 0.5
-    assert found["local"].bound > 0.5
+@pytest.mark.parametrize("settings", MECHANISMS.values(), ids=MECHANISMS)
+@pytest.mark.parametrize("removed", [None, "clipped", "normal"])
+def test_clients_are_canaries(monkeypatch: pytest.MonkeyPatch, settings: str, removed: str | None) -> None:
+    broken = {"clipped": lambda x, norm: x, "normal": lambda size, secret: np.zeros(size)}
+    if removed:
+        monkeypatch.setattr(central, removed, broken[removed])
+        monkeypatch.setattr(local, removed, broken[removed])
+    found = audited_clients(settings)
+    assert found.claim.epsilon == pytest.approx(2, rel=0.01)
+    assert found.most > 2
+    assert found.passed == (removed is None)
+    assert found.bound > 0.1
 
 
 # --- the real trainer ----------------------------------------------------------------------------------

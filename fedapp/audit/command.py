@@ -8,8 +8,11 @@ import numpy as np
 import torch
 
 from fedapp import check, config
-from fedapp.audit.example import examples
+from fedapp.audit.client import Central, Local
+from fedapp.audit.example import Examples, examples
 from fedapp.audit.one_run import Finding, audit
+from fedapp.privacy.central import CentralGaussian
+from fedapp.privacy.local import LocalGaussian
 
 DEFAULTS = {"task": "digits", "privacy": "example", "privacy.epsilon": "2", "rounds": "5"}
 
@@ -17,17 +20,28 @@ DEFAULTS = {"task": "digits", "privacy": "example", "privacy.epsilon": "2", "rou
 def run(overrides: list[str]) -> Finding:
     """Audit the job of these overrides, print what was found, and return it. Raises ConfigError.
 
-    Beside the job's own settings: canaries (5000) and confidence (0.95) of the lower bound.
+    Beside the job's own settings: confidence (0.95) of the lower bound, and canaries (5000). Of client-level
+    privacy every client is a canary, so `clients` is as many.
     """
     torch.set_num_threads(1)
     given = dict(part.partition("=")[::2] for part in overrides)
     canaries, confidence = _number(given.pop("canaries", "5000")), _number(given.pop("confidence", "0.95"))
     check.whole("canaries", canaries, 100)
     check.real("confidence", confidence, low=0.5, high=0.9999)
+    if given.get("privacy") in ("central_gaussian", "local_gaussian"):
+        given["clients"] = str(canaries)
+    if given.get("privacy") == "central_gaussian":
+        given = {"cohort": str(canaries // 10)} | given
     job = config.job(config.compose(shlex.join(f"{k}={v}" for k, v in (DEFAULTS | given).items())))
     job.prepare()
     rng = np.random.default_rng()
-    release = examples(job, canaries, rng)
+    release: Central | Local | Examples
+    if isinstance(job.privacy, CentralGaussian):
+        release = Central(job, job.privacy)
+    elif isinstance(job.privacy, LocalGaussian):
+        release = Local(job, job.privacy)
+    else:
+        release = examples(job, canaries, rng)
     finding = audit(release, release.claim(), canaries, confidence, rng)
     print(told(finding) if job.note is None else f"{told(finding)}\n{job.note}")
     return finding

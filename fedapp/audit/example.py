@@ -8,13 +8,11 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from fedapp.audit.one_run import Claim
+from fedapp.audit.one_run import SIZE, Claim
 from fedapp.errors import ConfigError
 from fedapp.job import Job
 from fedapp.tasks import Data, Task
 from fedapp.training import DpSgd, State, _Step
-
-SIZE = 10.0  # norm of a canary over the clip norm: a clip that is missing shows tenfold
 
 
 @dataclass(frozen=True)
@@ -40,9 +38,9 @@ class Examples:
         """Epsilon of a client that takes part in all rounds of the job."""
         dp = self.trainer
         assert dp.privacy is not None
-        epsilon = dp.privacy.spent(dp.history(self.job.rounds))
-        steps = self.job.rounds * dp.steps
-        return Claim(epsilon, dp.privacy.delta, dp.noise_multiplier, dp.sampling_rate, steps)
+        spent, steps = self.job.spent(self.job.rounds, self.job.rounds), self.job.rounds * dp.steps
+        assert spent is not None
+        return Claim(spent.epsilon, dp.privacy.delta, dp.noise_multiplier, dp.sampling_rate, steps)
 
     def __call__(self, included: NDArray[np.bool_]) -> NDArray[np.float64]:
         """A `Release`: trains all rounds on the first client's data and the canaries that are in."""
@@ -61,7 +59,7 @@ class Examples:
 def examples(job: Job, canaries: int, rng: np.random.Generator) -> Examples:
     """So many canaries on weights of the job's model; raises ConfigError where they do not fit."""
     if not isinstance(job.trainer, DpSgd):
-        raise ConfigError(f"privacy={job.choices['privacy']} trains without DP-SGD: set privacy=example")
+        raise ConfigError(f"privacy={job.choices['privacy']} has no audit: set privacy=example, for example")
     size = sum(p.numel() for p in job.task.model(job.seed).parameters() if p.requires_grad)
     if canaries > size:
         raise ConfigError(f"each canary needs a weight of its own: set canaries={size} or a larger model")

@@ -10,11 +10,11 @@ from numpy.typing import NDArray
 
 from fedapp.audit.bound import lower_bound
 
+SIZE = 10.0  # norm of a canary over the clip norm: a clip that is missing shows tenfold
 Release = Callable[[NDArray[np.bool_]], NDArray[Any]]
 """One run with the canaries that a mask (m,) includes: what came out along each of them, (steps, m).
 
-Unit: what one included canary adds where it is drawn. So 1 is the sensitivity to what the claim protects, and
-a canary that is in appears in each step with the claim's sampling rate.
+Unit: the clip norm, which is what a canary that is in adds where it is drawn.
 """
 
 _REPEATS = 20  # simulated audits, to choose the guesses and again to say what they show
@@ -25,8 +25,9 @@ _GRID = 10  # counts of guesses that are tried on either side
 class Claim:
     """What is claimed, and of which mechanism: (epsilon, delta) of so many steps of a sampled Gaussian.
 
-    noise_multiplier: deviation of a step's noise over the sensitivity. sampling_rate: of each step's Poisson
-    sample; 1 where everybody joins.
+    noise_multiplier: standard deviation of a step's noise over the clip norm. sampling_rate: of each step's
+    sample; 1 where everybody joins. out: what a canary that is out adds where it is drawn, over the clip
+    norm: 0 where the claim is about adding and removing, -1 where it is about replacing.
     """
 
     epsilon: float
@@ -34,19 +35,26 @@ class Claim:
     noise_multiplier: float
     sampling_rate: float
     steps: int
+    out: float = 0.0
 
     def scores(self, released: NDArray[Any]) -> NDArray[np.float64]:
         """(m,) from (steps, m): the log-likelihood ratio of in against out, the best score there is."""
-        q, variance = self.sampling_rate, self.noise_multiplier**2
-        drawn = np.log(q) + (2 * released.astype(np.float64) - 1) / (2 * variance)
-        ratio: NDArray[np.float64] = np.logaddexp(np.log1p(-q) if q < 1 else -np.inf, drawn).sum(0)
+        x = released.astype(np.float64)
+        ratio: NDArray[np.float64] = (self._likelihood(x, 1.0) - self._likelihood(x, self.out)).sum(0)
         return ratio
 
     def simulate(self, included: NDArray[np.bool_], rng: np.random.Generator) -> NDArray[np.float64]:
         """What the mechanism releases if it is what it says and nothing else gets in the way."""
         shape = self.steps, len(included)
-        drawn = included & (rng.random(shape) < self.sampling_rate)
-        return drawn + self.noise_multiplier * rng.standard_normal(shape)
+        drawn = rng.random(shape) < self.sampling_rate
+        return drawn * np.where(included, 1.0, self.out) + self.noise_multiplier * rng.standard_normal(shape)
+
+    def _likelihood(self, x: NDArray[np.float64], added: float) -> NDArray[np.float64]:
+        """Log-likelihood of x where a canary adds so much, less that where none does."""
+        q = self.sampling_rate
+        drawn = np.log(q) + added * (2 * x - added) / (2 * self.noise_multiplier**2)
+        log: NDArray[np.float64] = np.logaddexp(np.log1p(-q) if q < 1 else -np.inf, drawn)
+        return log
 
 
 @dataclass(frozen=True)
@@ -90,10 +98,10 @@ def audit(
 ) -> Finding:
     """Draw a fair coin a canary, run once, guess the coins from what was released, and bound epsilon.
 
-    *Formal guarantees.* If the mechanism keeps the claim, under adding or removing one canary, the bound
-    exceeds it with probability 1 - confidence at most, over the coins, which `rng` must draw independently
-    of the mechanism, and the mechanism's own randomness. How many guesses to make is chosen by simulating
-    the claim, before anything is released, so nothing is chosen by its result. A passed audit proves nothing.
+    *Formal guarantees.* If the mechanism keeps the claim about one canary being in or out, the bound exceeds
+    it with probability 1 - confidence at most, over the mechanism's own randomness and the coins, which `rng`
+    must draw independently of it. How many guesses to make is chosen by simulating the claim, before anything
+    is released, so nothing is chosen by its result and nothing needs correcting. Passing proves nothing.
     Source: Steinke, Nasr and Jagielski 2023, Algorithm 1 and Theorem 5.2.
     """
     guesses = choose(claim, canaries, confidence)
