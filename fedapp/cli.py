@@ -16,6 +16,8 @@ commands:
   simulate   train one model over simulated clients on this machine
              (fedapp simulate --help lists all settings; -m KEY=A,B sweeps)
   report     make report.html of a run folder anew: fedapp report RUN_DIR
+  audit      train with canaries and print a lower bound on epsilon beside the claimed one; exits 1 where
+             it exceeds the claim: fedapp audit [canaries=5000] [confidence=0.95] [KEY=VALUE ...]
   ledger     what a client's data has spent, and may spend: fedapp ledger show|set-limit|overlap
 
 Settings are Hydra overrides of the YAML in conf/. On real machines the same app runs by `flwr run`.
@@ -24,7 +26,7 @@ Settings are Hydra overrides of the YAML in conf/. On real machines the same app
 
 def main() -> None:
     """Entry of the console script; exits 0, 1 (an error, told in one line), 2 (usage) or 130 (Ctrl-C)."""
-    commands = {"simulate": simulate, "report": report, "ledger": ledger}
+    commands = {"simulate": simulate, "report": report, "audit": audit, "ledger": ledger}
     if len(sys.argv) > 1 and sys.argv[1] in ("-h", "--help"):
         print(USAGE, end="")
         return
@@ -102,6 +104,13 @@ def report() -> None:
     if len(sys.argv) != 2:
         sys.exit(_usage("fedapp: report takes one run folder\n"))
     print(write_page(Path(sys.argv[1])))
+
+
+def audit() -> None:
+    """Bound epsilon from below by canaries; exit 1 where the bound exceeds the claim."""
+    from fedapp.audit.command import run
+
+    sys.exit(0 if run(sys.argv[1:]).passed else 1)
 
 
 def ledger() -> None:

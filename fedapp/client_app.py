@@ -9,7 +9,8 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, MetricR
 from flwr.clientapp import ClientApp
 from flwr.common.constant import ErrorCode
 
-from fedapp import config
+from fedapp import ckks, config
+from fedapp.ckks import Ckks
 from fedapp.downlink import Plain, receive
 from fedapp.errors import FedappError
 from fedapp.job import Job
@@ -43,6 +44,8 @@ def client_app(job_of: Callable[[Context], Job]) -> ClientApp:
         if job.terms is not None:
             encode = partial(job.terms.encode, rng=job.public_rng(at[0], 0, use=3), secret=secret)
             return masked(_secure(job), encode)(message, context, call_next)
+        if isinstance(job.aggregation, Ckks):
+            return ckks.encrypted(message, context, call_next)
         if job.wire_codec is None:
             return call_next(message, context)
         rng = job.public_rng(*at, use=1)
@@ -88,6 +91,8 @@ def client_app(job_of: Callable[[Context], Job]) -> ClientApp:
             """One stage of secure aggregation."""
             return answer(_secure(job_of(context)), stage, message, context)
 
+    app.query("key", mods=[guard])(ckks.answer_key)
+    app.query("open", mods=[guard])(ckks.answer_open)
     for stage in ("advertise", "share", "unmask"):
         take_part(stage)
     return app

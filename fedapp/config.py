@@ -44,6 +44,7 @@ _NAMES = {  # group: where its classes live, and which
         "FedMedian FedTrimmedAvg Krum MultiKrum Bulyan",
     ),
     "engine": ("fedapp.engine.local", "Local"),
+    "aggregation": ("fedapp.ckks", "Open Ckks"),
     "privacy": (
         "fedapp.privacy",
         "none.NoPrivacy example.ExamplePrivacy local.LocalGaussian central.CentralGaussian "
@@ -62,8 +63,8 @@ _STRATEGY_COUNTS = {"num_malicious_nodes": 0, "num_nodes_to_select": 1}
 
 _KEYS = ("clients", "cohort", "rounds", "seed", "sampling", "evaluate", "device", "round_timeout")
 _GROUPS = (
-    "task", "partition", "model", "trainer", "codec", "downlink", "strategy", "engine", "privacy",
-    "experiment",
+    "task", "partition", "model", "trainer", "codec", "downlink", "strategy", "aggregation", "engine",
+    "privacy", "experiment",
 )  # fmt: skip
 
 
@@ -156,6 +157,7 @@ def job(config: DictConfig) -> Job:
         downlink=build(tree["downlink"], "downlink"),
         strategy=build(tree["strategy"], "strategy", **everyone),
         privacy=build(tree["privacy"], "privacy"),
+        aggregation=build(tree["aggregation"], "aggregation"),
         engine=build(tree["engine"], "engine"),
         choices=tree["choices"],
     )

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import torch
@@ -13,9 +13,10 @@ from flwr.app import ArrayRecord
 from flwr.serverapp.strategy import Strategy
 from torch import nn
 
-from fedapp import check, secagg
-from fedapp.codec import Codec, Layout, Slot
-from fedapp.codec.chain import ErrorFeedback, Identity
+from fedapp import check, combinations, secagg
+from fedapp.ckks import SLOTS, Ckks, Open
+from fedapp.codec import Codec
+from fedapp.codec.chain import Identity
 from fedapp.codec.feedback import AutoFeedback
 from fedapp.downlink import Coded, Plain
 from fedapp.errors import ConfigError
@@ -31,9 +32,7 @@ from fedapp.privacy.none import NoPrivacy
 from fedapp.privacy.secret import COHORT, Secret, source, uniform
 from fedapp.tasks import Task
 from fedapp.training import DpSgd, Trainer
-from fedapp.wire import STREAMED, layout_of
-
-LEAST = 3  # clients in a sum
+from fedapp.wire import layout_of
 
 if TYPE_CHECKING:
     from fedapp.engine.local import Local
@@ -57,6 +56,7 @@ class Job:
     downlink: Plain | Coded
     strategy: Strategy
     privacy: NoPrivacy | ExamplePrivacy | LocalGaussian | CentralGaussian | DistributedGaussian
+    aggregation: Open | Ckks
     engine: "Local"
     choices: Mapping[str, str | None]
     said: str | None = field(
@@ -78,60 +78,13 @@ class Job:
         central = isinstance(self.privacy, CentralGaussian)
         if self.sampling == "auto":
             object.__setattr__(self, "sampling", "poisson" if central else "fixed")
-        self._check_privacy()
-        self._decide_feedback()
+        combinations.check_privacy(self)
+        combinations.check_aggregation(self)
+        self._tell_what_they_need()
+        self._decide_codec()
 
-    def _check_privacy(self) -> None:
-        """What would leak beside a private update, and trainers without their privacy, are refused."""
-        given, strategy = f"privacy={self.choices['privacy']}", type(self.strategy).__name__
-        example = isinstance(self.privacy, ExamplePrivacy)
-        if isinstance(self.trainer, DpSgd) != example:
-            fitting = "privacy=example" if isinstance(self.trainer, DpSgd) else "trainer=dp_sgd"
-            raise ConfigError(
-                f"trainer={self.choices['trainer']} does not go with {given}: "
-                f"choose {fitting}, or leave trainer to the privacy choice"
-            )
-        if self.privacy.unit is None:
-            return
-        client, central = not example, isinstance(self.privacy, CentralGaussian)
-        summed = isinstance(self.privacy, DistributedGaussian)
-        refused = (
-            (strategy == "QFedAvg", "strategy=qfedavg needs the clients' losses: choose strategy=fedavg"),
-            (
-                strategy == "FedProx" and example,
-                "strategy=fedprox needs trainer=sgd: choose strategy=fedavg",
-            ),
-            (
-                strategy not in STREAMED and client,
-                f"strategy={self.choices['strategy']} needs each update by itself, and what is private is "
-                f"their mean: choose strategy=fedavg",
-            ),
-            (
-                central and isinstance(self.codec, ErrorFeedback),
-                "error feedback would bring back what the clip has cut: set codec.feedback=false",
-            ),
-            (
-                summed and self.choices["codec"] not in ("default", "identity"),
-                f"secure aggregation takes the place of codec={self.choices['codec']}: leave codec out",
-            ),
-            (
-                summed and self.sampling == "poisson",
-                "its noise is divided among a cohort of a set size: set sampling=fixed",
-            ),
-            (
-                summed and self.in_round < LEAST,
-                f"fewer than {LEAST} clients hide nobody in their sum: set cohort={LEAST} or more",
-            ),
-            (self.evaluate == "clients", "evaluate=clients sends private accuracies: set evaluate=server"),
-            (
-                self.task.private_preprocessing,
-                "task.standardize=true takes statistics of private data: give public task.mean and task.std; "
-                "and task.anonymity mixes rows, which needs privacy=none",
-            ),
-        )
-        for holds, reason in refused:
-            if holds:
-                raise ConfigError(f"{given} keeps what is private on the client, but {reason}")
+    def _tell_what_they_need(self) -> None:
+        """Trainer and mechanism learn of the run what their accounting needs."""
         if isinstance(self.trainer, DpSgd) and isinstance(self.privacy, ExamplePrivacy):
             trainer = replace(self.trainer, privacy=self.privacy, rounds=max(1, self.rounds))
             object.__setattr__(self, "trainer", trainer)
@@ -163,9 +116,13 @@ class Job:
         chosen = numbers < size / nodes if self.sampling == "poisson" else numbers.argsort().argsort() < size
         return [int(i) for i in np.flatnonzero(chosen)]
 
-    def _decide_feedback(self) -> None:
-        """Both ends get the same codec of `codec.feedback=auto`."""
-        if isinstance(self.privacy, DistributedGaussian):
+    def _decide_codec(self) -> None:
+        """Both ends get the same: none where only sums are seen, else what `codec.feedback=auto` comes to."""
+        if isinstance(self.aggregation, Ckks):
+            object.__setattr__(self, "codec", Identity())
+            said = f"Homomorphic aggregation takes the codec's place: {SLOTS} values in a ciphertext"
+            object.__setattr__(self, "said", said)
+        elif isinstance(self.privacy, DistributedGaussian):
             object.__setattr__(self, "codec", Identity())
         elif isinstance(self.codec, AutoFeedback):
             privacy = f"privacy={self.choices['privacy']}" if self.privacy.unit else None
@@ -189,6 +146,13 @@ class Job:
         if not isinstance(self.privacy, DistributedGaussian):
             return None
         return self.privacy.terms(layout_of(self.initial).size, self.in_round, max(1, self._most))
+
+    @property
+    def coded_by(self) -> str:
+        """What makes bytes of an update."""
+        if self.terms is not None:
+            return "secure aggregation"
+        return "ckks" if isinstance(self.aggregation, Ckks) else str(self.choices["codec"])
 
     @property
     def dropouts(self) -> secagg.Plan:
@@ -230,33 +194,16 @@ class Job:
         import torch._dynamo  # noqa: F401  (any optimizer imports it, in every worker)
 
         model = self.task.model(self.seed)
-        _check_codec(self.codec, model)
-        if isinstance(self.trainer, DpSgd):
-            _check_private_model(model)
-        if self.privacy.unit == "client" and any(True for _ in model.buffers()):
-            raise ConfigError(
-                f"privacy={self.choices['privacy']} noises parameters, and this model has other state too "
-                f"({next(name for name, _ in model.named_buffers())}): use model.norm=group for resnet18"
-            )
+        combinations.check_model(self, model)
         self.spent(self.rounds, self._most)  # finds the noise, and imports accountants
         if self.terms is not None:
-            self._check_dropouts()
+            combinations.check_dropouts(self)
             t = self.terms
             discrete_gaussian(1, t.share, os.urandom)  # compiled once, for all workers
             said = (
                 f"Secure aggregation takes the codec's place: {t.bits} bits for {t.kept} of {t.size} values"
             )
             object.__setattr__(self, "said", said)
-
-    def _check_dropouts(self) -> None:
-        assert isinstance(self.privacy, DistributedGaussian)
-        try:
-            self.dropouts.graph(self.in_round)
-        except ConfigError as error:
-            raise ConfigError(
-                f"privacy.tolerated={self.privacy.tolerated:g} of {self.in_round} clients: {error}; "
-                f"set privacy.tolerated lower, or a larger cohort"
-            ) from error
 
     def spent(self, rounds: int, participations: int) -> Spent | None:
         """What so many rounds cost, where a client took part in so many; None where nothing is private.
@@ -286,31 +233,3 @@ class Job:
     def public_rng(self, server_round: int, partition: int, use: int) -> np.random.Generator:
         """Public randomness of one client in one round; `use` tells its consumers apart."""
         return np.random.default_rng([self.seed, server_round, partition, use])
-
-
-def _check_codec(codec: Codec, model: nn.Module) -> None:
-    """Code a few values a layer there and back: stages may not fit together, or not this model."""
-    slots, size = [], 0
-    for name, array in model.state_dict().items():
-        if array.is_floating_point():
-            slots.append(Slot(name, (2,) * array.ndim, size))
-            size += 2**array.ndim
-    x, layout = np.linspace(-1, 1, size, dtype=np.float32), Layout(tuple(slots), size)
-    try:
-        packet, _ = codec.encode(x, layout, {}, np.random.default_rng(0))
-        codec.decode(packet, layout)
-    except ConfigError:
-        raise
-    except Exception as error:
-        raise ConfigError(f"codec={codec} cannot code an update ({error}): order its stages anew") from error
-
-
-def _check_private_model(model: nn.Module) -> None:
-    from opacus.validators import ModuleValidator
-
-    errors: list[Any] = ModuleValidator.validate(model, strict=False)
-    if errors:
-        raise ConfigError(
-            f"this model cannot be trained under privacy=example ({str(errors[0]).splitlines()[0]}): "
-            f"use group normalisation (model.norm=group for resnet18), or privacy=none"
-        )

@@ -12,6 +12,7 @@ from flwr.common.serde import recorddict_to_proto
 from flwr.serverapp import Grid
 from flwr.supercore import log
 
+from fedapp.ckks import Ckks, CkksSum
 from fedapp.client_app import load
 from fedapp.downlink import Coded, Downlink
 from fedapp.engine.grid import stream
@@ -19,11 +20,10 @@ from fedapp.engine.local import LocalGrid
 from fedapp.errors import DataError, FedappError
 from fedapp.job import Job
 from fedapp.privacy.accounting import Spent
-from fedapp.privacy.distributed import Terms
 from fedapp.report.folder import Round
 from fedapp.report.progress import Progress
 from fedapp.secagg import Server
-from fedapp.secagg.wire import SecureSum, with_records
+from fedapp.secagg.wire import SecureSum
 from fedapp.wire import CONFIG, Wire, layout_of
 
 
@@ -129,8 +129,10 @@ class Federation:
         messages = sorted(asked, key=self._partition) if cohort else []
         self.rounds = number
         self._took_part.update(cohort)  # before anything is sent: a lost reply was released all the same
-        if self.job.terms is not None:
-            return self._train_on_sums(number, messages, self.job.terms, progress)
+        summed = self._summed(number, [message.metadata.dst_node_id for message in messages])
+        if summed is not None:
+            self._train_on_sums(number, messages, summed, progress)
+            return len(messages)
         replies = self._watched(self._exchange(messages), progress, len(messages))
         if not self._wire.streams:  # then the order of summation is the order of arrival
             replies = iter(sorted(replies, key=self._partition))
@@ -139,21 +141,32 @@ class Federation:
         self.arrays = self.arrays if arrays is None else arrays
         return len(messages)
 
-    def _train_on_sums(self, number: int, messages: list[Message], terms: Terms, progress: Progress) -> int:
-        """The same where the server is to see nothing but the sum; raises FedappError where that is lost."""
-        nodes = [message.metadata.dst_node_id for message in messages]
-        server = Server(nodes, terms.kept, terms.modulus, number, self.job.dropouts)
-        summed = SecureSum(server, self._ask)
-        left = with_records(messages, summed.begin())
-        progress.reply(0, len(left))
-        for done, reply in enumerate(self._exchange(left), 1):
+    def _summed(self, number: int, nodes: list[int]) -> SecureSum | CkksSum | None:
+        """How the server comes by the sum of a round where it is to see nothing else."""
+        job = self.job
+        if job.terms is not None:
+            server = Server(nodes, job.terms.kept, job.terms.modulus, number, job.dropouts)
+            return SecureSum(server, job.terms, job.public_rng(number, 0, use=3), self._ask)
+        if not isinstance(job.aggregation, Ckks):
+            return None
+        holder = next(node for node, held in self._partitions.items() if held == job.aggregation.key_holder)
+        return CkksSum(holder, nodes, self.parameters, job.privacy.unit is not None, self._ask)
+
+    def _train_on_sums(
+        self, number: int, messages: list[Message], summed: SecureSum | CkksSum, progress: Progress
+    ) -> None:
+        """One round of training on the sum alone; raises FedappError where that is lost."""
+        told = summed.begin()
+        messages = [message for message in messages if message.metadata.dst_node_id in told]
+        for message in messages:
+            message.content = RecordDict({**message.content, **told[message.metadata.dst_node_id]})
+        progress.reply(0, len(messages))
+        for done, reply in enumerate(self._exchange(messages), 1):
             summed.take(reply)
-            progress.reply(done, len(left))
-        total, count = summed.total()
-        mean = terms.decode(total, count, self.job.public_rng(number, 0, use=3))
+            progress.reply(done, len(messages))
+        mean, count = summed.mean()
         self.arrays = self._wire.step(number, mean) or self.arrays
         self.accepted += count
-        return len(messages)
 
     def _ask(self, messages: list[Message]) -> Iterator[Message]:
         """Send messages that hold no weights, yield the replies."""

@@ -60,8 +60,9 @@ def run(
         folder.write_split(job.task.label_counts().tolist())
     federation = Federation(job, grid)
     failure: BaseException | None = None
-    if job.said:
-        console.print(job.said, soft_wrap=True, markup=False, highlight=False)
+    for said in (job.said, getattr(job.task, "anonymity_cost", None)):
+        if said:
+            console.print(str(said), soft_wrap=True, markup=False, highlight=False)
     startup = time.perf_counter() - started
     try:
         with Progress(console, job.rounds) as progress:
@@ -97,7 +98,7 @@ def _summary(
     workers = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
     return Summary(
         task=str(job.choices["task"]),
-        codec="secure aggregation" if job.terms else str(job.choices["codec"]),
+        codec=job.coded_by,
         privacy=str(job.choices["privacy"]),
         engine=str(job.choices["engine"]),
         clients=job.clients,

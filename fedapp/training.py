@@ -3,7 +3,7 @@
 import math
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -173,12 +173,14 @@ class DpSgd:
         state: State,
         rng: np.random.Generator,
         progress: float,
+        step_of: "Callable[[Task, nn.Module, DpSgd, torch.Generator, float], _Step] | None" = None,
     ) -> tuple[Metrics, State]:
+        """As `Trainer.fit`; `step_of` makes the step where an audit puts canaries into it."""
         history = self._charge(state)
         model.train()
         noise, draws = self._secret_generators(rng, data.x.device)
         lr = scheduled(self.lr, self.schedule, progress)
-        with closing(_Step(task, model, self, noise, lr)) as step:
+        with closing((step_of or _Step)(task, model, self, noise, lr)) as step:
             for _ in range(self.steps):
                 drawn = torch.rand(len(data), generator=draws, device=data.x.device) < self.sampling_rate
                 step(data, drawn.nonzero().squeeze(1))

@@ -7,6 +7,7 @@ Without this pair the app is plain Flower; with the identity codec and no mechan
 """
 
 import os
+import struct
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -25,13 +26,14 @@ from numpy.typing import NDArray
 
 from fedapp.codec import Codec, Layout, Slot
 from fedapp.codec.packet import decode_update, pack
-from fedapp.errors import DecodeError
+from fedapp.errors import ConfigError, DecodeError
 from fedapp.exact_sum import ExactSum
 from fedapp.privacy.mechanism import Mechanism, Numbers
 from fedapp.privacy.secret import SERVER, Secret, source
 
 STYPE = "fedapp.packet"
 ARRAYS, METRICS, CONFIG, UPDATE = "arrays", "metrics", "config", "update"
+_LENGTH = struct.Struct("<I")
 WEIGHT, LOSS = "num-examples", "train_loss"
 
 
@@ -101,6 +103,9 @@ def compress(
         packet, state = codec.encode(update, layout, state, rng)
         store_state(context, "codec", state)
         data = pack(packet, codec, layout)
+        if mechanism is not None and mechanism.packet_bytes:
+            nothing, _ = codec.encode(np.zeros_like(update), layout, {}, rng)
+            data = padded(data, pack(nothing, codec, layout), mechanism.packet_bytes)
         floats = {slot.name for slot in layout.slots}
         sent = {UPDATE: Array("uint8", (len(data),), STYPE, data)}
         sent |= {name: array for name, array in trained.items() if name not in floats}
@@ -108,6 +113,27 @@ def compress(
         return reply
 
     return mod
+
+
+def padded(data: bytes, instead: bytes, size: int) -> bytes:
+    """The packet behind its length, with zeros up to `size`; where it does not fit, what stands instead."""
+    fitting = data if len(data) + _LENGTH.size <= size else instead
+    if len(fitting) + _LENGTH.size > size:
+        raise ConfigError(
+            f"privacy.packet_bytes={size} does not even hold a packet of zeros: "
+            f"set {len(fitting) + _LENGTH.size} or more"
+        )
+    return (_LENGTH.pack(len(fitting)) + fitting).ljust(size, b"\0")
+
+
+def unpadded(data: bytes, size: int) -> bytes:
+    """Undo `padded`; raises DecodeError."""
+    if len(data) != size:
+        raise DecodeError(f"packets have privacy.packet_bytes={size} bytes, this one {len(data)}")
+    end = _LENGTH.size + _LENGTH.unpack_from(data)[0]
+    if end > size or any(data[end:]):
+        raise DecodeError("the packet is not padded as it says")
+    return data[_LENGTH.size : end]
 
 
 def update_of(received: ArrayRecord, trained: ArrayRecord) -> NDArray[np.float32]:
@@ -176,13 +202,14 @@ class Wire(Strategy):
         for reply in replies:
             with self._at_its_own_cost(reply):
                 metrics, arrays = metrics_of(reply, self._uses), reply.content.array_records[ARRAYS]
-                weight = cast(int, metrics[WEIGHT])
-                if self._uniform and weight != 1:
-                    raise DecodeError(f"under privacy every client weighs 1, this one says {weight}")
+                weight = weight_of(metrics, self._uniform)
                 if self.codec is None:
                     values = values_of(arrays, self._weights)
                 else:
-                    update = decode_update(_packet_in(arrays.pop(UPDATE)), self.codec, mean.layout)
+                    data = _packet_in(arrays.pop(UPDATE))
+                    if self.mechanism is not None and self.mechanism.packet_bytes:
+                        data = unpadded(data, self.mechanism.packet_bytes)
+                    update = decode_update(data, self.codec, mean.layout)
                     values = values_of(arrays, mean.buffers)
                     side: Numbers = {}
                     if self.mechanism is not None:
@@ -300,6 +327,14 @@ def metrics_of(reply: Message, names: tuple[str, ...]) -> MetricRecord:
         if not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
             raise DecodeError(f"{name} is not a finite number of at least 0")
     return metrics
+
+
+def weight_of(metrics: MetricRecord, uniform: bool) -> int:
+    """What a client weighs in the mean: 1 where all weigh the same; DecodeError if it says otherwise."""
+    weight = cast(int, metrics[WEIGHT])
+    if uniform and weight != 1:
+        raise DecodeError(f"under privacy every client weighs 1, this one says {weight}")
+    return weight
 
 
 def values_of(arrays: ArrayRecord, like: Mapping[str, Array]) -> dict[str, NDArray[Any]]:

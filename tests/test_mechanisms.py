@@ -29,11 +29,12 @@ from fedapp.privacy.mechanism import Mechanism, Plan, clipped, length
 from fedapp.privacy.secret import normal, source, uniform
 from fedapp.report.folder import Round
 from fedapp.report.progress import Progress
-from fedapp.rounds import Federation
-from fedapp.wire import METRICS, WEIGHT, layout_of, ravel
+from fedapp.rounds import Federation, size_of
+from fedapp.wire import METRICS, WEIGHT, layout_of, padded, ravel, unpadded
 
 PLAN = Plan("poisson", cohort=10, clients=100, rounds=5, most=5)
 MANY = 250_000
+PADDED = "privacy.packet_bytes"
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -241,10 +242,13 @@ class Watched(Elsewhere):
     def __init__(self, job: Job) -> None:
         super().__init__(client_app(lambda _: job), list(range(2, job.clients + 2)))
         self.replies: list[Message] = []
+        self.sizes: list[int] = []
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         (reply,) = super().pull_messages(message_ids)
-        self.replies += [reply] if reply.has_content() and METRICS in reply.content else []
+        if reply.has_content() and METRICS in reply.content:
+            self.replies.append(reply)
+            self.sizes.append(size_of(reply.content))
         return [reply]
 
 
@@ -303,6 +307,32 @@ def test_private_cohorts_come_from_the_operating_system() -> None:
     fixed = job_of("privacy=central_gaussian clients=400 cohort=100 sampling=fixed")
     assert [len(fixed.draw(number, 400)) for number in range(20)] == [100] * 20
     assert fixed.draw(1, 400) != fixed.draw(1, 400)
+
+
+def test_padded_packets_all_have_one_size_and_the_same_effect() -> None:
+    chosen = "privacy=central_gaussian privacy.test_seed=1 trainer.epochs=1 codec=default rounds=2"
+    plain, wide, narrow = (
+        job_of(f"{chosen} {p}") for p in ("", f"{PADDED}=2000", f"{PADDED}=128 codec.rate=2")
+    )
+    expected, _ = run(plain)
+    for job, same in ((wide, True), (narrow, False)):
+        grid = Watched(job)
+        federation, rounds = run(job, grid)
+        assert [r.replies for r in rounds] == [6, 6]
+        assert len(grid.sizes) == 12
+        assert len(set(grid.sizes)) == 1
+        assert np.array_equal(moved(federation, job), moved(expected, plain)) == same
+
+
+def test_padding_that_is_not_padding_is_refused() -> None:
+    assert unpadded(padded(b"packet", b"", 20), 20) == b"packet"
+    assert unpadded(padded(b"a packet of more", b"nil", 16), 16) == b"nil"
+    good = padded(b"packet", b"", 20)
+    for bad in (good[:-1], good + b"\0", good[:-1] + b"1", b"\xff" * 20):
+        with pytest.raises(DecodeError, match="packet"):
+            unpadded(bad, 20)
+    with pytest.raises(ConfigError, match=r"privacy.packet_bytes=5 does not even hold a packet of zeros"):
+        padded(b"packet", b"nil", 5)
 
 
 def test_a_test_seed_fixes_all_and_vouches_for_nothing() -> None:

@@ -31,8 +31,9 @@ class CentralGaussian:
     the log, rounds.jsonl and summary.json name such counts and belong to the server. The noise has standard
     deviation noise multiplier times clip norm. Lost and refused replies count as zero, and every client
     weighs the same. Against: observers of the models, other clients among them. The *server is trusted*: it
-    sees every update. So is the network, which transport encryption makes true for contents but not for
-    lengths. Not covered: timing, the choice of hyper-parameters on private data, and floating-point noise,
+    sees every update. So is the network, which transport encryption makes true for contents, and
+    `packet_bytes` for lengths: all packets are padded to it, and an update that does not fit counts as zero.
+    Not covered: timing, the choice of hyper-parameters on private data, and floating-point noise,
     which is not exactly Gaussian.
 
     With `quantile` the clip norm follows that quantile of the updates' norms: each client sends, beside the
@@ -50,6 +51,7 @@ class CentralGaussian:
     quantile: float | None = None
     clip_rate: float = 0.2
     bit_noise: float | None = None
+    packet_bytes: int | None = None
     test_seed: int | None = None
     plan: Plan | None = None
     unit: Literal["client"] = "client"
@@ -63,6 +65,8 @@ class CentralGaussian:
         check.real("privacy.clip_rate", self.clip_rate, above=0.0, high=10.0)
         if self.bit_noise is not None:
             check.real("privacy.bit_noise", self.bit_noise, above=0.0, high=1e6)
+        if self.packet_bytes is not None:
+            check.whole("privacy.packet_bytes", self.packet_bytes, 128, 2**31)
 
     @cached_property
     def noise(self) -> float:

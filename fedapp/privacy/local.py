@@ -45,6 +45,7 @@ class LocalGaussian:
     test_seed: int | None = None
     plan: Plan | None = None
     unit: Literal["client"] = "client"
+    packet_bytes: ClassVar[None] = None  # a packet's size follows from what is noised already
     against: ClassVar[str] = "the server too"
 
     def __post_init__(self) -> None:

@@ -42,15 +42,18 @@ class Mechanism(Protocol):
 
     `terms` is what clients are told in a round, beside the weights. `on_client` makes of an update, float32
     (size,), what may leave the client, a few numbers beside it, and the state that it keeps; it raises
-    ConfigError where that would pass the budget. `on_reply` bounds what one client can add, whatever it sent;
-    raises DecodeError. `on_server` makes the mean of their exact sum, float64 (size,). `releases` says what a
-    run has released, for the accountants.
+    ConfigError where that would pass the budget. `packet_bytes` is the one size of all packets, None where
+    sizes tell nothing. `on_reply` bounds what one client can add, whatever it sent; raises DecodeError.
+    `on_server` makes the mean of their exact sum, float64 (size,). `releases` says what a run has released,
+    for the accountants.
     """
 
     @property
     def unit(self) -> Literal["client"]: ...
     @property
     def test_seed(self) -> int | None: ...
+    @property
+    def packet_bytes(self) -> int | None: ...
     def terms(self, state: Numbers) -> Numbers: ...
     def on_client(
         self, update: NDArray[np.float32], terms: Numbers, state: State, secret: Secret

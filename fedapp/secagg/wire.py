@@ -1,6 +1,6 @@
 """Secure aggregation in Flower's messages: what a node answers, and a round's sum on the server."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from logging import WARNING
 
 import numpy as np
@@ -10,6 +10,7 @@ from flwr.supercore import log
 from numpy.typing import NDArray
 
 from fedapp.errors import DecodeError
+from fedapp.privacy.distributed import Terms
 from fedapp.secagg.client import Client
 from fedapp.secagg.record import Record
 from fedapp.secagg.server import Server
@@ -26,7 +27,7 @@ def answer(client: Client, stage: str, message: Message, context: Context) -> Me
     act = {"advertise": client.advertise, "share": client.share, "unmask": client.unmask}[stage]
     reply, state = act(_read(message.content), _state(context))
     context.state[SECAGG] = ConfigRecord({**state})
-    return Message(RecordDict({SECAGG: ConfigRecord({**reply})}), reply_to=message)
+    return Message(_content(reply), reply_to=message)
 
 
 def masked(client: Client, encode: Callable[[NDArray[np.float32]], NDArray[np.uint32]]) -> Mod:
@@ -43,7 +44,7 @@ def masked(client: Client, encode: Callable[[NDArray[np.float32]], NDArray[np.ui
         values = encode(update_of(received, reply.content.array_records[ARRAYS]))
         record, state = client.mask(asked, _state(context), values)
         context.state[SECAGG] = ConfigRecord({**state})
-        reply.content = RecordDict({SECAGG: ConfigRecord({**record})})
+        reply.content = _content(record)
         return reply
 
     return mod
@@ -59,18 +60,24 @@ def _state(context: Context) -> Record:
 class SecureSum:
     """The sum of one round; what does not come, or is refused, is a dropout.
 
-    `exchange` sends messages and yields replies. FedappError from any part: the round is lost, and nothing
-    was unmasked.
+    `exchange` sends messages and yields replies; `rng` is the public randomness that clients encode with.
+    FedappError from any part: the round is lost, and nothing was unmasked.
     """
 
-    def __init__(self, server: Server, exchange: Callable[[list[Message]], Iterator[Message]]) -> None:
-        self._server, self._exchange = server, exchange
+    def __init__(
+        self,
+        server: Server,
+        terms: Terms,
+        rng: np.random.Generator,
+        exchange: Callable[[list[Message]], Iterator[Message]],
+    ) -> None:
+        self._server, self._terms, self._rng, self._exchange = server, terms, rng, exchange
 
-    def begin(self) -> dict[int, ConfigRecord]:
+    def begin(self) -> dict[int, RecordDict]:
         """Keys and shares go round; what each node that is left must be told beside the weights."""
         self._ask("advertise", self._server.advertise())
         self._ask("share", self._server.share())
-        return {node: ConfigRecord({**record}) for node, record in self._server.mask().items()}
+        return {node: _content(record) for node, record in self._server.mask().items()}
 
     def take(self, reply: Message) -> bool:
         """One reply with masked values, or with any stage's record; whether it counts."""
@@ -84,26 +91,23 @@ class SecureSum:
             return False
         return True
 
-    def total(self) -> tuple[NDArray[np.uint32], int]:
-        """The sum modulo m, uint32 (size,), and of how many."""
+    def mean(self) -> tuple[NDArray[np.float32], int]:
+        """The mean over the public cohort, float32 (size,), and of how many it is."""
         self._ask("unmask", self._server.unmask())
-        return self._server.total(), len(self._server.alive)
+        total, count = self._server.total(), len(self._server.alive)
+        return self._terms.decode(total, count, self._rng), count
 
     def _ask(self, stage: str, records: dict[int, Record]) -> None:
         messages = [
-            Message(RecordDict({SECAGG: ConfigRecord({**record})}), node, f"{MessageType.QUERY}.{stage}")
+            Message(_content(record), node, f"{MessageType.QUERY}.{stage}")
             for node, record in records.items()
         ]
         for reply in self._exchange(messages):
             self.take(reply)
 
 
-def with_records(messages: Iterable[Message], records: dict[int, ConfigRecord]) -> list[Message]:
-    """Those messages whose nodes have a record, with it."""
-    left = [message for message in messages if message.metadata.dst_node_id in records]
-    for message in left:
-        message.content = RecordDict({**message.content, SECAGG: records[message.metadata.dst_node_id]})
-    return left
+def _content(record: Record) -> RecordDict:
+    return RecordDict({SECAGG: ConfigRecord({**record})})
 
 
 def _read(content: RecordDict) -> Record:

@@ -1,0 +1,1 @@
+"""Audits: what an attacker who knows the canaries can prove about a mechanism, from one run."""

@@ -1,0 +1,99 @@
+"""Canaries for client-level privacy: clients whose updates point along one weight each."""
+
+from collections import Counter
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedapp.audit.one_run import SIZE, Claim
+from fedapp.codec import State
+from fedapp.exact_sum import ExactSum
+from fedapp.job import Job
+from fedapp.privacy.central import CLIP, CentralGaussian
+from fedapp.privacy.local import LocalGaussian
+from fedapp.privacy.mechanism import Numbers
+from fedapp.privacy.secret import CLIENT, SERVER, source
+
+
+@dataclass(frozen=True)
+class Central:
+    """All rounds of a job whose every client is a canary, by both ends of its mechanism and its draws.
+
+    An update is `SIZE` times as long as the clip norm. With sampling=poisson a canary that is out is no
+    client; with sampling=fixed its update is the opposite. Released are the means of all rounds. Trainer,
+    codec and strategy have no part: what they do is before the clip or after the noise.
+    """
+
+    job: Job
+    privacy: CentralGaussian
+
+    def claim(self) -> Claim:
+        """Epsilon of all rounds, about one client."""
+        plan, spent = self.privacy.plan, self.job.spent(self.job.rounds, self.job.rounds)
+        assert plan is not None
+        assert spent is not None
+        out = 0.0 if plan.sampling == "poisson" else -1.0
+        return Claim(spent.epsilon, self.privacy.delta, self.privacy.noise, plan.rate, self.job.rounds, out)
+
+    def __call__(self, included: NDArray[np.bool_]) -> NDArray[np.float64]:
+        """A `Release`."""
+        privacy, m = self.privacy, len(included)
+        kept: Numbers = {}
+        assert privacy.plan is not None
+        signs, released = np.where(included, 1.0, self.claim().out), []
+        for number in range(1, self.job.rounds + 1):
+            total, sides, terms = ExactSum(m), Counter[str](), privacy.terms(kept)
+            for j in self.job.draw(number, m):
+                if signs[j]:
+                    secret = source(privacy.test_seed, CLIENT, number, j)
+                    update = _along(j, m, signs[j] * SIZE * terms[CLIP])
+                    sent, side, _ = privacy.on_client(update, terms, {}, secret)
+                    sent, side = privacy.on_reply(sent, side, kept)
+                    total.add(sent, 1)
+                    sides.update(side)
+            secret = source(privacy.test_seed, SERVER, number)
+            mean, kept = privacy.on_server(total.total(), sides, total.weight, kept, secret)
+            released.append(mean * privacy.plan.cohort / terms[CLIP])
+        return np.stack(released)
+
+
+@dataclass(frozen=True)
+class Local:
+    """All rounds of a job whose every client is a canary, each by its own end of the mechanism.
+
+    An update is `SIZE` times as long as the clip norm, and the opposite where the canary is out. Released is
+    each client's every reply.
+    """
+
+    job: Job
+    privacy: LocalGaussian
+
+    def claim(self) -> Claim:
+        """Epsilon of the client that takes part most often."""
+        plan = self.privacy.plan
+        assert plan is not None
+        spent = self.job.spent(self.job.rounds, plan.most)
+        assert spent is not None
+        return Claim(spent.epsilon, self.privacy.delta, self.privacy.noise, 1.0, plan.most, -1.0)
+
+    def __call__(self, included: NDArray[np.bool_]) -> NDArray[np.float64]:
+        """A `Release`: row t has each client's reply t; 0 where it was drawn less often than another."""
+        privacy, clip = self.privacy, self.privacy.clip
+        assert privacy.plan is not None
+        signs, released = np.where(included, 1.0, -1.0), np.zeros((privacy.plan.most, len(included)))
+        states, times = dict[int, State](), Counter[int]()
+        for number in range(1, self.job.rounds + 1):
+            for j in self.job.draw(number, len(included)):
+                secret = source(privacy.test_seed, CLIENT, number, j)
+                update = _along(0, 1, signs[j] * SIZE * clip)
+                sent, _, states[j] = privacy.on_client(update, {}, states.get(j, {}), secret)
+                released[times[j], j] = sent[0] / clip
+                times[j] += 1
+        return released
+
+
+def _along(coordinate: int, size: int, length: float) -> NDArray[np.float32]:
+    update = np.zeros(size, np.float32)
+    update[coordinate] = length
+    return update

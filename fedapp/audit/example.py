@@ -1,0 +1,114 @@
+"""Canaries for example-level privacy: among the per-example gradients of the real DP-SGD trainer."""
+
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from fedapp.audit.one_run import SIZE, Claim
+from fedapp.errors import ConfigError
+from fedapp.job import Job
+from fedapp.tasks import Data, Task
+from fedapp.training import DpSgd, State, _Step
+
+
+@dataclass(frozen=True)
+class Examples:
+    """One client's training with canaries beside its examples: Dirac canaries, a weight of its own each.
+
+    A canary is one more row of the client's data, so the trainer draws it, batches it, clips it and adds
+    noise as it does for any example; only its gradient is not computed but set. Released are the weights
+    after each step. Source: Steinke, Nasr and Jagielski 2023, section 6, "Dirac canaries".
+
+    The client's own examples move the canaries' weights too. That blurs scores and can only lower the bound.
+    """
+
+    job: Job
+    coordinates: torch.Tensor  # int64 (m,), different: where in the flat weights each canary points
+
+    @property
+    def trainer(self) -> DpSgd:
+        assert isinstance(self.job.trainer, DpSgd)
+        return self.job.trainer
+
+    def claim(self) -> Claim:
+        """Epsilon of a client that takes part in all rounds of the job."""
+        dp = self.trainer
+        assert dp.privacy is not None
+        spent, steps = self.job.spent(self.job.rounds, self.job.rounds), self.job.rounds * dp.steps
+        assert spent is not None
+        return Claim(spent.epsilon, dp.privacy.delta, dp.noise_multiplier, dp.sampling_rate, steps)
+
+    def __call__(self, included: NDArray[np.bool_]) -> NDArray[np.float64]:
+        """A `Release`: trains all rounds on the first client's data and the canaries that are in."""
+        model = self.job.task.model(self.job.seed).to(self.job.torch_device)
+        data = with_canaries(self.job.task.client_data({"partition-id": 0}), included)
+        data = Data(data.x.to(self.job.torch_device), data.y.to(self.job.torch_device))
+        seen: list[NDArray[np.float64]] = []
+        step = partial(CanaryStep, coordinates=self.coordinates.to(self.job.torch_device), seen=seen)
+        state: State = {}
+        for round_ in range(self.job.rounds):
+            rng, progress = self.job.public_rng(round_ + 1, 0, use=0), round_ / self.job.rounds
+            _, state = self.trainer.fit(self.job.task, model, data, state, rng, progress, step)
+        return np.stack(seen)
+
+
+def examples(job: Job, canaries: int, rng: np.random.Generator) -> Examples:
+    """So many canaries on weights of the job's model; raises ConfigError where they do not fit."""
+    if not isinstance(job.trainer, DpSgd):
+        raise ConfigError(f"privacy={job.choices['privacy']} has no audit: set privacy=example, for example")
+    size = sum(p.numel() for p in job.task.model(job.seed).parameters() if p.requires_grad)
+    if canaries > size:
+        raise ConfigError(f"each canary needs a weight of its own: set canaries={size} or a larger model")
+    if size > job.trainer.ghost_above:
+        raise ConfigError(
+            f"ghost clipping stores no gradients where canaries could be: the model has {size} weights, "
+            f"set trainer.ghost_above={size} or a smaller model"
+        )
+    return Examples(job, torch.from_numpy(rng.permutation(size)[:canaries]))
+
+
+def with_canaries(data: Data, included: NDArray[np.bool_]) -> Data:
+    """The data and a row for each canary that is in: canary j has the label -1 - j, which no example has."""
+    labels = -1 - torch.from_numpy(np.flatnonzero(included)).to(data.y)
+    x = torch.cat([data.x, data.x.new_zeros(len(labels), *data.x.shape[1:])])
+    return Data(x, torch.cat([data.y, labels]))
+
+
+class CanaryStep(_Step):
+    """The trainer's own step, with the canaries' gradients in their rows; notes what each step released."""
+
+    def __init__(
+        self, task: Task, model: nn.Module, dp: DpSgd, noise: torch.Generator, lr: float, *,
+        coordinates: torch.Tensor, seen: list[NDArray[np.float64]],
+    ) -> None:  # fmt: skip
+        super().__init__(task, model, dp, noise, lr)
+        self._coordinates, self._seen, self._momentum = coordinates, seen, dp.momentum
+        self._norm = SIZE * dp.max_grad_norm
+        self._unit = lr * dp.max_grad_norm / (dp.sampling_rate * dp.examples_per_client)
+        self._velocity = np.zeros(len(coordinates))
+
+    def __call__(self, data: Data, batch: torch.Tensor) -> None:
+        before = self._weights()
+        super().__call__(data, batch)
+        velocity = (before - self._weights()) / self._unit
+        self._seen.append(velocity - self._momentum * self._velocity)
+        self._velocity = velocity
+
+    def _backward(self, x: torch.Tensor, y: torch.Tensor) -> None:
+        super()._backward(x, y.clamp(min=0))
+        rows = (y < 0).nonzero().squeeze(1)
+        at = self._coordinates[-1 - y[rows]]
+        for p in self._parameters:
+            own = ((at >= 0) & (at < p.numel())).nonzero().squeeze(1)
+            gradients = p.new_zeros(len(rows), p.numel())
+            gradients[own, at[own]] = self._norm
+            p.grad_sample[rows] = gradients.view(-1, *p.shape)  # type: ignore[attr-defined]
+            at = at - p.numel()
+
+    def _weights(self) -> NDArray[np.float64]:
+        flat = torch.cat([p.detach().reshape(-1) for p in self._parameters])
+        return flat[self._coordinates].cpu().numpy().astype(np.float64)

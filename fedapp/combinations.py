@@ -1,0 +1,153 @@
+"""Which choices go together: what cannot be private, summed or coded is refused before anything starts."""
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from torch import nn
+
+from fedapp.ckks import Ckks
+from fedapp.codec import Codec, Layout, Slot
+from fedapp.codec.chain import ErrorFeedback
+from fedapp.errors import ConfigError
+from fedapp.privacy.central import CentralGaussian
+from fedapp.privacy.distributed import DistributedGaussian
+from fedapp.privacy.example import ExamplePrivacy
+from fedapp.training import DpSgd
+from fedapp.wire import STREAMED
+
+if TYPE_CHECKING:
+    from fedapp.job import Job
+
+LEAST = 3  # clients in a sum that hides them
+
+
+def check_privacy(job: "Job") -> None:
+    """What would leak beside a private update, and trainers without their privacy, are refused."""
+    given, strategy = f"privacy={job.choices['privacy']}", type(job.strategy).__name__
+    example = isinstance(job.privacy, ExamplePrivacy)
+    if isinstance(job.trainer, DpSgd) != example:
+        fitting = "privacy=example" if isinstance(job.trainer, DpSgd) else "trainer=dp_sgd"
+        raise ConfigError(
+            f"trainer={job.choices['trainer']} does not go with {given}: "
+            f"choose {fitting}, or leave trainer to the privacy choice"
+        )
+    if job.privacy.unit is None:
+        return
+    client, central = not example, isinstance(job.privacy, CentralGaussian)
+    summed = isinstance(job.privacy, DistributedGaussian)
+    refused = (
+        (strategy == "QFedAvg", "strategy=qfedavg needs the clients' losses: choose strategy=fedavg"),
+        (
+            strategy == "FedProx" and example,
+            "strategy=fedprox needs trainer=sgd: choose strategy=fedavg",
+        ),
+        (
+            strategy not in STREAMED and client,
+            f"strategy={job.choices['strategy']} needs each update by itself, and what is private is "
+            f"their mean: choose strategy=fedavg",
+        ),
+        (
+            central and isinstance(job.codec, ErrorFeedback),
+            "error feedback would bring back what the clip has cut: set codec.feedback=false",
+        ),
+        (
+            summed and job.choices["codec"] not in ("default", "identity"),
+            f"secure aggregation takes the place of codec={job.choices['codec']}: leave codec out",
+        ),
+        (
+            summed and job.sampling == "poisson",
+            "its noise is divided among a cohort of a set size: set sampling=fixed",
+        ),
+        (
+            summed and job.in_round < LEAST,
+            f"fewer than {LEAST} clients hide nobody in their sum: set cohort={LEAST} or more",
+        ),
+        (job.evaluate == "clients", "evaluate=clients sends private accuracies: set evaluate=server"),
+        (
+            job.task.private_preprocessing,
+            "task.standardize=true takes statistics of private data: give public task.mean and task.std; "
+            "and task.anonymity mixes rows, which needs privacy=none",
+        ),
+    )
+    for holds, reason in refused:
+        if holds:
+            raise ConfigError(f"{given} keeps what is private on the client, but {reason}")
+
+
+def check_aggregation(job: "Job") -> None:
+    """What has to see single updates, or replaces them, does not go with homomorphic sums."""
+    if not isinstance(job.aggregation, Ckks):
+        return
+    codec, given = job.choices["codec"], f"privacy={job.choices['privacy']}"
+    refused = (
+        (codec not in ("default", "identity"), f"it takes the place of codec={codec}: leave codec out"),
+        (
+            job.privacy.unit == "client",
+            f"{given} bounds each update at the server, or in its own sum: choose privacy=none or example",
+        ),
+        (
+            type(job.strategy).__name__ not in STREAMED,
+            f"strategy={job.choices['strategy']} needs each update by itself: choose strategy=fedavg",
+        ),
+        (
+            job.aggregation.key_holder >= job.clients,
+            f"aggregation.key_holder={job.aggregation.key_holder} is no partition of clients="
+            f"{job.clients}: set 0 to {job.clients - 1}",
+        ),
+    )
+    for holds, reason in refused:
+        if holds:
+            raise ConfigError(f"under aggregation=ckks the server reads sums alone; {reason}")
+
+
+def check_dropouts(job: "Job") -> None:
+    assert isinstance(job.privacy, DistributedGaussian)
+    try:
+        job.dropouts.graph(job.in_round)
+    except ConfigError as error:
+        raise ConfigError(
+            f"privacy.tolerated={job.privacy.tolerated:g} of {job.in_round} clients: {error}; "
+            f"set privacy.tolerated lower, or a larger cohort"
+        ) from error
+
+
+def check_model(job: "Job", model: nn.Module) -> None:
+    """Refuse a model that the codec cannot code, the trainer not train, or a sum would leave out in part."""
+    _check_codec(job.codec, model)
+    if isinstance(job.trainer, DpSgd):
+        _check_private_model(model)
+    summed = job.privacy.unit == "client" or isinstance(job.aggregation, Ckks)
+    if summed and any(True for _ in model.buffers()):
+        raise ConfigError(
+            f"privacy={job.choices['privacy']} aggregation={job.choices['aggregation']} adds up "
+            f"parameters, and this model has other state too "
+            f"({next(name for name, _ in model.named_buffers())}): use model.norm=group for resnet18"
+        )
+
+
+def _check_codec(codec: Codec, model: nn.Module) -> None:
+    """Code a few values a layer there and back: stages may not fit together, or not this model."""
+    slots, size = [], 0
+    for name, array in model.state_dict().items():
+        if array.is_floating_point():
+            slots.append(Slot(name, (2,) * array.ndim, size))
+            size += 2**array.ndim
+    x, layout = np.linspace(-1, 1, size, dtype=np.float32), Layout(tuple(slots), size)
+    try:
+        packet, _ = codec.encode(x, layout, {}, np.random.default_rng(0))
+        codec.decode(packet, layout)
+    except ConfigError:
+        raise
+    except Exception as error:
+        raise ConfigError(f"codec={codec} cannot code an update ({error}): order its stages anew") from error
+
+
+def _check_private_model(model: nn.Module) -> None:
+    from opacus.validators import ModuleValidator
+
+    errors: list[Any] = ModuleValidator.validate(model, strict=False)
+    if errors:
+        raise ConfigError(
+            f"this model cannot be trained under privacy=example ({str(errors[0]).splitlines()[0]}): "
+            f"use group normalisation (model.norm=group for resnet18), or privacy=none"
+        )

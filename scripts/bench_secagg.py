@@ -1,0 +1,92 @@
+"""What secure aggregation costs: bits per parameter of all its bytes, and seconds, beside float32.
+
+usage: .venv/bin/python scripts/bench_secagg.py [--clients 10] [--parameters 26146 1200000] [--noise 1.0]
+
+A round of privacy=distributed_gaussian without Flower and without training: every client encodes an update of
+Gaussian noise, and all stages run in this process. Bytes are those of the records as Flower serializes them,
+up (to the server) and down, over all parameters of all clients; `smaller` is float32 one way over both.
+`noise` is what rounding to the grid makes of it: 1 is what the noise multiplier asks for.
+"""
+
+import argparse
+import time
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import numpy as np
+from flwr.app import ConfigRecord, RecordDict
+
+from fedapp import secagg
+from fedapp.privacy.distributed import DistributedGaussian
+from fedapp.rounds import size_of
+from fedapp.secagg.record import Record
+
+
+def bytes_of(records: dict[int, Record]) -> int:
+    return sum(size_of(RecordDict({"secagg": ConfigRecord({**record})})) for record in records.values())
+
+
+Done = TypeVar("Done")
+
+
+class Clock:
+    """Seconds that each end has worked."""
+
+    def __init__(self) -> None:
+        self.seconds = {"client": 0.0, "server": 0.0}
+
+    def __call__(self, end: str, act: Callable[..., Done], *given: Any) -> Done:
+        started = time.perf_counter()
+        done = act(*given)
+        self.seconds[end] += time.perf_counter() - started
+        return done
+
+
+def measure(clients: int, parameters: int, keep: float, bits: int | None, noise: float) -> str:
+    privacy = DistributedGaussian(epsilon=None, noise_multiplier=noise, keep=keep, bits=bits)
+    terms, clock = privacy.terms(parameters, clients, 1), Clock()
+    plan = secagg.Plan(colluding=max(privacy.tolerated, 1 / clients), dropouts=privacy.tolerated)
+    server = secagg.Server(range(clients), terms.kept, terms.modulus, 1, plan)
+    client, states, up, down = secagg.Client(terms.kept, terms.modulus, plan), dict[int, Record](), 0, 0
+    updates = np.random.default_rng(0).normal(size=(clients, parameters)).astype(np.float32)
+    secret = np.random.default_rng(1).bytes
+    for stage in ("advertise", "share", "mask", "unmask"):
+        messages = clock("server", getattr(server, stage))
+        down += bytes_of(messages)
+        for number, message in messages.items():
+            state = states.get(number, {})
+            given: list[Any] = [message, state]
+            if stage == "mask":
+                public = np.random.default_rng(7)
+                given.append(clock("client", terms.encode, updates[number], public, secret))
+            reply, states[number] = clock("client", getattr(client, stage), *given)
+            up += bytes_of({number: reply})
+            clock("server", server.take, number, reply)
+    total = clock("server", server.total)
+    mean = clock("server", terms.decode, total, clients, np.random.default_rng(7))
+    assert mean.shape == (parameters,)
+    ways = [8 * way / parameters / clients for way in (up, down)]
+    raised = terms.noise / terms.clip / noise
+    return (
+        f"| {parameters:,} | {keep:g} | {terms.bits} | {raised:.3f} | {ways[0]:.3f} | {ways[1]:.3f} "
+        f"| {32 / sum(ways):.1f}x "
+        f"| {clock.seconds['client'] / clients:.2f} | {clock.seconds['server']:.2f} |"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--clients", type=int, default=10)
+    parser.add_argument("--parameters", type=int, nargs="+", default=[26_146, 1_200_000])
+    parser.add_argument("--noise", type=float, default=1.0)
+    options = parser.parse_args()
+    measure(options.clients, 1000, 1.0, None, options.noise)  # compiles the sampler
+    print("| parameters | kept | bits of one | noise | up | down | smaller | client, s | server, s |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    for parameters in options.parameters:
+        for keep, bits in ((1.0, None), (0.1, None), (0.1, 12)):
+            print(measure(options.clients, parameters, keep, bits, options.noise), flush=True)
+
+
+if __name__ == "__main__":
+    main()

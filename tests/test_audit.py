@@ -1,0 +1,285 @@
+"""Audits: the bound against its paper, ideal mechanisms, then the real trainer, right and broken."""
+
+import sys
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from opacus.optimizers import DPOptimizer
+from opacus.optimizers.optimizer import _mark_as_processed
+from scipy.stats import binom, norm
+
+from fedapp import cli, config
+from fedapp.audit import command
+from fedapp.audit.bound import lower_bound, p_value
+from fedapp.audit.client import Central, Local
+from fedapp.audit.example import examples
+from fedapp.audit.one_run import Claim, Finding, Guesses, audit, choose
+from fedapp.errors import ConfigError
+from fedapp.job import Job
+from fedapp.privacy import central, local
+from fedapp.privacy.central import CentralGaussian
+from fedapp.privacy.example import epsilon
+from fedapp.privacy.local import LocalGaussian
+from fedapp.tasks import Data
+
+SMALL = (
+    "task=digits clients=100 rounds=2 partition=iid model=mlp privacy=example privacy.epsilon=2 "
+    "privacy.test_seed=5"
+)
+
+
+# --- the bound -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("canaries", "guesses", "right", "delta", "published"),
+    [
+        (1000, 100, 75, 1e-4, 0.673),  # Steinke et al. 2023, Appendix D
+        (100_000, 1510, 1439, 1e-5, 2.675),  # section 7, where the paper cuts 2.6759 off
+    ],
+)
+def test_bound_is_the_papers(canaries: int, guesses: int, right: int, delta: float, published: float) -> None:
+    assert lower_bound(canaries, guesses, right, delta) == pytest.approx(published, abs=1e-3)
+
+
+@pytest.mark.parametrize("guesses", [10, 1000])
+def test_all_right_in_closed_form(guesses: int) -> None:
+    """With delta 0 the p-value is correct**guesses, which solves to a logit."""
+    correct = 0.05 ** (1 / guesses)
+    bound = lower_bound(guesses, guesses, guesses, 0.0)
+    assert bound == pytest.approx(np.log(correct / (1 - correct)), abs=2e-4)
+
+
+counts = st.integers(1, 60).flatmap(lambda r: st.tuples(st.just(r), st.integers(0, r), st.integers(r, 200)))
+
+
+@given(counts, st.floats(0, 5), st.sampled_from([0.0, 1e-5, 1e-3, 0.1]))
+def test_p_value_is_the_papers_loop(drawn: tuple[int, int, int], eps: float, delta: float) -> None:
+    guesses, right, canaries = drawn
+    law = binom(guesses, 1 / (1 + np.exp(-eps)))
+    worst = max(((law.cdf(right - 1) - law.cdf(right - i - 1)) / i for i in range(1, right + 1)), default=0.0)
+    value = min(1.0, law.sf(right - 1) + 2 * canaries * delta * worst)
+    assert p_value(canaries, guesses, right, eps, delta) == pytest.approx(value, abs=1e-9)
+
+
+@given(counts, st.sampled_from([0.0, 1e-5, 1e-3]))
+def test_bound_follows_its_evidence(drawn: tuple[int, int, int], delta: float) -> None:
+    guesses, right, canaries = drawn
+    bound = lower_bound(canaries, guesses, right, delta)
+    assert bound >= 0
+    assert lower_bound(canaries, guesses, min(right + 1, guesses), delta) >= bound
+    assert lower_bound(canaries, guesses, right, delta + 1e-3) <= bound
+    assert lower_bound(canaries, guesses, right, delta, 0.99) <= bound
+
+
+@pytest.mark.parametrize("eps", [0.5, 2.0, 4.0])
+def test_confidence_is_kept_and_used(eps: float) -> None:
+    """Against randomized response, exactly: the bound exceeds epsilon in 5 % of audits at most, and exceeds
+    half of it in most."""
+    law = binom(1000, 1 / (1 + np.exp(-eps)))
+    right = np.arange(int(law.ppf(1e-6)), int(law.ppf(1 - 1e-6)) + 1)
+    bounds = np.array([lower_bound(1000, 1000, int(v), 0.0) for v in right])
+    assert 0.01 < law.pmf(right)[bounds > eps].sum() <= 0.05
+    assert law.pmf(right)[bounds > eps / 2].sum() > 0.9
+
+
+# --- ideal mechanisms ----------------------------------------------------------------------------------
+
+
+def claim(noise: float, rate: float = 1.0, steps: int = 1) -> Claim:
+    return Claim(epsilon(((noise, rate, steps),), 1e-5, "prv"), 1e-5, noise, rate, steps)
+
+
+@pytest.mark.parametrize("sampling", [(1.0, 1), (0.1, 30)])
+def test_ideal_audits_stay_below_epsilon_and_grow_with_it(sampling: tuple[float, int]) -> None:
+    medians = []
+    for noise in (4.0, 2.0, 1.0):
+        claimed, rng = claim(noise, *sampling), np.random.default_rng(3)
+        release = partial(claimed.simulate, rng=rng)
+        found = [audit(release, claimed, 2000, 0.95, rng) for _ in range(5)]
+        assert all(f.passed and f.bound <= claimed.epsilon <= f.most for f in found)
+        low, median, high = found[0].expected
+        assert low <= np.median([f.bound for f in found]) <= high
+        medians.append(median)
+    assert medians[0] < medians[1] < medians[2]
+
+
+def test_scores_are_likelihood_ratios() -> None:
+    claimed, x = claim(1.5, 0.2, 2), np.array([[0.3, -1.0], [2.0, 0.0]])
+    out, drawn = norm.pdf(x, 0, 1.5), norm.pdf(x, 1, 1.5)
+    assert np.allclose(claimed.scores(x), np.log((0.8 * out + 0.2 * drawn) / out).sum(0))
+    opposite = norm.pdf(x, -1, 1.5)
+    ratio = np.log((0.8 * out + 0.2 * drawn) / (0.8 * out + 0.2 * opposite)).sum(0)
+    assert np.allclose(replace(claimed, out=-1.0).scores(x), ratio)
+
+
+def test_guesses_take_both_ends() -> None:
+    included = np.array([True, False, True, False, True, True])
+    scores = np.array([5.0, 4.0, 3.0, 2.0, 1.0, 0.0])
+    assert Guesses(3, 0).right(scores, included) == 2
+    assert Guesses(0, 3).right(scores, included) == 1
+    assert Guesses(1, 2).right(scores, included) == 1
+
+
+def test_choice_sees_no_result() -> None:
+    """The same guesses whatever was released, and such that could refute the claim."""
+    claimed = claim(0.9)
+    assert claimed.epsilon > 4
+    guesses = choose(claimed, 2000, 0.95)
+    assert guesses == choose(claimed, 2000, 0.95)
+    assert lower_bound(2000, guesses.total, guesses.total, 1e-5) > claimed.epsilon
+
+
+# --- client-level mechanisms ---------------------------------------------------------------------------
+
+
+CLIENTS = "task=digits clients=2000 rounds=5 privacy.epsilon=2 privacy.test_seed=1 privacy=central_gaussian"
+MECHANISMS = {
+    "central": f"{CLIENTS} cohort=600",
+    "central, adaptive clip": f"{CLIENTS} cohort=600 privacy.quantile=0.5",
+    "central, fixed": f"{CLIENTS} cohort=600 sampling=fixed",
+    "local": CLIENTS.replace("central", "local"),
+    "local, cohorts": CLIENTS.replace("central", "local") + " cohort=1200",
+}
+
+
+def audited_clients(settings: str) -> Finding:
+    job = config.job(config.compose(settings))
+    release: Central | Local
+    if isinstance(job.privacy, CentralGaussian):
+        release = Central(job, job.privacy)
+    else:
+        assert isinstance(job.privacy, LocalGaussian)
+        release = Local(job, job.privacy)
+    return audit(release, release.claim(), job.clients, 0.95, np.random.default_rng(2))
+
+
+@pytest.mark.parametrize("settings", MECHANISMS.values(), ids=MECHANISMS)
+@pytest.mark.parametrize("removed", [None, "clipped", "normal"])
+def test_clients_are_canaries(monkeypatch: pytest.MonkeyPatch, settings: str, removed: str | None) -> None:
+    broken = {"clipped": lambda x, norm: x, "normal": lambda size, secret: np.zeros(size)}
+    if removed:
+        monkeypatch.setattr(central, removed, broken[removed])
+        monkeypatch.setattr(local, removed, broken[removed])
+    found = audited_clients(settings)
+    assert found.claim.epsilon == pytest.approx(2, rel=0.01)
+    assert found.most > 2
+    assert found.passed == (removed is None)
+    assert found.bound > 0.1
+
+
+# --- the real trainer ----------------------------------------------------------------------------------
+
+
+def job(more: str = "") -> Job:
+    return config.job(config.compose(f"{SMALL} {more}"))
+
+
+def audited(more: str = "", canaries: int = 2000, seed: int = 0) -> Finding:
+    rng = np.random.default_rng(seed)
+    release = examples(job(more), canaries, rng)
+    return audit(release, release.claim(), canaries, 0.95, rng)
+
+
+def no_noise(self: Any) -> None:
+    for p in self.params:
+        p.grad = p.summed_grad.view_as(p).clone()
+
+
+def no_clip(self: Any) -> None:
+    for p in self.params:
+        total = self._get_flat_grad_sample(p).sum(0)
+        p.summed_grad = total if p.summed_grad is None else p.summed_grad + total
+        _mark_as_processed(p.grad_sample)
+
+
+def test_dp_sgd_passes() -> None:
+    found = audited()
+    assert found.claim.epsilon == pytest.approx(2, rel=0.01)
+    assert found.claim.steps == 40
+    assert 0.1 < found.bound < 2 < found.most
+    assert found.passed
+
+
+@pytest.mark.parametrize(("part", "broken"), [("add_noise", no_noise), ("clip_and_accumulate", no_clip)])
+def test_what_is_removed_is_caught(monkeypatch: pytest.MonkeyPatch, part: str, broken: Any) -> None:
+    monkeypatch.setattr(DPOptimizer, part, broken)
+    found = audited()
+    assert found.bound > 2
+    assert not found.passed
+
+
+@pytest.mark.parametrize("trainer", ["", "trainer.momentum=0.5", "trainer.physical_batch_size=7"])
+def test_a_canary_adds_the_sensitivity(monkeypatch: pytest.MonkeyPatch, trainer: str) -> None:
+    """Without noise and data, and everybody drawn: 1 a step for who is in, 0 for who is not."""
+    monkeypatch.setattr(DPOptimizer, "add_noise", no_noise)
+    release = examples(
+        job(f"trainer.sampling_rate=1.0 trainer.steps=2 {trainer}"), 50, np.random.default_rng(0)
+    )
+    whole = release.job.task.client_data({"partition-id": 0})
+    nobody = Data(whole.x[:0], whole.y[:0])
+    monkeypatch.setattr(type(release.job.task), "client_data", lambda self, node: nobody)
+    included = np.arange(50) % 3 == 0
+    assert np.abs(release(included) - included).max() < 1e-4
+
+
+def test_nothing_else_changes() -> None:
+    """Without a canary the trainer does what it does without an audit: the same weights, bit by bit."""
+    release = examples(job("rounds=1"), 500, np.random.default_rng(0))
+    trained = release(np.zeros(500, bool))
+    model, task, dp = release.job.task.model(0), release.job.task, release.trainer
+    before = torch.cat([p.detach().reshape(-1) for p in model.parameters()])[release.coordinates]
+    dp.fit(task, model, task.client_data({"partition-id": 0}), {}, release.job.public_rng(1, 0, use=0), 0.0)
+    after = torch.cat([p.detach().reshape(-1) for p in model.parameters()])[release.coordinates]
+    unit = dp.lr * dp.max_grad_norm / (dp.sampling_rate * dp.examples_per_client)
+    moved = (before.double() - after.double()).numpy() / unit
+    assert np.allclose(trained.sum(0), moved, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("settings", "canaries", "said"),
+    [
+        (SMALL, 10**6, "each canary needs a weight of its own: set canaries=8970"),
+        (
+            f"{SMALL} trainer.ghost_above=100",
+            1000,
+            "ghost clipping stores no gradients .* trainer.ghost_above=8970",
+        ),
+        ("task=digits privacy=none", 1000, "set privacy=example"),
+    ],
+)
+def test_what_cannot_be_audited_is_refused(settings: str, canaries: int, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        examples(config.job(config.compose(settings)), canaries, np.random.default_rng(0))
+
+
+# --- the command ---------------------------------------------------------------------------------------
+
+
+def test_command_prints_and_exits(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = command.run([*SMALL.split(), "canaries=1000", "trainer.steps=5"])
+    said = capsys.readouterr().out
+    assert all(word in said for word in ("claimed", "lower bound", "expected", "at most", "passed: "))
+    assert "test_seed" in said
+    for bound, code in ((found.claim.epsilon - 0.1, 0), (found.claim.epsilon + 0.1, 1)):
+        monkeypatch.setattr(command, "run", lambda _, b=bound: replace(found, bound=b))
+        monkeypatch.setattr(sys, "argv", ["fedapp"])
+        with pytest.raises(SystemExit) as left:
+            cli.audit()
+        assert left.value.code == code
+    assert "FAILED" in command.told(replace(found, bound=9.0))
+    assert "passed, as it must" in command.told(replace(found, most=1.0))
+
+
+@pytest.mark.parametrize("bad", ["canaries=many", "canaries=10", "confidence=1", "nothing=1"])
+def test_bad_settings_are_named(bad: str) -> None:
+    with pytest.raises(ConfigError, match=bad.split("=")[0]):
+        command.run([bad])
