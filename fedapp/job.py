@@ -162,7 +162,7 @@ class Job:
         """
         assert isinstance(self.privacy, DistributedGaussian)
         assert self.terms is not None
-        tolerated, least = self.privacy.tolerated, max(LEAST, self.terms.honest)
+        tolerated, least = self.privacy.tolerated, max(combinations.LEAST, self.terms.honest)
         return secagg.Plan(least, colluding=max(tolerated, 1 / self.in_round), dropouts=tolerated)
 
     @property

@@ -216,7 +216,10 @@ class Federation:
 
 
 def partitions(grid: Grid, clients: int, timeout: float) -> dict[int, int]:
-    """Which partition each node holds; waits until so many nodes are there, then asks them."""
+    """Which partition each node holds; waits until so many nodes are there, then asks them.
+
+    Nodes beyond `clients` are left out: noise and cohorts are set for so many.
+    """
     if isinstance(grid, LocalGrid):
         return grid.partitions
     deadline, seen = time.monotonic() + timeout, -1
@@ -247,4 +250,7 @@ def partitions(grid: Grid, clients: int, timeout: float) -> dict[int, int]:
             f"set clients={max(taken) + 1}, or start fewer nodes"
         )
     free = (p for p in range(len(nodes)) if p not in taken)
-    return {node: next(free) if node in own else found[node] for node in nodes}
+    held = {node: next(free) if node in own else found[node] for node in nodes}
+    if len(held) > clients:
+        log(WARNING, "%s nodes are there, and clients=%s of them take part", len(held), clients)
+    return {node: partition for node, partition in held.items() if partition < clients}

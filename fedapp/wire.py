@@ -81,7 +81,7 @@ def compress(
 
     A mechanism of client-level privacy makes it private first, and nothing else of the reply then leaves the
     client. What codec and mechanism keep stays in `context.state`. Integer buffers go beside the packet,
-    unchanged; a private model has none.
+    unchanged, but never under a mechanism: they count batches.
     """
 
     def mod(message: Message, context: Context, call_next: Callable[[Message, Context], Message]) -> Message:
@@ -106,9 +106,10 @@ def compress(
         if mechanism is not None and mechanism.packet_bytes:
             nothing, _ = codec.encode(np.zeros_like(update), layout, {}, rng)
             data = padded(data, pack(nothing, codec, layout), mechanism.packet_bytes)
-        floats = {slot.name for slot in layout.slots}
         sent = {UPDATE: Array("uint8", (len(data),), STYPE, data)}
-        sent |= {name: array for name, array in trained.items() if name not in floats}
+        if mechanism is None:
+            floats = {slot.name for slot in layout.slots}
+            sent |= {name: array for name, array in trained.items() if name not in floats}
         reply.content[ARRAYS] = ArrayRecord(sent)
         return reply
 

@@ -106,7 +106,7 @@ class CanaryStep(_Step):
             own = ((at >= 0) & (at < p.numel())).nonzero().squeeze(1)
             gradients = p.new_zeros(len(rows), p.numel())
             gradients[own, at[own]] = self._norm
-            p.grad_sample[rows] = gradients.view(-1, *p.shape)  # type: ignore[attr-defined]
+            p.grad_sample[rows] = gradients.view(-1, *p.shape)
             at = at - p.numel()
 
     def _weights(self) -> NDArray[np.float64]:
