@@ -47,24 +47,10 @@ def cost(text: str | None, protects: Unit | None, unit: Unit) -> NDArray[np.floa
     if text is None or (protects, unit) == ("example", "client"):
         return np.full(len(FILTER), np.inf)
     release = _release(text)
-    if isinstance(release, Curve) or (protects == unit and release.adjacency == "add_remove"):
+    if isinstance(release, Curve):
         return rdp(release)[_AT]
     # Without one of its examples a client is still there, with another contribution.
-    return _replaced(release)
-
-
-def _replaced(release: Gaussian) -> NDArray[np.float64]:
-    """What it costs that one contribution becomes another, at FILTER."""
-    if release.sampling == "fixed":
-        return rdp(release)[_AT]
-    unsampled = rdp(replace(release, sampling="none", rate=1.0, adjacency="replace"))[_AT]
-    if release.sampling == "none":
-        return unsampled
-    # One goes, the other comes: Mironov 2017, Proposition 11, where divergence grows with the order.
-    gone, order = rdp(replace(release, adjacency="add_remove")), np.array(FILTER)
-    both = gone[np.searchsorted(ORDERS, 2 * order)], gone[np.searchsorted(ORDERS, 2 * order - 1)]
-    triangle: NDArray[np.float64] = (order - 0.5) / (order - 1) * both[0] + both[1]
-    return np.minimum(unsampled, triangle)
+    return rdp(release if protects == unit else replace(release, adjacency="replace"))[_AT]
 
 
 def as_text(release: Release) -> str:
