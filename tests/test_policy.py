@@ -134,6 +134,11 @@ def test_a_policy_that_is_not_there_is_an_error(tmp_path: Path) -> None:
         ({"epsilon": 50.0, "delta": 1e-5}, "", "epsilon: the planned run spends inf"),
         ({"epsilon": 50.0, "delta": 1e-6}, DP, "delta: it is 1e-05, at most 1e-06 may be"),
         ({"metrics": ["accuracy"]}, "", "metrics: train needs num-examples"),
+        (
+            {"metrics": ["num-examples"], "privacy": ["central_gaussian"]},
+            "privacy=central_gaussian privacy.quantile=0.5",
+            "metrics: train needs below-clip",
+        ),
     ],
 )
 def test_each_rule_refuses_by_its_name(rules: dict[str, Any], overrides: str, said: str) -> None:

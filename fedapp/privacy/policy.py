@@ -16,6 +16,7 @@ import yaml
 from fedapp import __version__, check
 from fedapp.errors import ConfigError, FedappError
 from fedapp.privacy.accounting import Gaussian, Release
+from fedapp.privacy.central import BIT, CentralGaussian
 from fedapp.tasks import Data, Task
 from fedapp.tasks.tables import Csv
 from fedapp.training import DpSgd, Sgd, Trainer
@@ -149,7 +150,10 @@ class Policy:
             raise PolicyRefusal("epsilon", f"round {server_round} is outside the {job.rounds} planned rounds")
         self._check_noise(job, releases)
         self._check_columns(job.task)
-        needed = () if releases else _NEEDED.get(purpose, ())
+        needed = _NEEDED.get(purpose, ())
+        if releases:  # then a constant is what a client weighs
+            adaptive = isinstance(job.privacy, CentralGaussian) and job.privacy.quantile is not None
+            needed = (BIT,) if adaptive else ()
         for name in needed:
             if name not in self.metrics:
                 raise PolicyRefusal("metrics", f"{purpose} needs {name}, and only {self.metrics} may leave")
