@@ -76,8 +76,8 @@ def noise_of(job: Job, workers: int) -> list[NDArray[np.float64]]:
     with job.engine.grid(client_app(lambda _: job), sizes, workers) as grid:
         pull = grid.pull_messages
 
-        def watched(ids: Iterable[str]) -> list[Message]:
-            replies = list(pull(ids))
+        def watched(message_ids: Iterable[str]) -> list[Message]:
+            replies = list(pull(message_ids))
             for reply in replies:
                 records = reply.content.array_records
                 if job.terms is not None and "values" in reply.content.config_records[SECAGG]:
@@ -92,7 +92,7 @@ def noise_of(job: Job, workers: int) -> list[NDArray[np.float64]]:
                     found.append((ravel(records[ARRAYS], layout) - before).astype(np.float64))
             return replies
 
-        grid.pull_messages = watched  # type: ignore[method-assign, assignment]
+        grid.pull_messages = watched  # type: ignore[method-assign]
         federation, before = Federation(job, grid), ravel(job.initial, layout)
         for _ in federation.run(Progress(Console(file=io.StringIO()), job.rounds)):
             after = ravel(federation.arrays, layout)
@@ -223,6 +223,27 @@ def test_a_client_declines_past_its_limit_and_the_run_goes_on(choice: str, tmp_p
     assert grid.ledger.count("4") == (0 if central else 1)
     assert grid.ledger.count("5") == (1 if central else 3)
     assert federation.spent == job.spent(3, 3)  # what was asked for: the server does not know who declined
+
+
+def test_a_message_that_comes_twice_is_not_charged_twice(tmp_path: Path) -> None:
+    """Its masked reply is not kept, and no vector is masked twice: it is refused before training."""
+    job = job_of("distributed_gaussian", "rounds=1")
+    grid, twice = Participants(job, tmp_path), list[Message]()
+    pull = grid.pull_messages
+
+    def doubled(message_ids: Iterable[str]) -> Iterable[Message]:
+        asked = grid._waiting[-1]
+        replies = pull(message_ids)
+        if asked.metadata.message_type == "train":
+            context = grid._contexts[asked.metadata.dst_node_id]
+            twice.append(client_app(lambda _: job)(asked, context))
+        return replies
+
+    grid.pull_messages = doubled  # type: ignore[method-assign]
+    _, (record,) = run(job, grid)
+    assert (record.replies, record.failures) == (6, 0)
+    assert [reply.has_error() for reply in twice] == [True] * 6
+    assert [grid.ledger.count(str(node)) for node in grid.get_node_ids()] == [1] * 6
 
 
 def test_nodes_beyond_those_that_noise_is_set_for_take_no_part() -> None:

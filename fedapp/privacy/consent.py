@@ -66,7 +66,7 @@ def consent(job_of: Callable[[Context], Job]) -> Mod:
             with policy.in_time() if policy else nullcontext():
                 reply = call_next(message, context)
             if reply.has_error() or METRICS not in reply.content.metric_records:
-                return reply  # nothing was trained or tested
+                return reply  # nothing was trained or tested, or it is masked, which is never done twice
             if policy is not None:
                 metrics = reply.content.metric_records[METRICS]
                 left = {name: value for name, value in metrics.items() if policy.may_leave(name)}

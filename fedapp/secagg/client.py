@@ -98,6 +98,10 @@ class Client:
         commitment = keys.commit(_element(seed))
         return {"session": session, "commitment": commitment, "sealed": b"".join(sealed)}, state
 
+    def expects_values(self, message: Record, state: Record) -> None:
+        """Refuse what `mask` would refuse of another session or stage, before anybody makes values for it."""
+        _session(message, state, SHARED)
+
     def mask(self, message: Record, state: Record, values: NDArray[np.uint32]) -> tuple[Record, Record]:
         """{session, present, sealed} and values (size,) below the modulus -> {session, values}.
 

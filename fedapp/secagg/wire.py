@@ -38,6 +38,7 @@ def masked(client: Client, encode: Callable[[NDArray[np.float32]], NDArray[np.ui
 
     def mod(message: Message, context: Context, call_next: Callable[[Message, Context], Message]) -> Message:
         asked, received = _read(message.content), message.content.array_records[ARRAYS]
+        client.expects_values(asked, _state(context))  # a second training would be charged, and lost
         reply = call_next(message, context)
         if reply.has_error():
             return reply
