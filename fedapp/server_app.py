@@ -130,5 +130,6 @@ def _summary(
             **{name: version(name) for name in ("flwr", "torch", "opacus", "numpy")},
         },
         interrupted=failure is not None,
+        coding=job.said,
         note=job.note,
     )

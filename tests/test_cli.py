@@ -93,7 +93,7 @@ def test_bad_settings_end_in_one_line(tmp_path: Path, overrides: list[str], said
     [
         ("clients=ten", "clients must be a whole number of at least 1, got 'ten'"),
         ("cohort=11", "cohort must be a whole number from 1 to 3, got 11"),
-        ("sampling=poisson", "sampling must be one of fixed, got 'poisson'"),
+        ("sampling=systematic", "sampling must be one of auto, fixed, poisson"),
         ("device=cuda", "device=cuda, but torch sees no CUDA device"),
         ("trainer=dp_sgd", "trainer=dp_sgd does not go with privacy=none: choose privacy=example"),
         ("privacy=example trainer=sgd", "trainer=sgd does not go with privacy=example"),

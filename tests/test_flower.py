@@ -101,13 +101,15 @@ def listens(port: int, server: subprocess.Popen[bytes]) -> None:
     pytest.fail(f"nothing listens on port {port}")
 
 
-def app_in(home: Path) -> None:
+def app_in(home: Path, marked: bool = True) -> None:
     """A copy of the app; each program that imports it adds a line to $FLWR_HOME/imports: who, from where."""
     ignore = shutil.ignore_patterns("__pycache__")
     for name in ("fedapp", "conf"):
         shutil.copytree(ROOT / name, home / "app" / name, ignore=ignore)
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, home / "app")
+    if not marked:
+        return
     with (home / "app/fedapp/client_app.py").open("a") as file:
         file.write(
             "\nimport os, sys\n"
@@ -204,6 +206,43 @@ def test_a_deployment_with_tls_and_node_keys_gives_the_bits_of_the_local_engine(
     check(shell, home / "run")
     assert imports(home) == {"flwr-serverapp"}
     assert imports(home / "node0") == imports(home / "node1") == {"flwr-clientapp"}
+
+
+def test_secure_aggregation_in_a_deployment_gives_the_bits_of_the_local_engine(shell: Shell) -> None:
+    home = shell.home
+    app_in(home, marked=False)
+    deploy(shell, [f"partition-id={n} num-partitions=3" for n in range(3)])
+    chosen = "task=digits privacy=distributed_gaussian privacy.test_seed=1 rounds=1 clients=3"
+    (home / "run.toml").write_text(f'overrides = "{chosen} run_dir={home}/run"\n')
+    shell.run("flwr run app own --run-config run.toml --stream", timeout=300)
+    summary, rounds = records(home / "run")
+    assert [(r["replies"], r["failures"]) for r in rounds] == [(3, 0)]
+    assert (summary["epsilon"], summary["codec"]) == (None, "secure aggregation")
+    shell.run(f"fedapp simulate {chosen} run_dir={home}/local")
+    models = [(home / run / "model.safetensors").read_bytes() for run in ("run", "local")]
+    assert models[0] == models[1]
+
+
+def test_a_node_declines_what_its_policy_or_its_ledger_does_not_allow(shell: Shell) -> None:
+    """One pays for one round and declines the second; the other's policy takes no such run."""
+    home = shell.home
+    app_in(home, marked=False)
+    for node, privacy in enumerate(("example", "none")):
+        (home / f"policy{node}.yaml").write_text(f"tasks: [digits]\nprivacy: [{privacy}]\nmetrics: []\n")
+    shell.run("fedapp ledger set-limit ledger.db ward example 3 1e-5")
+    own = [f'policy="{home}/policy{n}.yaml" ledger="{home}/ledger.db" data-id="ward"' for n in (0, 1)]
+    deploy(shell, [f"partition-id={n} num-partitions=2 {own[n]}" for n in (0, 1)])
+    (home / "run.toml").write_text(
+        f'overrides = "task=digits model=logistic privacy=example privacy.epsilon=3 rounds=3 clients=2 '
+        f'run_dir={home}/run"\n'
+    )
+    assert shell.start("flwr run app own --run-config run.toml --stream").wait(300) == 0
+    rounds = [json.loads(line) for line in (home / "run/rounds.jsonl").read_text().splitlines()]
+    assert [(r["replies"], r["failures"]) for r in rounds][:1] == [(1, 1)]
+    assert rounds[-1]["replies"] == 0  # a filter over adaptive choices is above the run's own figure
+    shell.run("fedapp ledger show ledger.db")
+    shown = (home / f"{len(shell._running) - 1:02d}.log").read_text()
+    assert f"ward: {sum(r['replies'] for r in rounds)} release" in shown
 
 
 def test_nodes_bring_their_own_tables_and_have_no_test_table(shell: Shell) -> None:

@@ -92,7 +92,7 @@ def strict(text: str) -> Any:
 
 def test_summary_and_rounds_keep_the_contract(tmp_path: Path) -> None:
     run(tmp_path)
-    extra = {"uplink_ratio", "parameters", "interrupted", "note"}
+    extra = {"uplink_ratio", "parameters", "interrupted", "note", "privacy_against", "coding"}
     assert set(strict((tmp_path / "summary.json").read_text())) == set(CONTRACT.split()) | extra
     lines = (tmp_path / "rounds.jsonl").read_text().splitlines()
     assert [" ".join(strict(line)) for line in lines] == [ROUND_CONTRACT] * 2

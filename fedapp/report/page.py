@@ -138,6 +138,7 @@ def _tables(s: Summary) -> str:
         ("float32 uplink / uplink", ratio_text(s.uplink_ratio)),
         ("float32 / both ways", ratio_text(s.compression_ratio)),
         ("uplink bits a parameter", NONE if bits is None else digits(bits)),
+        ("coding", s.coding or NONE),
     )
     privacy = (
         ("privacy", s.privacy),

@@ -51,6 +51,7 @@ class Summary:
     seed: int
     versions: dict[str, str]
     privacy_against: str | None = None
+    coding: str | None = None  # how updates were coded, where the settings leave that open
     interrupted: bool = False
     note: str | None = None  # what a reader must know, e.g. why epsilon is None
 
