@@ -122,10 +122,11 @@ class DpSgd:
     *Formal guarantees* are those of `ExamplePrivacy`, given as `privacy`: each step releases the noised sum
     of gradients clipped to `max_grad_norm`, over a Bernoulli(`sampling_rate`) sample of the client's
     examples. The sum is divided by the public `sampling_rate * examples_per_client`, never by what the
-    client holds or drew, and every client does `steps` steps, weighs 1, and reports nothing else. One
-    accountant per client composes over its rounds; its history (float64 (k, 3): noise multiplier, rate,
-    steps) is the trainer's state, and a fit that would pass the budget is refused. Source: Abadi et al.
-    2016, "Deep learning with differential privacy", Algorithm 1.
+    client holds or drew, and every client does `steps` steps, weighs 1, and reports nothing else. An example
+    whose gradient is not finite counts as zero, and dropout masks are as secret as the draws. One accountant
+    per client composes over its rounds; its history (float64 (k, 3): noise multiplier, rate, steps) is the
+    trainer's state, and a fit that would pass the budget is refused. Source: Abadi et al. 2016, "Deep
+    learning with differential privacy", Algorithm 1.
 
     Per-example gradients come from Opacus' hooks up to `ghost_above` parameters, beyond that from ghost
     clipping, which stores norms only. `physical_batch_size` bounds memory and changes no result.
