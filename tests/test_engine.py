@@ -110,7 +110,8 @@ def test_cohorts_are_drawn_by_seed_and_round_alone(sampling: str) -> None:
 
     cohorts = drawn(0)
     assert cohorts == drawn(0) != drawn(1)
-    assert {len(cohort) for cohort in cohorts} == ({3} if sampling == "fixed" else set(range(6)))
+    sizes = {len(cohort) for cohort in cohorts}
+    assert sizes == ({3} if sampling == "fixed" else {1, 2, 3, 4, 5})  # none in 1 of 100 rounds
     assert len({tuple(cohort) for cohort in cohorts}) > 8
     assert {i for cohort in cohorts for i in cohort} == set(range(5))
     assert sum(map(len, cohorts)) == pytest.approx(120, abs=20)  # 3 deviations of a binomial of 200
