@@ -6,7 +6,7 @@ A round of privacy=distributed_gaussian without Flower and without training: eve
 Gaussian noise, and all stages run in this process. Bytes are those of the records as Flower serializes them,
 up (to the server) and down, over all parameters of all clients; `smaller` is float32 one way over both.
 `noise` is what rounding to the grid makes of it: 1 is what the noise multiplier asks for. A second table is
-of aggregation=ckks (extra ckks): keys, ciphertexts and the opened sum. Weights on their way out are in neither.
+of aggregation=ckks (extra ckks): keys, ciphertexts, the opened sum. Weights on their way out are in neither.
 """
 
 import argparse
