@@ -106,7 +106,8 @@ def check_dropouts(job: "Job") -> None:
         job.dropouts.graph(job.in_round)
     except ConfigError as error:
         raise ConfigError(
-            f"privacy.tolerated={job.privacy.tolerated:g} of {job.in_round} clients: {error}; "
+            f"privacy.tolerated={job.privacy.tolerated:g} of {job.in_round} clients: "
+            f"{str(error).partition(':')[0]}: "
             f"set privacy.tolerated lower, or a larger cohort"
         ) from error
 

@@ -193,7 +193,11 @@ def test_every_byte_of_the_protocol_is_counted() -> None:
         ("sampling=poisson", "set sampling=fixed"),
         ("cohort=2", "fewer than 3 clients hide nobody in their sum: set cohort=3 or more"),
         ("strategy=krum", "strategy=krum needs each update by itself"),
-        ("privacy.tolerated=0.5", "privacy.tolerated must be a number at least 0 and at most 0.3"),
+        ("privacy.tolerated=1", "privacy.tolerated must be a number at least 0 and below 1"),
+        (
+            "privacy.tolerated=0.5",
+            r"privacy.tolerated=0.5 of 6 clients: no threshold .*set privacy.tolerated",
+        ),
         (
             "clients=4 privacy.tolerated=0.3",
             r"privacy.tolerated=0.3 of 4 clients: .*set privacy.tolerated lower",

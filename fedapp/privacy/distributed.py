@@ -66,7 +66,7 @@ class DistributedGaussian:
         require_budget(self.epsilon, self.delta, self.noise_multiplier, self.test_seed)
         check.real("privacy.clip", self.clip, low=1e-6, high=1e6)
         check.real("privacy.keep", self.keep, above=0.0, high=1.0)
-        check.real("privacy.tolerated", self.tolerated, low=0.0, high=0.3)
+        check.real("privacy.tolerated", self.tolerated, low=0.0, below=1.0)
         if self.bits is not None:
             check.whole("privacy.bits", self.bits, 1, MOST_BITS)
 
