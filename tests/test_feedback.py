@@ -179,7 +179,7 @@ def test_the_run_decides_and_says_why(overrides: str, on: bool, said: str) -> No
     assert isinstance(job.codec, ErrorFeedback if on else RateDistortion)
     assert re.match(f"Error feedback is {'on' if on else 'off'}: .*{said}", job.said)
     again = job_of(f"{PLAIN} {cohort} {overrides} seed=1")
-    assert (again.codec, again.feedback) == (job.codec, job.said)
+    assert (again.codec, again.said) == (job.codec, job.said)
 
 
 @pytest.mark.parametrize("codec", ["default codec.rate=0.1 codec.feedback=true", "topk", "eden", "identity"])
