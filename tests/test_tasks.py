@@ -402,7 +402,7 @@ def test_damaged_fashion_mnist(tmp_path: Path, damage: Callable[[Path], object],
 
 
 def test_wrong_features_of_fashion_mnist() -> None:
-    with pytest.raises(ConfigError, match="pixels, oriented, got 'edges'"):
+    with pytest.raises(ConfigError, match="pixels, oriented, scattering, got 'edges'"):
         FashionMnist(**RUN, features="edges")
 
 
@@ -659,7 +659,7 @@ def test_bad_image_trees(tmp_path: Path, prepare: Callable[[Path], object], mess
         ({"path": "x", "size": 0}, r"task\.size must be a whole number from 1 to 4096, got 0"),
         ({"path": "x", "channels": 2}, r"task\.channels must be 1 \(grey\) or 3 \(colour\), got 2"),
         ({"path": "x", "test_fraction": -0.1}, r"task\.test_fraction"),
-        ({"path": "x", "features": "edges"}, r"task\.features must be one of pixels, oriented, got 'edges'"),
+        ({"path": "x", "features": "edges"}, r"one of pixels, oriented, scattering, got 'edges'"),
         ({"path": "x", "features": "oriented", "size": 7}, r"task\.size must be a whole number from 8"),
     ],
 )

@@ -5,19 +5,27 @@ import math
 import torch
 from torch.nn import functional
 
-CHOICES = ("pixels", "oriented")
+from fedapp.tasks import scattering
+
+CHOICES = ("pixels", "oriented", "scattering")
+LEAST = {"pixels": 1, "oriented": 8, "scattering": 8}  # pixels that an image must have each way
 _MAPS = 17  # made of one channel
 _CHUNK = 64  # images at a time: their 17 maps before pooling stay in a core's cache
 
 
 def features(choice: str, images: torch.Tensor) -> torch.Tensor:
-    """What a task makes of its images (n, channels, h, w): "pixels" are themselves, "oriented" see below."""
+    """What a task makes of its images (n, channels, h, w): "pixels" are themselves, the others see below."""
+    if choice == "scattering":
+        return scattering.scattering(images)
     return oriented(images) if choice == "oriented" else images
 
 
 def features_shape(choice: str, channels: int, height: int, width: int) -> tuple[int, int, int]:
     """The shape that `features` gives one image."""
-    return (_MAPS * channels, height // 4, width // 4) if choice == "oriented" else (channels, height, width)
+    if choice == "pixels":
+        return channels, height, width
+    maps = scattering.MAPS if choice == "scattering" else _MAPS
+    return maps * channels, height // 4, width // 4
 
 
 def oriented(images: torch.Tensor) -> torch.Tensor:

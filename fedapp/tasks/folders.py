@@ -12,7 +12,7 @@ from fedapp import check
 from fedapp.errors import ConfigError, DataError
 from fedapp.tasks import Data
 from fedapp.tasks.classification import Classification, check_names, held_out, once
-from fedapp.tasks.features import CHOICES, features, features_shape
+from fedapp.tasks.features import CHOICES, LEAST, features, features_shape
 
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"}
 
@@ -25,7 +25,7 @@ class ImageFolder(Classification):
     the sorted folder names of the training tree. size: images are cropped to a square and scaled to
     size x size pixels. channels: 1 (grey) or 3 (red, green, blue). Without a test folder, test_fraction of
     the training images is held out, the same ones for every seed. Pixels become -1 to 1 by public constants.
-    features: pixels, or oriented (`fedapp.tasks.features`). All images stay in memory.
+    features: pixels, oriented or scattering (`fedapp.tasks.features`). All images stay in memory.
 
     Raises ConfigError for a value out of range, or when neither path nor class_names says the classes.
     """
@@ -46,7 +46,7 @@ class ImageFolder(Classification):
                 "task=image_folder does not know its classes: set task.path, or task.class_names=[a,b]"
             )
         check.choice("task.features", self.features, CHOICES)
-        check.whole("task.size", self.size, 8 if self.features == "oriented" else 1, 4096)
+        check.whole("task.size", self.size, LEAST[self.features], 4096)
         if self.channels not in (1, 3):
             raise ConfigError(
                 f"task.channels must be 1 (grey) or 3 (colour), got {self.channels}: set task.channels=3"
@@ -55,7 +55,7 @@ class ImageFolder(Classification):
 
     @property
     def input_shape(self) -> tuple[int, ...]:
-        """(channels, size, size) pixels, or (17 * channels, size // 4, size // 4) oriented features."""
+        """(channels, size, size) pixels, or (17 or 81 * channels, size // 4, size // 4) features."""
         return features_shape(self.features, self.channels, self.size, self.size)
 
     @property

@@ -29,7 +29,7 @@ class FashionMnist(Classification):
     Read from $FEDAPP_DATA, from Debian's package, or downloaded by torchvision. A client's own data is a
     folder with train-images-idx3-ubyte.gz and train-labels-idx1-ubyte.gz.
 
-    features: oriented (`fedapp.tasks.features`) or pixels. Raises ConfigError for anything else.
+    features: oriented, scattering (`fedapp.tasks.features`) or pixels. Raises ConfigError for anything else.
     """
 
     features: str = "oriented"
@@ -40,7 +40,7 @@ class FashionMnist(Classification):
 
     @property
     def input_shape(self) -> tuple[int, ...]:
-        """(17, 7, 7) oriented features, or (1, 28, 28): one grey channel."""
+        """(17, 7, 7) oriented or (81, 7, 7) scattering features, or (1, 28, 28): one grey channel."""
         return features_shape(self.features, 1, 28, 28)
 
     @property
