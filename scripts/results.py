@@ -8,6 +8,7 @@ already is not repeated, so that an interrupted series goes on where it stopped.
 
 import argparse
 import json
+import shutil
 import statistics
 import subprocess
 import sys
@@ -18,11 +19,14 @@ CODECS = {"uncoded": ["codec=identity"], "2 bits": ["codec.rate=2"], "1 bit": []
 
 
 def run(folder: Path, overrides: list[str]) -> dict[str, Any]:
-    """The summary of one run; made now unless it is there."""
-    if not (folder / "summary.json").exists():
+    """The summary of one run; made now unless it is there. One that was interrupted begins anew."""
+    path = folder / "summary.json"
+    if path.exists() and json.loads(path.read_text())["interrupted"]:
+        shutil.rmtree(folder)
+    if not path.exists():
         command = [sys.executable, "-m", "fedapp.cli", "simulate", *overrides, f"run_dir={folder}"]
         subprocess.run(command, check=True, stdout=sys.stderr)
-    found: dict[str, Any] = json.loads((folder / "summary.json").read_text())
+    found: dict[str, Any] = json.loads(path.read_text())
     return found
 
 
