@@ -31,9 +31,10 @@ def run(folder: Path, overrides: list[str]) -> dict[str, Any]:
 
 
 def spread(values: list[float]) -> str:
-    """Mean and its standard error."""
-    error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else float("nan")
-    return f"{statistics.mean(values):.2f} ± {error:.2f}"
+    """Mean and its standard error; of one value itself."""
+    if len(values) == 1:
+        return f"{values[0]:.2f}"
+    return f"{statistics.mean(values):.2f} ± {statistics.stdev(values) / len(values) ** 0.5:.2f}"
 
 
 def main() -> None:
