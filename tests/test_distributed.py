@@ -155,9 +155,9 @@ def test_sum_decodes_to_the_mean_of_clipped_updates(size: int, cohort: int) -> N
 
 def test_a_lost_reply_counts_as_zero() -> None:
     """Divided by the public cohort, not by who replied."""
-    agreed, x = terms(3000, 10, tolerated=0.5), gaussian(3000, 0.9, 0)
-    mean = agreed.decode(total(agreed, [x] * 5, noise=False), 5, public())
-    assert np.linalg.norm(mean - x / 2) < 0.5 * agreed.step * math.sqrt(3000 / 5)
+    agreed, x = terms(3000, 10, tolerated=0.3), gaussian(3000, 0.9, 0)
+    mean = agreed.decode(total(agreed, [x] * 7, noise=False), 7, public())
+    assert np.linalg.norm(mean - 0.7 * x) < 0.7 * agreed.step * math.sqrt(3000 / 7)
 
 
 def test_kept_places_are_scaled_to_an_unbiased_mean() -> None:
@@ -394,7 +394,7 @@ def test_empty_terms_are_refused(size: int, cohort: int) -> None:
         terms(size, cohort)
 
 
-@pytest.mark.parametrize(("tolerated", "honest"), [(0.0, 10), (0.1, 9), (0.29, 7), (0.3, 7), (0.95, 1)])
+@pytest.mark.parametrize(("tolerated", "honest"), [(0.0, 10), (0.1, 9), (0.29, 7), (0.3, 7)])
 def test_at_least_the_tolerated_share_may_be_missing(tolerated: float, honest: int) -> None:
     agreed = terms(100, 10, tolerated=tolerated)
     assert agreed.honest == honest
