@@ -236,8 +236,10 @@ def partitions(grid: Grid, clients: int, timeout: float) -> dict[int, int]:
     asked = [Message(RecordDict(), node, MessageType.QUERY) for node in nodes]
     found: dict[int, int] = {}
     for reply in stream(grid, asked, timeout):
-        if reply.has_content():
-            found[reply.metadata.src_node_id] = int(str(reply.content.config_records[CONFIG]["partition-id"]))
+        config = reply.content.config_records.get(CONFIG) if reply.has_content() else None
+        said = None if config is None else config.get("partition-id")
+        if isinstance(said, int):  # of any other answer, as of none: it brings its own data
+            found[reply.metadata.src_node_id] = said
     own = sorted(node for node in nodes if found.get(node, -1) < 0)  # they bring their own data
     taken = [p for p in found.values() if p >= 0]
     if len(set(taken)) < len(taken):

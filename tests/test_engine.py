@@ -125,6 +125,20 @@ def test_two_nodes_with_one_partition_are_refused() -> None:
         Federation(job, grid)
 
 
+def test_a_strange_answer_to_the_first_question_ends_nothing() -> None:
+    job = job_of("clients=3 cohort=3")
+    app = client_app(lambda _: job)
+    strange = {6: RecordDict(), 7: RecordDict({CONFIG: ConfigRecord({"partition-id": "one"})})}
+
+    def answers(message: Message, context: Context) -> Message:
+        if message.metadata.message_type == "query" and context.node_id in strange:
+            return Message(strange[context.node_id], reply_to=message)
+        return app(message, context)
+
+    federation = Federation(job, Elsewhere(answers, [5, 6, 7]))  # type: ignore[arg-type]
+    assert federation._partitions == {5: 0, 6: 1, 7: 2}
+
+
 def test_nodes_that_do_not_come_are_named() -> None:
     job = job_of("round_timeout=0.3")
     with pytest.raises(FedappError, match=r"2 of clients=5 nodes .* set clients=2"):
