@@ -17,17 +17,15 @@ the sums. Nothing is said of what a sum tells; that is differential privacy's pa
 import importlib.util
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from logging import WARNING
 from typing import Any
 
 import numpy as np
 from flwr.app import ConfigRecord, Context, Message, MessageType, RecordDict
-from flwr.supercore import log
 from numpy.typing import NDArray
 
 from fedapp import check
 from fedapp.errors import ConfigError, DecodeError, FedappError
-from fedapp.wire import ARRAYS, METRICS, WEIGHT, metrics_of, update_of, weight_of
+from fedapp.wire import ARRAYS, METRICS, WEIGHT, metrics_of, refuse, require_finite, update_of, weight_of
 
 CKKS = "ckks"
 _DEGREE, _MODULI, _SCALE = 4096, (54, 54), 30  # at most 109 bits of moduli are secure; sums stay below 2^22
@@ -147,8 +145,7 @@ def encrypted(
         return reply
     metrics = metrics_of(reply, (WEIGHT,))
     update = update_of(received, reply.content.array_records[ARRAYS])
-    if not np.isfinite(update).all():
-        raise ValueError("the trained weights are not finite; training diverged")
+    require_finite(update)
     values = encrypt(update.astype(np.float64) * int(str(metrics[WEIGHT])), public)
     reply.content = RecordDict({CKKS: ConfigRecord({"values": values}), METRICS: metrics})
     return reply
@@ -182,17 +179,16 @@ class CkksSum:
         told = RecordDict({CKKS: ConfigRecord({"public": [public]})})
         return dict.fromkeys(self._nodes, told)
 
-    def take(self, reply: Message) -> bool:
-        """One reply with ciphertexts; whether it counts."""
+    def take(self, reply: Message) -> None:
+        """One reply with ciphertexts; one that is refused counts as none."""
         try:
             weight = weight_of(metrics_of(reply, (WEIGHT,)), self._uniform)
             if weight:
                 self._sum.add(_bytes(reply.content, "values"))
         except (DecodeError, KeyError) as error:
-            log(WARNING, "reply of node %s refused: %s", reply.metadata.src_node_id, error)
-            return False
+            refuse(reply, error)
+            return
         self._weight, self._count = self._weight + weight, self._count + 1
-        return True
 
     def mean(self) -> tuple[NDArray[np.float64], int]:
         """The weighted mean, float64 (size,), and of how many."""

@@ -20,7 +20,7 @@ from fedapp.codec.chain import Identity
 from fedapp.codec.feedback import AutoFeedback
 from fedapp.downlink import Coded, Plain
 from fedapp.errors import ConfigError
-from fedapp.privacy.accounting import Release, Sampling, Spent
+from fedapp.privacy.accounting import Gaussian, Release, Sampling, Spent
 from fedapp.privacy.accounting import epsilon as epsilon_of
 from fedapp.privacy.central import CentralGaussian
 from fedapp.privacy.discrete import discrete_gaussian
@@ -59,9 +59,7 @@ class Job:
     aggregation: Open | Ckks
     engine: "Local"
     choices: Mapping[str, str | None]
-    said: str | None = field(
-        init=False, default=None
-    )  # how updates are coded, where the settings leave it open
+    said: str | None = field(init=False, default=None)  # how updates are coded, where that was left open
 
     def __post_init__(self) -> None:
         check.whole("clients", self.clients, 1)
@@ -214,14 +212,19 @@ class Job:
             history = self.trainer.history(participations)
             epsilon = self.privacy.spent(history) if participations else 0.0
             return Spent(epsilon, self.privacy.accountant)
-        if self.terms is not None:
-            releases: tuple[Release, ...] = (self.terms.curve(participations),)
-        elif self.mechanism is not None:
-            releases = self.mechanism.releases(rounds, participations)
-        else:
+        if self.privacy.delta is None:
             return None
-        assert self.privacy.delta is not None
-        return epsilon_of(releases, self.privacy.delta)
+        return epsilon_of(self.releases(rounds, participations), self.privacy.delta)
+
+    def releases(self, rounds: int, participations: int) -> tuple[Release, ...]:
+        """What so many rounds release of a client that took part in so many; nothing if unprotected."""
+        if isinstance(self.trainer, DpSgd):
+            dp = self.trainer
+            steps = dp.steps * participations
+            return (Gaussian(dp.noise_multiplier, "poisson", dp.sampling_rate, steps, "add_remove"),)
+        if self.terms is not None:
+            return (self.terms.curve(participations),)
+        return () if self.mechanism is None else self.mechanism.releases(rounds, participations)
 
     @property
     def note(self) -> str | None:

@@ -120,9 +120,7 @@ class Federation:
 
     def _train(self, number: int, progress: Progress) -> int:
         """One round of training; returns how many clients were asked."""
-        nodes = sorted(
-            self._partitions, key=self._partitions.__getitem__
-        )  # never by node id, which is random
+        nodes = sorted(self._partitions, key=self._partitions.__getitem__)  # a node's id is random
         cohort = [nodes[i] for i in self.job.draw(number, len(nodes))]
         view = cast(Grid, Cohort(cohort or nodes))  # strategies wait for nodes, and keep what they configure
         asked = self._wire.configure_train(number, self.arrays, ConfigRecord(), view)
@@ -160,16 +158,16 @@ class Federation:
         messages = [message for message in messages if message.metadata.dst_node_id in told]
         for message in messages:
             message.content = RecordDict({**message.content, **told[message.metadata.dst_node_id]})
-        progress.reply(0, len(messages))
-        for done, reply in enumerate(self._exchange(messages), 1):
+        before = self.accepted
+        for reply in self._watched(self._exchange(messages), progress, len(messages)):
             summed.take(reply)
-            progress.reply(done, len(messages))
+        self.accepted = before  # what came counts only in a sum that was opened
         mean, count = summed.mean()
         self.arrays = self._wire.step(number, mean) or self.arrays
         self.accepted += count
 
     def _ask(self, messages: list[Message]) -> Iterator[Message]:
-        """Send messages that hold no weights, yield the replies."""
+        """Send messages as they are, yield the replies."""
         return self.traffic.exchange(self.grid, messages, self.job.round_timeout)
 
     def _exchange(self, messages: list[Message]) -> Iterator[Message]:
@@ -179,7 +177,7 @@ class Federation:
             messages = self._downlink.send(self.arrays, messages)
         for tries_left in (2, 1, 0):
             others = []
-            for reply in self.traffic.exchange(self.grid, messages, self.job.round_timeout):
+            for reply in self._ask(messages):
                 other = None if self._downlink is None else self._downlink.again(reply)
                 if other is not None and tries_left:
                     others.append(other)

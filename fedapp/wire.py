@@ -7,7 +7,6 @@ Without this pair the app is plain Flower; with the identity codec and no mechan
 """
 
 import os
-import struct
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -25,15 +24,14 @@ from numpy.lib.format import read_array_header_1_0, read_magic
 from numpy.typing import NDArray
 
 from fedapp.codec import Codec, Layout, Slot
-from fedapp.codec.packet import decode_update, pack
-from fedapp.errors import ConfigError, DecodeError
+from fedapp.codec.packet import decode_update, pack, padded, unpadded
+from fedapp.errors import DecodeError
 from fedapp.exact_sum import ExactSum
 from fedapp.privacy.mechanism import Mechanism, Numbers
 from fedapp.privacy.secret import SERVER, Secret, source
 
 STYPE = "fedapp.packet"
 ARRAYS, METRICS, CONFIG, UPDATE = "arrays", "metrics", "config", "update"
-_LENGTH = struct.Struct("<I")
 WEIGHT, LOSS = "num-examples", "train_loss"
 
 
@@ -97,8 +95,8 @@ def compress(
             update, side, kept = mechanism.on_client(update, terms, kept, secret)
             store_state(context, "privacy", kept)
             reply.content[METRICS] = MetricRecord({WEIGHT: 1, **side})
-        elif not np.isfinite(update).all():  # before error feedback could remember it
-            raise ValueError("the trained weights are not finite; training diverged")
+        else:
+            require_finite(update)  # before error feedback could remember it
         state = load_state(context, "codec")
         packet, state = codec.encode(update, layout, state, rng)
         store_state(context, "codec", state)
@@ -116,32 +114,17 @@ def compress(
     return mod
 
 
-def padded(data: bytes, instead: bytes, size: int) -> bytes:
-    """The packet behind its length, with zeros up to `size`; where it does not fit, what stands instead."""
-    fitting = data if len(data) + _LENGTH.size <= size else instead
-    if len(fitting) + _LENGTH.size > size:
-        raise ConfigError(
-            f"privacy.packet_bytes={size} does not even hold a packet of zeros: "
-            f"set {len(fitting) + _LENGTH.size} or more"
-        )
-    return (_LENGTH.pack(len(fitting)) + fitting).ljust(size, b"\0")
-
-
-def unpadded(data: bytes, size: int) -> bytes:
-    """Undo `padded`; raises DecodeError."""
-    if len(data) != size:
-        raise DecodeError(f"packets have privacy.packet_bytes={size} bytes, this one {len(data)}")
-    end = _LENGTH.size + _LENGTH.unpack_from(data)[0]
-    if end > size or any(data[end:]):
-        raise DecodeError("the packet is not padded as it says")
-    return data[_LENGTH.size : end]
-
-
 def update_of(received: ArrayRecord, trained: ArrayRecord) -> NDArray[np.float32]:
     """Trained minus received, float32 (size,)."""
     layout = layout_of(received)
     with np.errstate(invalid="ignore"):  # of infinities: the caller looks at what comes out
         return ravel(trained, layout) - ravel(received, layout)
+
+
+def require_finite(update: NDArray[np.float32]) -> None:
+    """Raises ValueError where training went astray."""
+    if not np.isfinite(update).all():
+        raise ValueError("the trained weights are not finite; training diverged")
 
 
 def load_state(context: Context, key: str) -> Mapping[str, NDArray[Any]]:
@@ -207,14 +190,8 @@ class Wire(Strategy):
                 if self.codec is None:
                     values = values_of(arrays, self._weights)
                 else:
-                    data = _packet_in(arrays.pop(UPDATE))
-                    if self.mechanism is not None and self.mechanism.packet_bytes:
-                        data = unpadded(data, self.mechanism.packet_bytes)
-                    update = decode_update(data, self.codec, mean.layout)
+                    update, side = self._update_in(reply, self.codec, mean.layout)
                     values = values_of(arrays, mean.buffers)
-                    side: Numbers = {}
-                    if self.mechanism is not None:
-                        update, side = self.mechanism.on_reply(update, _side_of(reply), self._kept)
                     if self.streams:
                         mean.add(update, values, weight)
                         sides.update(side)
@@ -232,6 +209,15 @@ class Wire(Strategy):
         if not accepted:
             return None, None
         return self._stepped(server_round, accepted)
+
+    def _update_in(self, reply: Message, codec: Codec, layout: Layout) -> tuple[NDArray[np.float32], Numbers]:
+        """The update that a reply's packet holds, bounded by the mechanism, and the numbers beside it."""
+        data = _packet_in(reply.content.array_records[ARRAYS].pop(UPDATE))
+        if self.mechanism is None:
+            return decode_update(data, codec, layout), {}
+        if self.mechanism.packet_bytes:
+            data = unpadded(data, self.mechanism.packet_bytes)
+        return self.mechanism.on_reply(decode_update(data, codec, layout), _side_of(reply), self._kept)
 
     def step(self, server_round: int, mean: NDArray[np.floating[Any]]) -> ArrayRecord | None:
         """What the strategy makes of a mean that somebody else has summed."""
@@ -267,7 +253,12 @@ class Wire(Strategy):
             yield
         except Exception as error:  # hostile bytes may reach any line, Flower's and numpy's too
             self.failures += 1
-            log(WARNING, "reply of node %s refused: %s", reply.metadata.src_node_id, error)
+            refuse(reply, error)
+
+
+def refuse(reply: Message, error: Exception) -> None:
+    """Say why a reply does not count."""
+    log(WARNING, "reply of node %s refused: %s", reply.metadata.src_node_id, error)
 
 
 class _Mean:

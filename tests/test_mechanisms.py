@@ -20,6 +20,7 @@ from scipy.stats import kstest
 
 from fedapp import config
 from fedapp.client_app import client_app
+from fedapp.codec.packet import padded, unpadded
 from fedapp.errors import ConfigError, DecodeError
 from fedapp.job import Job
 from fedapp.privacy import accounting
@@ -30,7 +31,7 @@ from fedapp.privacy.secret import normal, source, uniform
 from fedapp.report.folder import Round
 from fedapp.report.progress import Progress
 from fedapp.rounds import Federation, size_of
-from fedapp.wire import METRICS, WEIGHT, layout_of, padded, ravel, unpadded
+from fedapp.wire import METRICS, WEIGHT, layout_of, ravel
 
 PLAN = Plan("poisson", cohort=10, clients=100, rounds=5, most=5)
 MANY = 250_000

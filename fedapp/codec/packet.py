@@ -1,4 +1,4 @@
-"""A packet as bytes: version, dtype, checksum; and bytes from outside, which may be anything."""
+"""A packet as bytes: version, dtype, checksum, padding; and bytes from outside, which may be anything."""
 
 import struct
 import zlib
@@ -8,10 +8,11 @@ from numpy.typing import NDArray
 
 from fedapp.codec import Codec, Layout, Packet
 from fedapp.codec.varint import Reader, varint
-from fedapp.errors import DecodeError
+from fedapp.errors import ConfigError, DecodeError
 
 _VERSION = 1
 _PREFIX = struct.Struct("<BBI")  # version, dtype of the body, CRC-32 of all that follows
+_LENGTH = struct.Struct("<I")  # of a packet that is padded
 _DTYPES = (np.dtype("u1"), np.dtype("<i4"), np.dtype("<f4"))
 
 
@@ -69,6 +70,27 @@ def decode_update(data: bytes, codec: Codec, layout: Layout) -> NDArray[np.float
             f"packet decodes to {update.dtype} {update.shape}, not {layout.size} finite float32"
         )
     return update
+
+
+def padded(data: bytes, instead: bytes, size: int) -> bytes:
+    """The packet behind its length, with zeros up to `size`; where it does not fit, what stands instead."""
+    fitting = data if len(data) + _LENGTH.size <= size else instead
+    if len(fitting) + _LENGTH.size > size:
+        raise ConfigError(
+            f"privacy.packet_bytes={size} does not even hold a packet of zeros: "
+            f"set {len(fitting) + _LENGTH.size} or more"
+        )
+    return (_LENGTH.pack(len(fitting)) + fitting).ljust(size, b"\0")
+
+
+def unpadded(data: bytes, size: int) -> bytes:
+    """Undo `padded`; raises DecodeError."""
+    if len(data) != size:
+        raise DecodeError(f"packets have privacy.packet_bytes={size} bytes, this one {len(data)}")
+    end = _LENGTH.size + _LENGTH.unpack_from(data)[0]
+    if end > size or any(data[end:]):
+        raise DecodeError("the packet is not padded as it says")
+    return data[_LENGTH.size : end]
 
 
 def _seed(codec: Codec, layout: Layout) -> int:

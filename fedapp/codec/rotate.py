@@ -87,12 +87,12 @@ class Eden:
         return seed.signs(shared, turns * padded).reshape(turns, padded)
 
 
-def hadamard(x: NDArray[Any]) -> None:
+def hadamard(x: NDArray[Any], block: int = _BLOCK) -> None:
     """Orthonormal Walsh-Hadamard transform of every block, in place; it is its own inverse.
 
     Additions and subtractions of pairs in a fixed order: the same bits on any machine.
     """
-    for blocks in _blocks(x):
+    for blocks in _blocks(x, block):
         half, width = 1, blocks.shape[1]
         while half < width:
             pairs = blocks.reshape(len(blocks), -1, 2, half)
@@ -109,7 +109,7 @@ def _padded(count: int) -> int:
     return full * _BLOCK + (1 << (left - 1).bit_length() if left else 0)
 
 
-def _blocks(padded: NDArray[Any]) -> list[NDArray[Any]]:
+def _blocks(padded: NDArray[Any], block: int = _BLOCK) -> list[NDArray[Any]]:
     """Views of the full blocks as rows, and of the last, shorter one."""
-    full = len(padded) // _BLOCK * _BLOCK
-    return [part.reshape(-1, min(_BLOCK, len(part))) for part in (padded[:full], padded[full:]) if len(part)]
+    full = len(padded) // block * block
+    return [part.reshape(-1, min(block, len(part))) for part in (padded[:full], padded[full:]) if len(part)]

@@ -32,12 +32,11 @@ from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 import fedapp
 from fedapp.errors import ConfigError
 from fedapp.job import Job
-from fedapp.privacy.accounting import Gaussian, Release
+from fedapp.privacy.accounting import Release
 from fedapp.privacy.central import CentralGaussian
 from fedapp.privacy.ledger import BudgetSpent, Ledger, fingerprint
 from fedapp.privacy.policy import Policy, PolicyRefusal
 from fedapp.tasks import Data
-from fedapp.training import DpSgd
 from fedapp.wire import CONFIG, METRICS
 
 SPENT = "the client's privacy budget does not allow this release"
@@ -122,14 +121,7 @@ def releases(job: Job) -> Sequence[Release]:
     In the central model a client is hidden among those that might have been drawn, in every round of the run,
     so its first reply stands for all of them.
     """
-    if job.note is not None:
-        return ()
-    if isinstance(job.trainer, DpSgd):
-        dp = job.trainer
-        return (Gaussian(dp.noise_multiplier, "poisson", dp.sampling_rate, dp.steps, "add_remove"),)
-    if job.terms is not None:
-        return (job.terms.curve(1),)
-    return () if job.mechanism is None else job.mechanism.releases(job.rounds, 1)
+    return job.releases(job.rounds, 1) if job.note is None else ()
 
 
 def installed() -> Path:

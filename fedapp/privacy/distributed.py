@@ -10,6 +10,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from fedapp import check
 from fedapp.codec import seed
+from fedapp.codec.rotate import hadamard
 from fedapp.errors import ConfigError, DecodeError, FedappError
 from fedapp.privacy.accounting import ORDERS, Curve, epsilon, noise_for
 from fedapp.privacy.discrete import discrete_gaussian, sampled_variance
@@ -252,14 +253,16 @@ def _rotated(x: NDArray[np.float64], turn: bytes) -> NDArray[np.float64]:
     """
     x = x.copy()
     for part, signs in _turns(x, turn):
-        part[:] = _hadamard(part * signs)
+        part *= signs
+        hadamard(part, len(part))
     return x
 
 
 def _rotated_back(x: NDArray[np.float64], turn: bytes) -> NDArray[np.float64]:
     x = x.copy()
     for part, signs in reversed(_turns(x, turn)):
-        part[:] = _hadamard(part) * signs
+        hadamard(part, len(part))
+        part *= signs
     return x
 
 
@@ -272,18 +275,3 @@ def _turns(x: NDArray[np.float64], turn: bytes) -> list[tuple[NDArray[np.float64
 def _width(count: int) -> int:
     """The largest power of two within the count."""
     return 1 << count.bit_length() - 1
-
-
-def _hadamard(x: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Orthonormal Walsh-Hadamard transform of a power of two values; its own inverse.
-
-    A matrix product for every six bits of a place, each of which brings the next six to the front.
-    """
-    from scipy.linalg import hadamard
-
-    left = len(x)
-    while left > 1:
-        factor = min(left, 64)
-        x = (hadamard(factor, np.float64) @ x.reshape(factor, -1)).T.reshape(-1)
-        left //= factor
-    return x / math.sqrt(len(x))

@@ -1,12 +1,10 @@
 """Secure aggregation in Flower's messages: what a node answers, and a round's sum on the server."""
 
 from collections.abc import Callable, Iterator
-from logging import WARNING
 
 import numpy as np
 from flwr.app import ConfigRecord, Context, Message, MessageType, RecordDict
 from flwr.clientapp.typing import Mod
-from flwr.supercore import log
 from numpy.typing import NDArray
 
 from fedapp.errors import DecodeError
@@ -14,7 +12,7 @@ from fedapp.privacy.distributed import Terms
 from fedapp.secagg.client import Client
 from fedapp.secagg.record import Record
 from fedapp.secagg.server import Server
-from fedapp.wire import ARRAYS, update_of
+from fedapp.wire import ARRAYS, refuse, update_of
 
 SECAGG = "secagg"
 
@@ -80,17 +78,14 @@ class SecureSum:
         self._ask("share", self._server.share())
         return {node: _content(record) for node, record in self._server.mask().items()}
 
-    def take(self, reply: Message) -> bool:
-        """One reply with masked values, or with any stage's record; whether it counts."""
-        node = reply.metadata.src_node_id
+    def take(self, reply: Message) -> None:
+        """One reply with masked values, or with any stage's record; one that is refused is a dropout."""
         try:
             if reply.has_error():
                 raise DecodeError(reply.error.reason or "the client failed")
-            self._server.take(node, _read(reply.content))
+            self._server.take(reply.metadata.src_node_id, _read(reply.content))
         except DecodeError as error:
-            log(WARNING, "reply of node %s refused: %s", node, error)
-            return False
-        return True
+            refuse(reply, error)
 
     def mean(self) -> tuple[NDArray[np.float32], int]:
         """The mean over the public cohort, float32 (size,), and of how many it is."""
