@@ -1,5 +1,6 @@
-"""Grids for tests."""
+"""Grids for tests, and whole runs on them."""
 
+import io
 import os
 from collections.abc import Iterable
 
@@ -7,8 +8,13 @@ from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
+from rich.console import Console
 
 from fedapp.engine.local import LocalGrid
+from fedapp.job import Job
+from fedapp.report.folder import Round
+from fedapp.report.progress import Progress
+from fedapp.rounds import Federation
 
 
 class Elsewhere(Grid):
@@ -56,3 +62,9 @@ class Elsewhere(Grid):
     @property
     def run(self) -> Run:
         raise NotImplementedError
+
+
+def rounds_on(job: Job, grid: Grid) -> tuple[Federation, list[Round]]:
+    """All rounds of a job, told to nobody."""
+    federation = Federation(job, grid)
+    return federation, list(federation.run(Progress(Console(file=io.StringIO()), job.rounds)))

@@ -1,6 +1,5 @@
 """Homomorphic aggregation: sums that the server cannot read, and one node that opens them."""
 
-import io
 from collections.abc import Iterable
 
 import numpy as np
@@ -8,18 +7,15 @@ import pytest
 import torch
 from flwr.app import ConfigRecord, Error, Message, RecordDict
 from grids import Elsewhere
+from grids import rounds_on as run
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rich.console import Console
 
 from fedapp import config
 from fedapp.ckks import CKKS, SLOTS, EncryptedSum, decrypt, encrypt, keys
 from fedapp.client_app import client_app
 from fedapp.errors import ConfigError, DecodeError, FedappError
 from fedapp.job import Job
-from fedapp.report.folder import Round
-from fedapp.report.progress import Progress
-from fedapp.rounds import Federation
 from fedapp.wire import METRICS, WEIGHT, layout_of, ravel
 
 pytest.importorskip("tenseal")
@@ -107,11 +103,6 @@ class Watched(Elsewhere):
         if reply.has_content():
             self.seen.append((kind, RecordDict({**reply.content})))
         return [reply]
-
-
-def run(job: Job, grid: Watched) -> tuple[Federation, list[Round]]:
-    federation = Federation(job, grid)
-    return federation, list(federation.run(Progress(Console(file=io.StringIO()), job.rounds)))
 
 
 def test_it_is_the_mean_that_the_server_would_have_made() -> None:

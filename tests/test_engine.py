@@ -1,6 +1,5 @@
 """Whole rounds on the local engine: the same bits however executed, and faults that cost one reply."""
 
-import io
 import multiprocessing
 import os
 import signal
@@ -21,9 +20,7 @@ import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.common.constant import ErrorCode
-from flwr.serverapp import Grid
-from grids import Elsewhere
-from rich.console import Console
+from grids import Elsewhere, rounds_on
 from torch import nn
 
 from fedapp import config
@@ -34,7 +31,6 @@ from fedapp.engine.local import Local, LocalGrid
 from fedapp.errors import ConfigError, FedappError
 from fedapp.job import Job
 from fedapp.report.folder import Round
-from fedapp.report.progress import Progress
 from fedapp.rounds import Federation
 from fedapp.tasks import Data, Task
 from fedapp.wire import CONFIG, METRICS, WEIGHT
@@ -49,11 +45,6 @@ def _one_thread() -> None:
 
 def job_of(overrides: str = "") -> Job:
     return config.job(config.compose(f"{FAST} {overrides}"))
-
-
-def rounds_on(job: Job, grid: Grid) -> tuple[Federation, list[Round]]:
-    federation = Federation(job, grid)
-    return federation, list(federation.run(Progress(Console(file=io.StringIO()), job.rounds)))
 
 
 def run(job: Job) -> tuple[Federation, list[Round]]:

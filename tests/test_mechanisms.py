@@ -10,7 +10,7 @@ import pytest
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
-from grids import Elsewhere
+from grids import Elsewhere, rounds_on
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
@@ -255,8 +255,7 @@ class Watched(Elsewhere):
 
 def run(job: Job, grid: Grid | None = None) -> tuple[Federation, list[Round]]:
     job.prepare()
-    federation = Federation(job, grid or Watched(job))
-    return federation, list(federation.run(Progress(Console(file=io.StringIO()), job.rounds)))
+    return rounds_on(job, grid or Watched(job))
 
 
 def moved(federation: Federation, job: Job) -> NDArray[np.float64]:

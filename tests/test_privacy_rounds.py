@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
-from flwr.serverapp import Grid
 from grids import Elsewhere
+from grids import rounds_on as run
 from numpy.typing import NDArray
 from rich.console import Console
 
@@ -27,7 +27,6 @@ from fedapp.privacy.consent import releases
 from fedapp.privacy.ledger import Ledger
 from fedapp.privacy.local import LocalGaussian
 from fedapp.privacy.mechanism import Plan
-from fedapp.report.folder import Round
 from fedapp.report.progress import Progress
 from fedapp.rounds import Federation, partitions
 from fedapp.secagg import client as secagg_client
@@ -59,11 +58,6 @@ def job_of(choice: str, more: str = "") -> Job:
     job = config.job(config.compose(overrides))
     job.prepare()
     return job
-
-
-def run(job: Job, grid: Grid) -> tuple[Federation, list[Round]]:
-    federation = Federation(job, grid)
-    return federation, list(federation.run(Progress(Console(file=io.StringIO()), job.rounds)))
 
 
 # Noise that never comes twice

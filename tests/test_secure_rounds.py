@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 from flwr.app import Error, Message
-from flwr.serverapp import Grid
 from grids import Elsewhere
+from grids import rounds_on as run
 from numpy.typing import NDArray
 from rich.console import Console
 from scipy.stats import chisquare
@@ -18,7 +18,6 @@ from fedapp import config
 from fedapp.client_app import client_app
 from fedapp.errors import ConfigError, FedappError
 from fedapp.job import Job
-from fedapp.report.folder import Round
 from fedapp.report.progress import Progress
 from fedapp.rounds import Federation
 from fedapp.secagg.residues import unpack
@@ -57,11 +56,6 @@ class Watched(Elsewhere):
             return [Message(Error(1, "lost"), reply_to=asked)]
         self.replies.append((kind, reply))
         return [reply]
-
-
-def run(job: Job, grid: Grid) -> tuple[Federation, list[Round]]:
-    federation = Federation(job, grid)
-    return federation, list(federation.run(Progress(Console(file=io.StringIO()), job.rounds)))
 
 
 def moved(federation: Federation) -> NDArray[np.float64]:
