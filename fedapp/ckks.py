@@ -25,7 +25,9 @@ from numpy.typing import NDArray
 
 from fedapp import check
 from fedapp.errors import ConfigError, DecodeError, FedappError
-from fedapp.wire import ARRAYS, METRICS, WEIGHT, metrics_of, refuse, require_finite, update_of, weight_of
+from fedapp.records import ARRAYS, METRICS, WEIGHT
+from fedapp.replies import metrics_of, refuse, weight_of
+from fedapp.wire import require_finite, update_of
 
 CKKS = "ckks"
 _DEGREE, _MODULI, _SCALE = 4096, (54, 54), 30  # at most 109 bits of moduli are secure; sums stay below 2^22

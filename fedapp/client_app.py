@@ -11,16 +11,18 @@ from flwr.common.constant import ErrorCode
 
 from fedapp import ckks, config
 from fedapp.ckks import Ckks
-from fedapp.downlink import Plain, receive
+from fedapp.downlink import Plain
 from fedapp.errors import FedappError
 from fedapp.job import Job
 from fedapp.privacy.consent import consent, data_of
 from fedapp.privacy.secret import CLIENT, source
+from fedapp.records import ARRAYS, CONFIG, METRICS, WEIGHT, load_state, store_state
 from fedapp.secagg import Client
 from fedapp.secagg.wire import answer, masked
 from fedapp.tasks import Data
 from fedapp.training import Sgd
-from fedapp.wire import ARRAYS, CONFIG, METRICS, WEIGHT, compress, load_state, store_state
+from fedapp.vector import values
+from fedapp.wire import compress
 
 FAILED = "the client failed; its own log says why"
 Next = Callable[[Message, Context], Message]
@@ -35,7 +37,7 @@ def client_app(job_of: Callable[[Context], Job]) -> ClientApp:
         job = job_of(context)
         if isinstance(job.downlink, Plain):
             return call_next(message, context)
-        return receive(job.initial)(message, context, call_next)
+        return job.receive(message, context, call_next)
 
     def uplink(message: Message, context: Context, call_next: Next) -> Message:
         job = job_of(context)
@@ -116,13 +118,11 @@ def guard(message: Message, context: Context, call_next: Next) -> Message:
 
 def load(job: Job, arrays: ArrayRecord) -> None:
     """Copy received weights into the resident model, in place."""
-    received = arrays.to_torch_state_dict()
     own = job.model.state_dict()
-    if received.keys() != own.keys():
+    if arrays.keys() != own.keys():
         raise ValueError("received weights are not of this model")
-    with torch.no_grad():
-        for name, tensor in own.items():
-            tensor.copy_(received[name])
+    for name, tensor in own.items():
+        tensor.copy_(torch.tensor(values(arrays[name])))
 
 
 def partition_of(context: Context, default: int = 0) -> int:

@@ -29,10 +29,12 @@ from fedapp.codec import context as coder
 from fedapp.codec.rate_distortion import LAMBDA, edges, shapes
 from fedapp.codec.varint import Reader, varint
 from fedapp.errors import DecodeError
-from fedapp.wire import ARRAYS, CONFIG, layout_of, load_state, ravel, store_state, unravel
+from fedapp.records import ARRAYS, CONFIG
+from fedapp.vector import buffers_of, layout_of, ravel, unravel, values
 
 STYPE = "fedapp.version"
 VERSION, INITIAL, HOLDS = "version", "initial", "holds"
+DOWNLINK, AT, LEVELS = "downlink", "at", "levels"  # what a node keeps, beside another initial model
 NOTHING = -1  # what a node holds where another initial model grew from the seed
 _FORMAT, _NEWEST = 1, 2**31
 _HEADER = struct.Struct("<BIh")  # format, CRC-32 of the weights that come out, exponent
@@ -220,10 +222,9 @@ class Downlink:
         crc = _crc(self._now.weights(self._initial))
         data = _HEADER.pack(_FORMAT, crc, exponent) + varint(base.number) + varint(self._now.number)
         data += _encode(levels, self._layout)
-        floats = {slot.name for slot in self._layout.slots}
         arrays = {VERSION: Array("uint8", (len(data),), STYPE, data)}
         arrays |= {INITIAL: Array(self._initial)} if held == NOTHING else {}
-        arrays |= {name: array for name, array in self._weights.items() if name not in floats}
+        arrays |= buffers_of(self._weights, self._layout)
         return ArrayRecord(arrays)
 
 
@@ -254,28 +255,39 @@ def receive(initial: ArrayRecord) -> Mod:
     """The client mod: replaces a coded version in a message by its weights; `initial` is the seed's model.
 
     What this node holds stays in `context.state["downlink"]`. A node that can make nothing of the message
-    says what it holds, and does nothing else.
+    says what it holds, and does nothing else. Where one process serves many nodes, those that hold the same
+    version and are sent the same bytes share what comes out.
     """
+    layout = layout_of(initial)
+    like = ravel(initial, layout)
+    last: tuple[Array, int, ArrayRecord, dict[str, Array]] | None = None
 
     def mod(message: Message, context: Context, call_next: Callable[[Message, Context], Message]) -> Message:
-        arrays, layout = message.content.array_records[ARRAYS], layout_of(initial)
-        state = dict(load_state(context, "downlink"))
+        nonlocal last
+        arrays = message.content.array_records[ARRAYS]
+        kept = context.state.array_records.get(DOWNLINK, ArrayRecord())
         if INITIAL in arrays:
-            state = {"initial": arrays[INITIAL].numpy()}
-        start = state.get("initial", ravel(initial, layout))
+            kept = ArrayRecord({INITIAL: arrays[INITIAL]})
         held = first(layout)
-        if "levels" in state:
-            number, exponent = state["at"].tolist()
-            held = Version(number, exponent, state["levels"])
-        version, crc = _decode(arrays[VERSION], held, layout)
-        weights = None if version is None else version.weights(start)
-        if version is None or weights is None or _crc(weights) != crc:
-            says = held.number if version is None else 0
-            return Message(RecordDict({CONFIG: ConfigRecord({HOLDS: says})}), reply_to=message)
-        state |= {"at": np.array([version.number, version.exponent]), "levels": version.levels}
-        store_state(context, "downlink", state)
-        floats = unravel(weights, layout, initial)
-        made = {name: Array(floats[name]) if name in floats else arrays[name] for name in initial}
+        if LEVELS in kept:
+            number, exponent = values(kept[AT]).tolist()
+            held = Version(number, exponent, values(kept[LEVELS]))
+        if last and INITIAL not in kept and last[0] is arrays[VERSION] and last[1] == held.number:
+            _, _, holds, floats = last
+        else:
+            start = values(kept[INITIAL]) if INITIAL in kept else like
+            version, crc = _decode(arrays[VERSION], held, layout)
+            weights = None if version is None else version.weights(start)
+            if version is None or weights is None or _crc(weights) != crc:
+                says = held.number if version is None else 0
+                return Message(RecordDict({CONFIG: ConfigRecord({HOLDS: says})}), reply_to=message)
+            at = Array(np.array([version.number, version.exponent]))
+            holds = ArrayRecord({**kept, AT: at, LEVELS: Array(version.levels)})
+            floats = {name: Array(one) for name, one in unravel(weights, layout, initial).items()}
+            if INITIAL not in kept:
+                last = arrays[VERSION], held.number, holds, floats
+        context.state[DOWNLINK] = holds
+        made = {name: floats[name] if name in floats else arrays[name] for name in initial}
         message.content = RecordDict({**message.content, ARRAYS: ArrayRecord(made)})
         return call_next(message, context)
 

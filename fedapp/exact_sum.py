@@ -3,35 +3,53 @@
 from typing import Any
 
 import numpy as np
+from numba import njit
 from numpy.typing import NDArray
 
 from fedapp.errors import DecodeError
 
+COARSE, FINE, MOST = 2.0**14, 2.0**60, 2.0**32
+
 
 class ExactSum:
-    """Weighted sum of vectors that is the same in any order of arrival.
+    """Weighted sum of vectors that is the same in any order of arrival, and in any grouping.
 
     Fixed point in two int64 limbs, 2**-14 and 2**-60 a unit, because integer addition commutes and float
     addition does not. A float32 times a whole weight below 2**24 is exact in float64; what is below 2**-60
     is rounded off. Holds 2**16 terms of magnitude below 2**32 each.
+
+    `limbs`, int64 (2, size), is memory that the caller gives, zeros at first.
     """
 
-    _COARSE, _FINE, _MOST = 2.0**14, 2.0**60, 2.0**32
-
-    def __init__(self, size: int) -> None:
-        self._coarse, self._fine = np.zeros(size, np.int64), np.zeros(size, np.int64)
+    def __init__(self, size: int, limbs: NDArray[np.int64] | None = None) -> None:
+        self._limbs = np.zeros((2, size), np.int64) if limbs is None else limbs
         self.weight = 0
 
     def add(self, x: NDArray[Any], weight: int) -> None:
-        """Add `weight * x`; raises DecodeError on values that no honest client sends."""
-        term = x.astype(np.float64) * weight
-        if not (np.abs(term) < self._MOST).all():
-            raise DecodeError(f"values times their weight must stay below {self._MOST:g}")
-        coarse = np.rint(term * self._COARSE)
-        self._coarse += coarse.astype(np.int64)
-        self._fine += np.rint((term - coarse / self._COARSE) * self._FINE).astype(np.int64)
+        """Add `weight * x`, all or nothing; raises DecodeError on values that no honest client sends."""
+        if not _add(x, float(weight), *self._limbs):
+            raise DecodeError(f"values times their weight must stay below {MOST:g}")
         self.weight += weight
+
+    def merge(self, other: "ExactSum") -> None:
+        """Add all that another sum of the same size holds."""
+        self._limbs += other._limbs
+        self.weight += other.weight
 
     def total(self) -> NDArray[np.float64]:
         """The weighted sum."""
-        return self._coarse / self._COARSE + self._fine / self._FINE
+        coarse, fine = self._limbs
+        return np.asarray(coarse / COARSE + fine / FINE, np.float64)
+
+
+@njit(cache=True)
+def _add(x: Any, weight: float, coarse: Any, fine: Any) -> bool:
+    for value in x:
+        if not abs(np.float64(value) * weight) < MOST:
+            return False
+    for i in range(len(x)):
+        term = np.float64(x[i]) * weight
+        whole = np.rint(term * COARSE)
+        coarse[i] += np.int64(whole)
+        fine[i] += np.int64(np.rint((term - whole / COARSE) * FINE))
+    return True

@@ -2,14 +2,15 @@
 
 import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import torch
 from flwr.app import ArrayRecord
+from flwr.clientapp.typing import Mod
 from flwr.serverapp.strategy import Strategy
 from torch import nn
 
@@ -18,8 +19,9 @@ from fedapp.ckks import SLOTS, Ckks, Open
 from fedapp.codec import Codec
 from fedapp.codec.chain import Identity
 from fedapp.codec.feedback import AutoFeedback
-from fedapp.downlink import Coded, Plain
+from fedapp.downlink import Coded, Plain, receive
 from fedapp.errors import ConfigError
+from fedapp.fold import Fold
 from fedapp.privacy.accounting import Gaussian, Release, Sampling, Spent
 from fedapp.privacy.accounting import epsilon as epsilon_of
 from fedapp.privacy.central import CentralGaussian
@@ -32,7 +34,8 @@ from fedapp.privacy.none import NoPrivacy
 from fedapp.privacy.secret import COHORT, Secret, source, uniform
 from fedapp.tasks import Task
 from fedapp.training import DpSgd, Trainer
-from fedapp.wire import layout_of
+from fedapp.vector import layout_of
+from fedapp.wire import Wire
 
 if TYPE_CHECKING:
     from fedapp.engine.local import Local
@@ -168,6 +171,23 @@ class Job:
         """None where weights come back as plain Flower sends them."""
         plain = isinstance(self.codec, Identity) and isinstance(self.downlink, Plain) and not self.mechanism
         return None if plain else self.codec
+
+    def wire(self) -> Wire:
+        """The strategy behind the wire."""
+        return Wire(self.strategy, self.wire_codec, self.mechanism, uniform=self.privacy.unit is not None)
+
+    @property
+    def fold(self) -> Callable[[int], Fold] | None:
+        """Makes sums for so many workers; None where a strategy needs more than sums, or others make them."""
+        wire = self.wire()
+        if wire.reader is None or not wire.streams or self.terms or isinstance(self.aggregation, Ckks):
+            return None
+        return partial(Fold, wire.reader, self.initial)
+
+    @cached_property
+    def receive(self) -> Mod:
+        """The client's end of a coded downlink."""
+        return receive(self.initial)
 
     @cached_property
     def torch_device(self) -> torch.device:

@@ -8,7 +8,6 @@ from logging import WARNING
 from typing import cast
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
-from flwr.common.serde import recorddict_to_proto
 from flwr.serverapp import Grid
 from flwr.supercore import log
 
@@ -18,13 +17,15 @@ from fedapp.downlink import Coded, Downlink
 from fedapp.engine.grid import stream
 from fedapp.engine.local import LocalGrid
 from fedapp.errors import DataError, FedappError
+from fedapp.fold import Folded
 from fedapp.job import Job
 from fedapp.privacy.accounting import Spent
+from fedapp.records import CONFIG, size_of
 from fedapp.report.folder import Round
 from fedapp.report.progress import Progress
 from fedapp.secagg import Server
 from fedapp.secagg.wire import SecureSum
-from fedapp.wire import CONFIG, Wire, layout_of
+from fedapp.vector import layout_of
 
 
 class Cohort:
@@ -51,13 +52,9 @@ class Traffic:
             sizes[id(message.content)] = sizes[id(message.content)] or size_of(message.content)
             self.downlink += sizes[id(message.content)]
         for reply in stream(grid, messages, timeout):
-            self.uplink += size_of(reply.content) if reply.has_content() else 0
+            if reply.has_content():
+                self.uplink += reply.size if isinstance(reply, Folded) else size_of(reply.content)
             yield reply
-
-
-def size_of(content: RecordDict) -> int:
-    """Bytes of a message's content as Flower serializes it: arrays, names, metrics and configuration."""
-    return len(recorddict_to_proto(content).SerializeToString())
 
 
 @dataclass
@@ -75,9 +72,7 @@ class Federation:
     def __post_init__(self) -> None:
         self.arrays = self.job.initial
         self.parameters = layout_of(self.arrays).size
-        self._wire = Wire(
-            self.job.strategy, self.job.wire_codec, self.job.mechanism, self.job.privacy.unit is not None
-        )
+        self._wire = self.job.wire()
         coded = self.job.downlink
         self._downlink = Downlink(coded, self.arrays) if isinstance(coded, Coded) else None
         self._partitions = partitions(self.grid, self.job.clients, self.job.round_timeout)
@@ -134,7 +129,8 @@ class Federation:
         replies = self._watched(self._exchange(messages), progress, len(messages))
         if not self._wire.streams:  # then the order of summation is the order of arrival
             replies = iter(sorted(replies, key=self._partition))
-        arrays, _ = self._wire.aggregate_train(number, replies)
+        collect = self.grid.collect if isinstance(self.grid, LocalGrid) else None
+        arrays, _ = self._wire.aggregate_train(number, replies, collect)
         self.accepted -= self._wire.failures
         self.arrays = self.arrays if arrays is None else arrays
         return len(messages)

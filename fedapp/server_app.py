@@ -43,7 +43,7 @@ def simulate(tree: DictConfig, path: Path, console: Console, started: float) -> 
     sizes = [len(part) for part in job.task.partitions()]  # loads the data, for all workers, before the fork
     job.prepare()
     folder = RunFolder(path)
-    with job.engine.grid(client_app(lambda _: job), sizes, job.in_round) as grid:
+    with job.engine.grid(client_app(lambda _: job), sizes, job.in_round, job.fold) as grid:
         return run(job, tree, grid, folder, console, started)
 
 

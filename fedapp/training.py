@@ -88,31 +88,44 @@ class Sgd:
         progress: float,
     ) -> tuple[Metrics, State]:
         model.train()
-        received = [p.detach().clone() for p in model.parameters()] if self.proximal_mu else []
-        optimizer = torch.optim.SGD(
-            model.parameters(),
-            lr=scheduled(self.lr, self.schedule, progress),
-            momentum=self.momentum,
-            weight_decay=self.weight_decay,
-        )
-        seed = int(rng.integers(2**63))
-        torch.manual_seed(seed)  # dropout draws from the global generator
-        shuffle = torch.Generator().manual_seed(seed)
+        parameters: list[torch.Tensor] = [p for p in model.parameters() if p.requires_grad]
+        received = [p.detach().clone() for p in parameters] if self.proximal_mu else []
+        lr, velocity = scheduled(self.lr, self.schedule, progress), list[torch.Tensor]()
+        shuffle = torch.Generator().manual_seed(_seeded(data.x.device, int(rng.integers(2**63))))
         # Batch statistics of a single example do not exist, so such a remainder sits out an epoch.
         smallest = 2 if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules()) else 1
-        loss_sum, seen = 0.0, 0
+        losses, seen = [], 0
         for _ in range(self.epochs):
             for batch in torch.randperm(len(data), generator=shuffle).split(self.batch_size):
                 if len(batch) < smallest:
                     continue
-                optimizer.zero_grad()
                 loss = task.loss(model(data.x[batch]), data.y[batch])
-                loss_sum, seen = loss_sum + loss.item() * len(batch), seen + len(batch)
-                for p, w in zip(model.parameters(), received, strict=False):
-                    loss = loss + self.proximal_mu / 2 * (p - w).square().sum()
-                loss.backward()
-                optimizer.step()
-        return {"num-examples": len(data), "train_loss": loss_sum / seen if seen else 0.0}, {}
+                losses.append(loss.detach() * len(batch))
+                seen += len(batch)
+                # As torch.optim.SGD does it; its bookkeeping costs as much as a small model's step.
+                gradients = list(torch.autograd.grad(loss, parameters, materialize_grads=True))
+                with torch.no_grad():
+                    if self.weight_decay:
+                        torch._foreach_add_(gradients, parameters, alpha=self.weight_decay)
+                    if received:
+                        pull = [p - w for p, w in zip(parameters, received, strict=True)]
+                        torch._foreach_add_(gradients, pull, alpha=self.proximal_mu)
+                    if velocity:
+                        torch._foreach_mul_(velocity, self.momentum)
+                        torch._foreach_add_(velocity, gradients)
+                    elif self.momentum:
+                        velocity = [g.clone() for g in gradients]
+                    torch._foreach_add_(parameters, velocity or gradients, alpha=-lr)
+        mean_loss = float(torch.stack(losses).sum()) / seen if losses else 0.0
+        return {"num-examples": len(data), "train_loss": mean_loss}, {}
+
+
+def _seeded(device: torch.device, seed: int) -> int:
+    """Seed the generators that dropout draws from, and no other device's, which would take milliseconds."""
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(seed)
+    return seed
 
 
 @dataclass(frozen=True)
@@ -219,7 +232,7 @@ class DpSgd:
         if self.privacy.test_seed is not None:
             public = np.random.default_rng([self.privacy.test_seed, int(rng.integers(2**63))])
             secret = iter(int(s) for s in public.integers(2**63, size=3))
-        torch.manual_seed(next(secret))
+        _seeded(device, next(secret))
         noise, draws = (torch.Generator(device).manual_seed(s) for s in secret)
         return noise, draws
 

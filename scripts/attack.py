@@ -23,7 +23,7 @@ from torch.func import functional_call, grad, vmap
 from fedapp.config import compose, job
 from fedapp.job import Job
 from fedapp.tasks import Data
-from fedapp.wire import layout_of
+from fedapp.vector import layout_of
 
 SETTINGS = "task=digits rounds=1"
 OPEN = f"{SETTINGS} privacy=none trainer.epochs=1 trainer.momentum=0.0 trainer.weight_decay=0.0"

@@ -16,7 +16,8 @@ from fedapp.ckks import CKKS, SLOTS, EncryptedSum, decrypt, encrypt, keys
 from fedapp.client_app import client_app
 from fedapp.errors import ConfigError, DecodeError, FedappError
 from fedapp.job import Job
-from fedapp.wire import METRICS, WEIGHT, layout_of, ravel
+from fedapp.records import METRICS, WEIGHT
+from fedapp.vector import layout_of, ravel
 
 pytest.importorskip("tenseal")
 FAST = "task=digits model=logistic privacy=none clients=4 cohort=3 rounds=2 evaluate=none downlink=plain"

@@ -33,7 +33,8 @@ from fedapp.downlink import (
 )
 from fedapp.engine.local import LocalGrid
 from fedapp.errors import ConfigError, DecodeError
-from fedapp.wire import ARRAYS, CONFIG, layout_of, ravel
+from fedapp.records import ARRAYS, CONFIG
+from fedapp.vector import layout_of, ravel
 
 SHAPES = {"conv.weight": (6, 3, 3), "bn.scale": (), "fc.weight": (20, 30), "fc.bias": (20,)}
 

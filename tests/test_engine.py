@@ -30,10 +30,10 @@ from fedapp.engine.grid import stream
 from fedapp.engine.local import Local, LocalGrid
 from fedapp.errors import ConfigError, FedappError
 from fedapp.job import Job
+from fedapp.records import CONFIG, METRICS, WEIGHT
 from fedapp.report.folder import Round
 from fedapp.rounds import Federation
 from fedapp.tasks import Data, Task
-from fedapp.wire import CONFIG, METRICS, WEIGHT
 
 FAST = "task=digits privacy=none model=logistic clients=5 rounds=3 cohort=3 engine.workers=1"
 
@@ -50,7 +50,7 @@ def job_of(overrides: str = "") -> Job:
 def run(job: Job) -> tuple[Federation, list[Round]]:
     sizes = [len(part) for part in job.task.partitions()]
     job.prepare()
-    with job.engine.grid(client_app(lambda _: job), sizes, job.in_round) as grid:
+    with job.engine.grid(client_app(lambda _: job), sizes, job.in_round, job.fold) as grid:
         return rounds_on(job, grid)
 
 

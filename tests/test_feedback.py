@@ -26,8 +26,10 @@ from fedapp.codec.per_layer import PerLayer
 from fedapp.codec.rate_distortion import RateDistortion, default
 from fedapp.engine.local import LocalGrid
 from fedapp.errors import ConfigError
+from fedapp.records import ARRAYS, METRICS, UPDATE, WEIGHT, load_state
 from fedapp.report.folder import RunFolder
-from fedapp.wire import ARRAYS, METRICS, UPDATE, WEIGHT, compress, layout_of, load_state, unravel
+from fedapp.vector import layout_of, unravel
+from fedapp.wire import compress
 
 PLAIN = "task=digits privacy=none"
 SHAPES = {"conv": (8, 3, 3, 3), "conv.bias": (8,), "linear": (40, 60), "linear.bias": (40,), "scale": ()}

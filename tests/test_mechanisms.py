@@ -28,10 +28,11 @@ from fedapp.privacy.central import BIT, CLIP, CentralGaussian
 from fedapp.privacy.local import LocalGaussian
 from fedapp.privacy.mechanism import Mechanism, Plan, clipped, length
 from fedapp.privacy.secret import normal, source, uniform
+from fedapp.records import METRICS, WEIGHT
 from fedapp.report.folder import Round
 from fedapp.report.progress import Progress
 from fedapp.rounds import Federation, size_of
-from fedapp.wire import METRICS, WEIGHT, layout_of, ravel
+from fedapp.vector import layout_of, ravel
 
 PLAN = Plan("poisson", cohort=10, clients=100, rounds=5, most=5)
 MANY = 250_000
@@ -158,7 +159,7 @@ def test_a_server_clips_what_a_client_did_not() -> None:
     honest, side, _ = central.on_client(np.ones(100, np.float32), {CLIP: 0.5}, {}, source(1))
     assert length(honest) <= 0.5
     assert not side
-    lie, _ = central.on_reply(np.full(100, 1e30, np.float32), {}, {})
+    lie, _ = central.on_reply(np.full(100, 1e30, np.float32), {}, central.terms({}))
     assert length(lie) <= 0.5
 
 
@@ -199,7 +200,7 @@ def test_the_clip_norm_follows_the_quantile() -> None:
             for norm in range(1, 101):
                 update = np.array([norm, 0], np.float32)
                 _, side, _ = central.on_client(update, central.terms(state), {}, source(0))
-                bits += central.on_reply(update, side, state)[1][BIT]
+                bits += central.on_reply(update, side, central.terms(state))[1][BIT]
             _, kept = central.on_server(np.zeros(2), {BIT: bits}, 100, state, source(number))
             state = dict(kept)
         assert state[CLIP] == pytest.approx(50, rel=0.1)

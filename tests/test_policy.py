@@ -33,11 +33,11 @@ from fedapp.privacy.accounting import Gaussian
 from fedapp.privacy.consent import releases
 from fedapp.privacy.ledger import Ledger
 from fedapp.privacy.policy import Policy, PolicyRefusal
+from fedapp.records import ARRAYS, CONFIG, METRICS
 from fedapp.report.progress import Progress
 from fedapp.rounds import Federation
 from fedapp.tasks import Data
 from fedapp.training import DpSgd
-from fedapp.wire import ARRAYS, CONFIG, METRICS
 
 RULES = "tasks: [digits]\nprivacy: [none, example]\nmetrics: [num-examples]\n"
 FAST = "task=digits model=logistic clients=3 rounds=3 evaluate=none downlink=plain privacy=none"

@@ -27,6 +27,7 @@ from fedapp.privacy.consent import releases
 from fedapp.privacy.ledger import Ledger
 from fedapp.privacy.local import LocalGaussian
 from fedapp.privacy.mechanism import Plan
+from fedapp.records import ARRAYS, CONFIG, METRICS, UPDATE, WEIGHT
 from fedapp.report.progress import Progress
 from fedapp.rounds import Federation, partitions
 from fedapp.secagg import client as secagg_client
@@ -34,7 +35,8 @@ from fedapp.secagg import server as secagg_server
 from fedapp.secagg.residues import unpack
 from fedapp.secagg.wire import SECAGG
 from fedapp.training import DpSgd
-from fedapp.wire import ARRAYS, CONFIG, METRICS, UPDATE, WEIGHT, compress, layout_of, ravel
+from fedapp.vector import layout_of, ravel
+from fedapp.wire import compress
 
 FAST = "task=digits model=logistic clients=6 rounds=3 evaluate=none downlink=plain codec=identity"
 CHOICES = {  # a new privacy choice joins with one row
@@ -67,7 +69,7 @@ def noise_of(job: Job, workers: int) -> list[NDArray[np.float64]]:
     """What each client's reply and each round's model hold of noise: no client learns anything here."""
     sizes = [len(part) for part in job.task.partitions()]
     layout, found = layout_of(job.initial), list[NDArray[np.float64]]()
-    with job.engine.grid(client_app(lambda _: job), sizes, workers) as grid:
+    with job.engine.grid(client_app(lambda _: job), sizes, workers, job.fold) as grid:
         pull = grid.pull_messages
 
         def watched(message_ids: Iterable[str]) -> list[Message]:

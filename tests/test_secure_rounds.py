@@ -22,7 +22,7 @@ from fedapp.report.progress import Progress
 from fedapp.rounds import Federation
 from fedapp.secagg.residues import unpack
 from fedapp.secagg.wire import SECAGG
-from fedapp.wire import layout_of, ravel
+from fedapp.vector import layout_of, ravel
 
 PLAIN = "task=digits model=logistic clients=6 rounds=2 evaluate=none"
 FAST = f"{PLAIN} privacy=distributed_gaussian"

@@ -49,7 +49,7 @@ class Central:
                     secret = source(privacy.test_seed, CLIENT, number, j)
                     update = _along(j, m, signs[j] * SIZE * terms[CLIP])
                     sent, side, _ = privacy.on_client(update, terms, {}, secret)
-                    sent, side = privacy.on_reply(sent, side, kept)
+                    sent, side = privacy.on_reply(sent, side, terms)
                     total.add(sent, 1)
                     sides.update(side)
             secret = source(privacy.test_seed, SERVER, number)

@@ -5,14 +5,13 @@ import multiprocessing.connection
 import os
 import signal
 import traceback
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from copy import copy
 from dataclasses import dataclass
 from logging import ERROR
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
-from typing import Any
 from uuid import uuid4
 
 import torch
@@ -25,7 +24,10 @@ from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
 from fedapp import check
+from fedapp.engine.channel import Channel
 from fedapp.engine.grid import stream
+from fedapp.exact_sum import ExactSum
+from fedapp.fold import Fold, Folded
 
 _WAIT = 0.05  # seconds that a pull waits for a reply before it returns with none
 
@@ -41,10 +43,15 @@ class Local:
             check.whole("engine.workers", self.workers, 1, 1024)
 
     @contextmanager
-    def grid(self, app: ClientApp, sizes: Sequence[int], at_once: int) -> Iterator["LocalGrid"]:
-        """A running grid; node i + 2 holds partition i, of sizes[i] examples. Ends its processes."""
-        cores = len(os.sched_getaffinity(0))
-        grid = LocalGrid(app, sizes, min(self.workers or cores, at_once))
+    def grid(
+        self, app: ClientApp, sizes: Sequence[int], at_once: int, fold: Callable[[int], Fold] | None = None
+    ) -> Iterator["LocalGrid"]:
+        """A running grid; node i + 2 holds partition i, of sizes[i] examples. Ends its processes.
+
+        Where `fold` makes sums for so many workers, train replies come `Folded`.
+        """
+        workers = min(self.workers or len(os.sched_getaffinity(0)), at_once)
+        grid = LocalGrid(app, sizes, workers, fold and fold(workers))
         try:
             yield grid
         finally:
@@ -54,16 +61,24 @@ class Local:
 class _Worker:
     """One resident process and the message it works on."""
 
-    def __init__(self, app: ClientApp) -> None:
+    def __init__(self, app: ClientApp, fold: Fold | None, slot: int) -> None:
         # Forked, so that modules and data are shared pages. CUDA does not survive a fork: the parent
         # touches it only after the workers are there.
         context = multiprocessing.get_context("fork")
-        self.pipe, theirs = context.Pipe()
-        self.process: BaseProcess = context.Process(target=_work, args=(theirs, self.pipe, app), daemon=True)
+        ours, theirs = context.Pipe()
+        arguments = (theirs, ours, app, fold, slot)
+        self.process: BaseProcess = context.Process(target=_work, args=arguments, daemon=True)
         self.process.start()
         theirs.close()
+        self.slot, self.channel = slot, Channel(ours)
         self.message: Message | None = None
         self.content: RecordDict | None = None  # what this worker received last, so that it is sent once
+
+    def end(self) -> None:
+        self.process.kill()
+        self.process.join()
+        self.process.close()
+        self.channel.pipe.close()
 
 
 class LocalGrid(Grid):
@@ -71,14 +86,14 @@ class LocalGrid(Grid):
 
     longest_pause = 0.0  # a pull waits for replies itself; a pause after it would leave workers idle
 
-    def __init__(self, app: ClientApp, sizes: Sequence[int], workers: int) -> None:
+    def __init__(self, app: ClientApp, sizes: Sequence[int], workers: int, fold: Fold | None = None) -> None:
         # Message() reads the run from here, process-wide, outside Flower's own runtimes.
         TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, SUPERLINK_NODE_ID, 1
         self.partitions = {SUPERLINK_NODE_ID + 1 + i: i for i in range(len(sizes))}
-        self._app, self._sizes = app, sizes
+        self._app, self._sizes, self._fold = app, sizes, fold
         self._contexts = {node: self._context(node) for node in self.partitions}
         self._queue: list[Message] = []
-        self._workers = [_Worker(app) for _ in range(workers)]
+        self._workers = [_Worker(app, fold, slot) for slot in range(workers)]
 
     def _context(self, node: int) -> Context:
         config: dict[str, bool | float | int | str] = {
@@ -107,17 +122,24 @@ class LocalGrid(Grid):
         wanted = set(message_ids)
         self._queue = [message for message in self._queue if message.metadata.message_id in wanted]
         self._dispatch()
-        busy = {worker.pipe: worker for worker in self._workers if worker.message is not None}
+        busy = {worker.channel.pipe: worker for worker in self._workers if worker.message is not None}
         ready = multiprocessing.connection.wait(list(busy), _WAIT)
         replies = [self._receive(worker) for pipe, worker in busy.items() if pipe in ready]
         self._dispatch()
         return [reply for reply in replies if reply.metadata.reply_to_message_id in wanted]
 
+    def collect(self) -> list[ExactSum | None]:
+        """What all replies of a round add up to, by slot. Ends whoever is still at it: their time is over."""
+        for worker in self._workers:
+            if worker.message is not None:
+                self._replace(worker)
+        return self._fold.collect() if self._fold else []
+
     def _dispatch(self) -> None:
-        for index, worker in enumerate(self._workers):
+        for worker in list(self._workers):
             if worker.message is None and self._queue:
                 if not worker.process.is_alive():
-                    worker = self._workers[index] = _Worker(self._app)
+                    worker = self._replace(worker)
                 worker.message = self._queue.pop(0)
                 content = worker.message.content
                 known = content is worker.content
@@ -126,28 +148,38 @@ class LocalGrid(Grid):
                 envelope.content = RecordDict()
                 context = self._contexts[worker.message.metadata.dst_node_id]
                 with suppress(OSError):  # died this moment: the end of its pipe says so to the next pull
-                    worker.pipe.send((envelope, None if known else content, context))
+                    worker.channel.send((envelope, None if known else content, context))
 
     def _receive(self, worker: _Worker) -> Message:
         asked, worker.message = worker.message, None
         assert asked is not None
         try:
-            answer, context = worker.pipe.recv()
+            answer, context = worker.channel.receive()
         except (EOFError, OSError):  # killed, for memory perhaps; the next dispatch replaces it
             worker.process.join()
+            if self._fold:
+                self._fold.lost(worker.slot)
             log(ERROR, "a worker process died with exit code %s", worker.process.exitcode)
             return Message(Error(ErrorCode.CLIENT_APP_CRASHED, "its worker process died"), reply_to=asked)
         self._contexts[asked.metadata.dst_node_id] = context
+        if self._fold:
+            self._fold.arrived(worker.slot)
+        if isinstance(answer, tuple):
+            tally, size = answer
+            return Folded(worker.slot, tally, size, asked)
         return Message(answer, reply_to=asked)
+
+    def _replace(self, worker: _Worker) -> _Worker:
+        worker.end()
+        if self._fold:
+            self._fold.lost(worker.slot)
+        self._workers[worker.slot] = _Worker(self._app, self._fold, worker.slot)
+        return self._workers[worker.slot]
 
     def close(self) -> None:
         """End the worker processes."""
         for worker in self._workers:
-            worker.process.kill()
-        for worker in self._workers:
-            worker.process.join()
-            worker.process.close()
-            worker.pipe.close()
+            worker.end()
 
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
@@ -172,16 +204,16 @@ class LocalGrid(Grid):
         return self._run
 
 
-def _work(pipe: Connection, parents: Connection, app: ClientApp) -> None:
+def _work(pipe: Connection, parents: Connection, app: ClientApp, fold: Fold | None, slot: int) -> None:
     """A worker's life: take a message, let the app answer it, send the reply with the node's Context."""
     parents.close()  # this process has a copy, which would keep the pipe open after the parent's death
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends us
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     torch.set_num_threads(1)
-    content: Any = None
+    channel, content = Channel(pipe), RecordDict()
     while True:
         try:
-            message, fresh, context = pipe.recv()
+            message, fresh, context = channel.receive()
         except (EOFError, OSError):  # the parent is gone
             return
         content = content if fresh is None else fresh
@@ -191,4 +223,7 @@ def _work(pipe: Connection, parents: Connection, app: ClientApp) -> None:
         except Exception:
             traceback.print_exc()
             reply = Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, "see the log"), reply_to=message)
-        pipe.send((reply.error if reply.has_error() else reply.content, context))
+        answer = (
+            fold.add(slot, message, reply) if fold else reply.error if reply.has_error() else reply.content
+        )
+        channel.send((answer, context))

@@ -113,12 +113,12 @@ class CentralGaussian:
         return clipped(update, norm), side, {}
 
     def on_reply(
-        self, update: NDArray[np.float32], side: Numbers, state: Numbers
+        self, update: NDArray[np.float32], side: Numbers, terms: Numbers
     ) -> tuple[NDArray[np.float32], Numbers]:
         """Clipped again: a decoded update may be longer than what was encoded, and a client may lie."""
         if self.quantile is not None and side.get(BIT) not in (-0.5, 0.5):
             raise DecodeError(f"{BIT} is 0.5 or -0.5, this client says {side.get(BIT)!r}")
-        return clipped(update, self.terms(state)[CLIP]), side
+        return clipped(update, terms[CLIP]), side
 
     def on_server(
         self, total: NDArray[np.float64], side: Numbers, replies: int, state: Numbers, secret: Secret

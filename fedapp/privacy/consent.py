@@ -36,8 +36,8 @@ from fedapp.privacy.accounting import Release
 from fedapp.privacy.central import CentralGaussian
 from fedapp.privacy.ledger import BudgetSpent, Ledger, fingerprint
 from fedapp.privacy.policy import Policy, PolicyRefusal
+from fedapp.records import CONFIG, METRICS
 from fedapp.tasks import Data
-from fedapp.wire import CONFIG, METRICS
 
 SPENT = "the client's privacy budget does not allow this release"
 _PROTO = type(recorddict_to_proto(RecordDict()))

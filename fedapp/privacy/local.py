@@ -79,7 +79,7 @@ class LocalGaussian:
         return (clipped(update, self.clip) + noise).astype(np.float32), {}, {"times": np.array(times)}
 
     def on_reply(
-        self, update: NDArray[np.float32], side: Numbers, state: Numbers
+        self, update: NDArray[np.float32], side: Numbers, terms: Numbers
     ) -> tuple[NDArray[np.float32], Numbers]:
         return update, {}
 

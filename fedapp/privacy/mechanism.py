@@ -59,7 +59,7 @@ class Mechanism(Protocol):
         self, update: NDArray[np.float32], terms: Numbers, state: State, secret: Secret
     ) -> tuple[NDArray[np.float32], Numbers, State]: ...
     def on_reply(
-        self, update: NDArray[np.float32], side: Numbers, state: Numbers
+        self, update: NDArray[np.float32], side: Numbers, terms: Numbers
     ) -> tuple[NDArray[np.float32], Numbers]: ...
     def on_server(
         self, total: NDArray[np.float64], side: Numbers, replies: int, state: Numbers, secret: Secret

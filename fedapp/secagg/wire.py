@@ -9,10 +9,12 @@ from numpy.typing import NDArray
 
 from fedapp.errors import DecodeError
 from fedapp.privacy.distributed import Terms
+from fedapp.records import ARRAYS
+from fedapp.replies import refuse
 from fedapp.secagg.client import Client
 from fedapp.secagg.record import Record
 from fedapp.secagg.server import Server
-from fedapp.wire import ARRAYS, refuse, update_of
+from fedapp.wire import update_of
 
 SECAGG = "secagg"
 

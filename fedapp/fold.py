@@ -1,0 +1,77 @@
+"""Replies read and added where they are made: the sums of worker processes, in memory that they share.
+
+The sums are of integers, so it changes no bit which worker adds what. What a worker has added outlives it.
+"""
+
+import mmap
+from collections.abc import Callable
+
+import numpy as np
+from flwr.app import ArrayRecord, Error, Message, MessageType, RecordDict
+from flwr.common.constant import ErrorCode
+
+from fedapp.exact_sum import ExactSum
+from fedapp.records import ARRAYS, CONFIG, size_of
+from fedapp.running_sum import Reader, RunningSum, Tally, terms_in
+
+Collect = Callable[[], list[ExactSum | None]]
+"""What brings the sum of each slot, None where it is lost."""
+Answer = RecordDict | Error | tuple[Tally, int]
+"""What a worker sends back: a reply as it is, or what counts of one that it has added, and its bytes."""
+
+
+class Folded(Message):
+    """The reply of a client whose update is in the sum of a slot already; it had `size` bytes."""
+
+    def __init__(self, slot: int, tally: Tally, size: int, asked: Message) -> None:
+        super().__init__(RecordDict(), reply_to=asked)
+        self.slot, self.tally, self.size = slot, tally, size
+
+
+class Fold:
+    """One exact sum a worker, in anonymous memory made before the workers are forked: it ends with them."""
+
+    def __init__(self, read: Reader, weights: ArrayRecord, slots: int) -> None:
+        self._read, self._weights = read, weights
+        size = RunningSum(weights).size
+        memory = np.frombuffer(mmap.mmap(-1, 8 * slots * (1 + 2 * size)), np.int64).reshape(slots, -1)
+        self._adding, self._limbs = memory[:, 0], memory[:, 1:].reshape(slots, 2, size)
+        self._spoiled = set[int]()
+
+    def add(self, slot: int, message: Message, reply: Message) -> Answer:
+        """A worker's end: add a train reply to the sum of this slot; one that does not decode is an error."""
+        if reply.has_error():
+            return reply.error
+        if message.metadata.message_type != MessageType.TRAIN or ARRAYS not in reply.content.array_records:
+            return reply.content
+        size, exact = size_of(reply.content), ExactSum(self._limbs.shape[-1], self._limbs[slot])
+        received, terms = (
+            message.content.array_records[ARRAYS],
+            terms_in(message.content.config_records[CONFIG]),
+        )
+        self._adding[slot] = 1  # until the answer has arrived: see `lost`
+        try:
+            return RunningSum(self._weights, exact).take(reply, self._read, received, terms), size
+        except Exception as error:
+            return Error(ErrorCode.MOD_FAILED_PRECONDITION, str(error))
+
+    def arrived(self, slot: int) -> None:
+        """The answer that a slot was working on is here."""
+        self._adding[slot] = 0
+
+    def lost(self, slot: int) -> None:
+        """The worker of a slot is dead: if it was adding, nobody knows how much of that is in the sum."""
+        if self._adding[slot]:
+            self._spoiled.add(slot)
+            self._adding[slot] = 0
+
+    def collect(self) -> list[ExactSum | None]:
+        """The sum of each slot, None where it is spoiled; all begin at zero again."""
+        size = self._limbs.shape[-1]
+        sums = [
+            None if slot in self._spoiled else ExactSum(size, limbs.copy())
+            for slot, limbs in enumerate(self._limbs)
+        ]
+        self._limbs[:] = 0
+        self._spoiled.clear()
+        return sums

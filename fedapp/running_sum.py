@@ -1,0 +1,89 @@
+"""The sum of a round's updates: each reply is read and added by itself, at the server or where it arose."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from flwr.app import ArrayRecord, Message, MessageType, MetricRecord, RecordDict
+from numpy.typing import NDArray
+
+from fedapp.codec import Codec, Layout
+from fedapp.codec.packet import decode_update, unpadded
+from fedapp.exact_sum import ExactSum
+from fedapp.privacy.mechanism import Mechanism, Numbers
+from fedapp.records import ARRAYS, METRICS, UPDATE, WEIGHT
+from fedapp.replies import metrics_of, packet_in, side_of, values_of, weight_of
+from fedapp.vector import buffers_of, layout_of, ravel, record, unravel, values
+
+
+@dataclass(frozen=True)
+class Reader:
+    """What a reply that `wire.compress` made says, by public settings alone.
+
+    `uniform` refuses replies that weigh anything but 1: no client then counts more.
+    """
+
+    codec: Codec
+    mechanism: Mechanism | None = None
+    uniform: bool = False
+
+    def update_in(
+        self, reply: Message, layout: Layout, terms: Numbers
+    ) -> tuple[NDArray[np.float32], Numbers]:
+        """The update in the packet, bounded by the mechanism, and the numbers beside it."""
+        data = packet_in(reply.content.array_records[ARRAYS].pop(UPDATE))
+        if self.mechanism is None:
+            return decode_update(data, self.codec, layout), {}
+        if self.mechanism.packet_bytes:
+            data = unpadded(data, self.mechanism.packet_bytes)
+        return self.mechanism.on_reply(decode_update(data, self.codec, layout), side_of(reply), terms)
+
+
+@dataclass(frozen=True)
+class Tally:
+    """What counts of a reply beside its update: its weight, and what its mechanism says."""
+
+    weight: int
+    side: Numbers
+
+
+class RunningSum:
+    """The weighted sum of updates of weights like these; memory is one model, however many are added."""
+
+    def __init__(self, weights: ArrayRecord, exact: ExactSum | None = None) -> None:
+        self.layout = layout_of(weights)
+        self.buffers = buffers_of(weights, self.layout)
+        sizes = (np.prod(array.shape, dtype=np.int64) for array in self.buffers.values())
+        self.size = self.layout.size + int(sum(sizes))
+        self.exact = exact or ExactSum(self.size)
+
+    def take(self, reply: Message, read: Reader, received: ArrayRecord, terms: Numbers) -> Tally:
+        """Add a reply to these received weights; as a whole, or DecodeError and not at all."""
+        weight = weight_of(metrics_of(reply, (WEIGHT,)), read.uniform)
+        update, side = read.update_in(reply, self.layout, terms)
+        trained = values_of(reply.content.array_records[ARRAYS], self.buffers)
+        if trained:
+            moved = [trained[name] - values(received[name]) for name in self.buffers]
+            update = np.concatenate([update, *(one.reshape(-1) for one in moved)])
+        self.exact.add(update, weight)
+        return Tally(weight, side)
+
+    def reply(self, mean: NDArray[np.float64], weights: ArrayRecord) -> Message:
+        """A reply as of one client that trained the mean of all: weights, buffers, total weight."""
+        made: dict[str, NDArray[Any]] = unravel(
+            ravel(weights, self.layout) + mean[: self.layout.size], self.layout, weights
+        )
+        offset = self.layout.size
+        for name, like in self.buffers.items():
+            size = int(np.prod(like.shape, dtype=np.int64))
+            made[name] = values(weights[name]) + mean[offset : offset + size].reshape(like.shape)
+            offset += size
+        metrics = MetricRecord({WEIGHT: max(1, self.exact.weight)})
+        content = RecordDict({ARRAYS: record(made, weights), METRICS: metrics})
+        return Message(content, dst_node_id=0, message_type=MessageType.TRAIN)
+
+
+def terms_in(config: Mapping[str, Any]) -> Numbers:
+    """What a mechanism tells its clients in a round."""
+    return {name: value for name, value in config.items() if isinstance(value, float)}

@@ -1,0 +1,65 @@
+"""Weights as one flat vector, and what a Flower Array holds."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from flwr.app import Array, ArrayRecord
+from numpy.typing import NDArray
+
+from fedapp.codec import Layout, Slot
+from fedapp.errors import DecodeError
+
+
+def layout_of(arrays: ArrayRecord) -> Layout:
+    """The floating-point arrays of a model, in order; integer buffers are no part of an update."""
+    slots, offset = [], 0
+    for name, array in arrays.items():
+        if np.issubdtype(array.dtype, np.floating):
+            slots.append(Slot(name, tuple(array.shape), offset))
+            offset += int(np.prod(array.shape, dtype=np.int64))
+    return Layout(tuple(slots), offset)
+
+
+def buffers_of(arrays: ArrayRecord, layout: Layout) -> dict[str, Array]:
+    """The other arrays, which count batches and the like."""
+    floats = {slot.name for slot in layout.slots}
+    return {name: array for name, array in arrays.items() if name not in floats}
+
+
+def ravel(arrays: ArrayRecord, layout: Layout) -> NDArray[np.float32]:
+    """Float32 (size,): the arrays of the layout, end to end."""
+    flat = np.empty(layout.size, np.float32)
+    for slot in layout.slots:
+        found = values(arrays[slot.name])
+        if found.shape != slot.shape:
+            raise DecodeError(f"{slot.name} has shape {found.shape}, the model {slot.shape}")
+        flat[slot.offset : slot.offset + found.size] = found.reshape(-1)
+    return flat
+
+
+def unravel(flat: NDArray[Any], layout: Layout, like: ArrayRecord) -> dict[str, NDArray[Any]]:
+    """The arrays back from the vector, each in the dtype that it has in `like`."""
+    return {
+        slot.name: flat[slot.offset : slot.offset + int(np.prod(slot.shape, dtype=np.int64))]
+        .reshape(slot.shape)
+        .astype(like[slot.name].dtype)
+        for slot in layout.slots
+    }
+
+
+def values(array: Array) -> NDArray[Any]:
+    """What `array.numpy()` returns, read-only and without a copy; for arrays that this program has made.
+
+    A file of numpy's ends with the values, so its header need not be parsed again.
+    """
+    dtype, count = np.dtype(array.dtype), int(np.prod(array.shape, dtype=np.int64))
+    if b"'fortran_order': False" not in array.data[:128]:
+        return array.numpy()
+    found = np.frombuffer(array.data, dtype, count, len(array.data) - count * dtype.itemsize)
+    return found.reshape(array.shape)
+
+
+def record(arrays: Mapping[str, NDArray[Any]], like: ArrayRecord) -> ArrayRecord:
+    """Arrays as a record, in the order of `like`."""
+    return ArrayRecord({name: Array(np.asarray(arrays[name])) for name in like})

@@ -1,0 +1,276 @@
+"""Sums made by workers, and the pipe to them: the bits of the server's sum, and faults that cost a share."""
+
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from flwr.app import ConfigRecord, Context, Message, RecordDict
+from grids import Elsewhere, rounds_on
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from fedapp import config
+from fedapp.client_app import client_app, partition_of
+from fedapp.engine import channel
+from fedapp.engine.channel import Channel
+from fedapp.exact_sum import ExactSum
+from fedapp.fold import Folded
+from fedapp.job import Job
+from fedapp.report.folder import Round
+from fedapp.rounds import Federation
+from fedapp.running_sum import RunningSum
+
+FAST = "task=digits privacy=none model=logistic clients=5 rounds=2 engine.workers=2"
+
+
+def job_of(overrides: str = "") -> Job:
+    return config.job(config.compose(f"{FAST} {overrides}"))
+
+
+def run(job: Job, app: Any = None, fold: bool = True) -> tuple[Federation, list[Round]]:
+    sizes = [len(part) for part in job.task.partitions()]
+    job.prepare()
+    app = app or client_app(lambda _: job)
+    with job.engine.grid(app, sizes, job.in_round, job.fold if fold else None) as grid:
+        return rounds_on(job, grid)
+
+
+def bits(federation: Federation) -> bytes:
+    return b"".join(array.data for array in federation.arrays.values())
+
+
+# Exact sums
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.integers(1, 6), st.integers(0, 2**32 - 1))
+def test_a_sum_of_sums_is_the_sum(groups: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    parts, whole = [ExactSum(7) for _ in range(groups)], ExactSum(7)
+    for _ in range(12):
+        x, weight = rng.standard_t(2, 7).astype(np.float32), int(rng.integers(1, 6000))
+        parts[rng.integers(groups)].add(x, weight)
+        whole.add(x, weight)
+    total = ExactSum(7)
+    for part in parts:
+        total.merge(part)
+    assert total.weight == whole.weight
+    assert total.total().tobytes() == whole.total().tobytes()
+
+
+# Whole rounds
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "",
+        "codec=identity downlink=coded",
+        "codec=default codec.feedback=true cohort=3",
+        "strategy=fedadam",
+        "model=small_cnn codec=topk",
+        "privacy=central_gaussian privacy.test_seed=1 privacy.quantile=0.5 cohort=3",
+    ],
+)
+def test_workers_add_up_what_the_server_would(setting: str) -> None:
+    folded, rounds = run(job_of(setting))
+    assert job_of(setting).fold is not None
+    plain, same = run(job_of(setting), fold=False)
+    assert bits(folded) == bits(plain)
+    for a, b in zip(rounds, same, strict=True):
+        assert (a.accuracy, a.uplink_bytes, a.downlink_bytes, a.replies) == (
+            b.accuracy, b.uplink_bytes, b.downlink_bytes, b.replies,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "setting", ["strategy=fedmedian", "codec=identity", "aggregation=ckks", "privacy=distributed_gaussian"]
+)
+def test_what_needs_more_than_a_sum_is_not_added_up(setting: str) -> None:
+    assert job_of(setting).fold is None
+
+
+def test_buffers_are_added_up_too() -> None:
+    def build(input_shape: tuple[int, ...], classes: int) -> nn.Module:
+        width = int(np.prod(input_shape))
+        return nn.Sequential(nn.Flatten(), nn.Linear(width, 8), nn.BatchNorm1d(8), nn.Linear(8, classes))
+
+    job = job_of()
+    job = replace(job, task=replace(job.task, build=build))  # type: ignore[type-var]
+    folded, plain = (run(job, fold=fold)[0] for fold in (True, False))
+    assert folded.arrays["2.num_batches_tracked"].numpy() > 1
+    assert bits(folded) == bits(plain)
+
+
+def test_a_client_elsewhere_cannot_say_that_it_was_added() -> None:
+    job = job_of()
+    app = client_app(lambda _: job)
+
+    def lies(message: Message, context: Context) -> Message:
+        if message.metadata.message_type == "train" and partition_of(context) == 0:
+            return Message(RecordDict({"config": ConfigRecord({"slot": 0, "size": 1})}), reply_to=message)
+        return app(message, context)
+
+    _, rounds = rounds_on(job, Elsewhere(lies, [2, 3, 4, 5, 6]))  # type: ignore[arg-type]
+    assert [(r.replies, r.failures) for r in rounds] == [(4, 1), (4, 1)]
+
+
+# Faults
+
+
+def without(job: Job, lost: set[int]) -> bytes:
+    """The model where these partitions fail in each round, and nobody is lost otherwise."""
+    app = client_app(lambda _: job)
+
+    def fails(message: Message, context: Context) -> Message:
+        if message.metadata.message_type == "train" and partition_of(context) in lost:
+            raise RuntimeError("no")
+        return app(message, context)
+
+    return bits(run(job, fails)[0])
+
+
+def test_a_worker_killed_while_it_trains_keeps_what_it_added() -> None:
+    job = job_of("engine.workers=1 rounds=1")
+    app = client_app(lambda _: job)
+
+    def dies(message: Message, context: Context) -> Message:
+        if message.metadata.message_type == "train" and partition_of(context) == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return app(message, context)
+
+    federation, rounds = run(job, dies)
+    assert [(r.replies, r.failures) for r in rounds] == [(4, 1)]
+    assert bits(federation) == without(job_of("engine.workers=1 rounds=1"), {2})
+
+
+def test_a_worker_killed_while_it_adds_spoils_its_own_sum_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    take, parent, calls = RunningSum.take, os.getpid(), multiprocessing.Value("i", 0)
+
+    def dies(self: RunningSum, reply: Message, *rest: Any) -> Any:
+        tally = take(self, reply, *rest)
+        with calls.get_lock():
+            calls.value += 1
+            third = calls.value == 3
+        if os.getpid() != parent and third:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return tally
+
+    monkeypatch.setattr(RunningSum, "take", dies)
+    federation, rounds = run(job_of("rounds=2"))
+    assert rounds[0].failures >= 1
+    assert rounds[0].replies + rounds[0].failures == 5
+    assert [(r.replies, r.failures) for r in rounds[1:]] == [(5, 0)]
+    assert np.isfinite(federation.arrays["linear.bias"].numpy()).all()
+
+
+def test_an_update_that_does_not_decode_costs_its_client(monkeypatch: pytest.MonkeyPatch) -> None:
+    read = RunningSum.take
+
+    def refuses(self: RunningSum, reply: Message, *rest: Any) -> Any:
+        update = reply.content.array_records["arrays"]["update"]
+        if len(update.data) % 2:
+            update.data = update.data[:-1]
+        return read(self, reply, *rest)
+
+    monkeypatch.setattr(RunningSum, "take", refuses)
+    _, rounds = run(job_of("codec.step=0.5"))
+    assert all(r.replies + r.failures == 5 for r in rounds)
+    assert any(r.failures for r in rounds)
+
+
+def test_who_is_late_is_ended_and_not_in_a_later_sum() -> None:
+    setting = "engine.workers=2 rounds=2 round_timeout=2"
+    job = job_of(setting)
+    app, began = client_app(lambda _: job), time.monotonic()
+
+    def sleeps(message: Message, context: Context) -> Message:
+        if message.metadata.message_type == "train" and partition_of(context) == 1:
+            time.sleep(60)
+        return app(message, context)
+
+    federation, rounds = run(job, sleeps)
+    assert [(r.replies, r.failures) for r in rounds] == [(4, 1), (4, 1)]
+    assert time.monotonic() - began < 30
+    assert bits(federation) == without(job_of(setting), {1})
+
+
+def test_a_folded_reply_says_whom_it_answers() -> None:
+    Elsewhere(client_app(lambda _: job_of()), [3])
+    asked = Message(RecordDict(), 7, "train")
+    asked.metadata.__dict__["_message_id"] = "one"
+    reply = Folded(0, None, 5, asked)  # type: ignore[arg-type]
+    assert (reply.metadata.reply_to_message_id, reply.metadata.src_node_id) == ("one", 7)
+    assert reply.has_content()
+
+
+# The pipe
+
+
+def ends() -> tuple[Channel, Channel]:
+    one, other = multiprocessing.get_context("fork").Pipe()
+    return Channel(one), Channel(other)
+
+
+def passed(sender: Channel, receiver: Channel, thing: object) -> tuple[Any, int]:
+    """What arrives, and how many bytes it took."""
+    taken, send = [], sender.pipe.send_bytes
+
+    class Counted:
+        def send_bytes(self, data: Any) -> None:
+            taken.append(len(data))
+            send(data)
+
+    pipe, sender.pipe = sender.pipe, Counted()  # type: ignore[assignment]
+    got: list[Any] = []
+    reader = threading.Thread(target=lambda: got.append(receiver.receive()))
+    reader.start()
+    sender.send(thing)
+    reader.join()
+    sender.pipe = pipe
+    return got[0], sum(taken)
+
+
+def test_a_large_piece_crosses_once_in_either_direction() -> None:
+    here, there = ends()
+    piece = os.urandom(100_000)
+    first, size = passed(here, there, {"a": piece, "b": (piece, 1)})
+    assert first == {"a": piece, "b": (piece, 1)}
+    assert first["a"] is first["b"][0]
+    assert 100_000 < size < 101_000
+    back, size = passed(there, here, [first["a"], 2])
+    assert back[0] is piece
+    assert size < 1000
+    again, size = passed(here, there, piece)
+    assert again is first["a"]
+    assert size < 1000
+
+
+def test_equal_pieces_that_are_not_the_same_both_cross() -> None:
+    here, there = ends()
+    one, other = bytes(10_000), bytes(bytearray(10_000))
+    assert passed(here, there, [one, other])[1] > 20_000
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(st.lists(st.integers(0, 11), max_size=5), min_size=1, max_size=30))
+def test_both_ends_remember_and_forget_the_same(turns: list[list[int]]) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(channel, "MOST", 30_000)
+        here, there = ends()
+        pieces = [os.urandom(5000 + 500 * i) for i in range(12)]
+        for turn, chosen in enumerate(turns):
+            sender, receiver = (here, there) if turn % 2 == 0 else (there, here)
+            sent = [pieces[i] for i in chosen]
+            got, _ = passed(sender, receiver, sent)
+            assert got == sent
+            assert list(here._pieces) == list(there._pieces)
+            assert here._size == there._size == sum(map(len, here._pieces.values())) <= 30_000
+            assert len(here._names) == len(here._pieces)
