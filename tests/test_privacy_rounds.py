@@ -69,7 +69,7 @@ def noise_of(job: Job, workers: int) -> list[NDArray[np.float64]]:
     """What each client's reply and each round's model hold of noise: no client learns anything here."""
     sizes = [len(part) for part in job.task.partitions()]
     layout, found = layout_of(job.initial), list[NDArray[np.float64]]()
-    with job.engine.grid(client_app(lambda _: job), sizes, workers, job.fold) as grid:
+    with job.engine.grid(client_app(lambda _: job), sizes, workers) as grid:
         pull = grid.pull_messages
 
         def watched(message_ids: Iterable[str]) -> list[Message]:
