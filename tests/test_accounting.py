@@ -1,5 +1,6 @@
 """Epsilon of releases and the noise a budget needs, against published figures, two libraries and sampling."""
 
+import itertools
 import math
 from typing import Any
 
@@ -259,6 +260,60 @@ def test_fixed_size_lies_between_a_real_attack_and_rdp() -> None:
         attacked = spent(noise / 2, "poisson", rate, count, "add_remove")
         release = Gaussian(noise, "fixed", rate, count, "replace")
         assert 0.9995 * attacked < epsilon((release,), 1e-5).epsilon < by_rdp(release, 1e-5)
+
+
+COHORTS = [(2.0, 4, 2), (1.0, 3, 1), (3.0, 5, 4)]
+"""Noise, units, and how many of them are drawn."""
+
+
+def cohort_laws(noise: float, units: int, drawn: int, x: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Float64 (pairs, 2, len(x)): both laws of a sum of units at -1, 0 and 1, the first of which is replaced.
+
+    Both ways round, for all values of the others.
+    """
+
+    def law(values: tuple[float, ...]) -> NDArray[np.float64]:
+        sums = [sum(cohort) for cohort in itertools.combinations(values, drawn)]
+        found = norm.pdf(x[:, None], sums, noise).mean(axis=1)
+        return np.asarray(found / found.sum())
+
+    others = itertools.combinations_with_replacement((-1.0, 0.0, 1.0), units - 1)
+    ways = [(1.0, -1.0), (-1.0, 1.0), (1.0, 0.0), (0.0, 1.0)]
+    return np.array([[law((value, *rest)) for value in way] for rest in others for way in ways])
+
+
+def attacked(laws: NDArray[np.float64], budget: float, releases: int) -> float:
+    """The largest delta of all these data; those of a second release are chosen in view of the first."""
+
+    def second(one: NDArray[np.float64], other: NDArray[np.float64]) -> float:
+        odds = math.exp(budget) * other / one
+        best = np.zeros_like(one)
+        for p, q in laws:
+            best = np.maximum(best, np.maximum(p - odds[:, None] * q, 0.0).sum(axis=1))
+        return float(one @ best)
+
+    if releases == 1:
+        return max(float(np.maximum(p - math.exp(budget) * q, 0.0).sum()) for p, q in laws)
+    return max(second(*laws[0]), second(*laws[1]))  # all others at -1, either way round
+
+
+@pytest.mark.parametrize(("noise", "units", "drawn"), COHORTS)
+@pytest.mark.parametrize("delta", [0.1, 1e-2])
+def test_no_data_of_a_small_fixed_cohort_exceed_the_bound(
+    noise: float, units: int, drawn: int, delta: float
+) -> None:
+    """Every cohort counted out. One release meets the bound; of two, the second may turn the worse way round.
+
+    Then delta exceeds what either way, composed for itself, gives.
+    """
+    reach = drawn + 7 * noise
+    laws = cohort_laws(noise, units, drawn, np.linspace(-reach, reach, 401))
+    for releases, least in ((1, 0.99), (2, 0.94)):
+        release = Gaussian(noise, "fixed", drawn / units, releases, "replace")
+        found = attacked(laws, epsilon((release,), delta).epsilon, releases)
+        assert least * delta < found <= 1.001 * delta
+    one_way = Gaussian(noise / 2, "poisson", drawn / units, 2, "add_remove")
+    assert attacked(laws, epsilon((one_way,), delta).epsilon, 2) > 1.001 * delta
 
 
 # Sampling of the losses themselves.

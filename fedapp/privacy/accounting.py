@@ -109,9 +109,10 @@ def epsilon(releases: tuple[Release, ...], delta: float) -> Spent:
     a delta outside (0, 1) and on releases under different adjacencies.
 
     *Formal guarantees.* Adjacency and sensitivity: those of the releases, all of one unit's data. Released:
-    all the noised sums, each chosen in view of those before. Sampling: as each release says, drawn afresh and
-    unseen by whoever sees the sums; then against all who see them. Not covered: what else leaves, and noise
-    that is not what `noise` says.
+    all the noised sums, each chosen in view of those before, at noise and rates fixed beforehand. Sampling:
+    as each release says, drawn afresh and unseen by whoever sees the sums; then against all who see them.
+    With `fixed` nobody else's draw may be seen either, for it changes this unit's chance. Not covered: what
+    else leaves, and noise that is not what `noise` says.
     """
     check.real("privacy.delta", delta, above=0.0, below=1.0)
     merged = _merge(releases)
@@ -121,14 +122,15 @@ def epsilon(releases: tuple[Release, ...], delta: float) -> Spent:
     if len(gaussians) < len(merged):
         return _by_rdp(merged, delta)
     # T Gaussians are one with noise / sqrt(T). Sampling only helps: given the same draw for both neighbours,
-    # what is released is the Gaussian or does not differ at all, and the loss is jointly convex.
+    # what is released is the Gaussian or does not differ at all, and the hockey-stick divergence that gives
+    # delta is jointly convex.
     unsampled = math.fsum(release.count / release.multiplier**2 for release in gaussians) ** -0.5
     exact = Spent(gaussian_epsilon(unsampled, delta), "analytic Gaussian")
     if exact.epsilon == 0 or all(release.sampling == "none" for release in gaussians):
         return exact
     from fedapp.privacy.pld import by_pld  # dp-accounting takes a second to import
 
-    # Convolutions by FFT round delta: 3e-14 was seen at 1000 releases, 8e-13 at 1e5, 2e-11 at 1e6.
+    # Convolutions by FFT round delta: 3e-14 was seen at 1000 releases, 2e-12 at 1e5, 3e-11 at 1e6.
     rounding = 1e-13 + 1e-16 * sum(release.count for release in gaussians)
     if rounding > delta / 100:
         sampled = _by_rdp(gaussians, delta)

@@ -5,8 +5,9 @@ beforehand is a valid privacy filter, though each release is chosen in view of a
 pass are together as private as the bound says (Feldman and Zrnic 2021, "Individual privacy accounting via a
 Renyi filter"; Lecuyer 2021, "Practical privacy filters and odometers with Renyi differential privacy"). A
 release passes if one order stays within its bound. Which one does may depend on what was released, and then
-no single order's proof covers all outcomes. So each order has an equal share of delta: outcomes that pass
-by one order are outcomes of that order's own filter, and the shares add up.
+no single order's proof covers all outcomes. So each order has an equal share of delta: sums only grow, so
+what ends within one order's bound was within it all along, and is an outcome of that order's own filter. By
+which order an outcome counts follows from itself, and the shares add up.
 
 The price, beside the one best order with all of delta: epsilon is a tenth to a quarter higher.
 """

@@ -64,9 +64,11 @@ class Ledger:
     contribution is taken as replaced by another; an example-level release bounds no client, and an
     unprotected one nothing: then epsilon is infinite. A Curve must bound both changes. How releases add up,
     and why this is a privacy filter: `fedapp.privacy.filter`. Against whom: whoever sees the releases that
-    each event names; all are added up. Not covered: a limit that is raised in view of releases, a file that
-    is deleted or set back to an older copy, content that differs in a byte under an id that the person
-    calls another, and code that does not ask the ledger.
+    each event names; all are added up. Not covered: a limit that is raised in view of releases (so without a
+    limit set beforehand, `spent` is a figure and no guarantee), what a later refusal tells of secret draws (a
+    client that a central run never drew is charged nothing, so to be refused may mean to have been drawn), a
+    file that is deleted or set back to an older copy, content that differs in a byte under an id that the
+    person calls another, and code that does not ask the ledger.
     """
 
     def __init__(self, path: Path | str, new: bool = False) -> None:

@@ -47,12 +47,16 @@ def _losses(release: Gaussian) -> tuple[tuple[Any, ...], ...]:
     """dp-accounting's privacy losses of one release: composed each for itself, the larger within a tuple.
 
     Poisson under add_remove: who is added stays added in all releases, so each way round composes for itself.
-    Poisson under replace: C against -C, which dp-accounting's REPLACE makes of a sensitivity of C.
-    Fixed size under replace, which dp-accounting itself knows by RDP only: where the replaced unit is not
-    drawn another one takes its place, so that by advanced joint convexity (Balle, Barthe and Gaboardi 2018)
-    the release is dominated by (1 - rate) N(0) + rate N(2C) against N(0) at epsilon above 0 and, the relation
-    being symmetric, by N(0) against that mixture below: at each epsilon the larger (Zhu, Dong and Wang 2022).
-    Nothing makes the same way round the worse in each release, so the two do not compose each for itself.
+    Poisson under replace: C against -C, which dp-accounting's REPLACE makes of a sensitivity of C. They are
+    the worst in any dimension: of all sets that are as likely under N(0), a half-space is the likeliest under
+    N(C) and the least likely under N(-C), by the lemma of Neyman and Pearson.
+    Fixed size under replace, which dp-accounting itself knows by RDP only. Where the unit is drawn, its two
+    values are at most 2C apart; where it is not, another unit has its place, at most 2C from it too. So by
+    advanced joint convexity (Balle, Barthe and Gaboardi 2018) the release is dominated at epsilon above 0 by
+    (1 - rate) N(0) + rate N(2C) against N(0) and, the relation being symmetric, below by N(0) against that
+    mixture: at each epsilon the larger (Zhu, Dong and Wang 2022). The larger of two convex curves is convex,
+    so it is the curve of one pair, which composes. The two ways do not compose each for itself: data whose
+    worse way round changes from release to release exceed both.
     """
     add, remove, both = AdjacencyType.ADD, AdjacencyType.REMOVE, AdjacencyType.REPLACE
     ways: tuple[tuple[Any, ...], ...]
