@@ -5,18 +5,19 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.common.constant import ErrorCode
 
 from fedapp import ckks, config
 from fedapp.ckks import Ckks
 from fedapp.downlink import Plain
+from fedapp.dp_step import DpStep
 from fedapp.errors import FedappError
 from fedapp.job import Job
 from fedapp.privacy.consent import consent, data_of
-from fedapp.privacy.secret import CLIENT, source
-from fedapp.records import ARRAYS, CONFIG, METRICS, WEIGHT, load_state, store_state
+from fedapp.privacy.secret import BATCH, CLIENT, source
+from fedapp.records import ARRAYS, CONFIG, METRICS, UPDATE, WEIGHT, load_state, store_state
 from fedapp.secagg import Client
 from fedapp.secagg.wire import answer, masked
 from fedapp.tasks import Data
@@ -55,15 +56,19 @@ def client_app(job_of: Callable[[Context], Job]) -> ClientApp:
 
     @app.train(mods=[guard, consent(job_of), downlink, uplink])
     def train(message: Message, context: Context) -> Message:
-        """Load, fit, reply with the trained weights; the mod `uplink` then encodes the update."""
+        """Load, fit, reply with the trained weights, or a sum; the mod `uplink` then encodes the update."""
         job = job_of(context)
         load(job, message.content.array_records[ARRAYS])
         trainer = job.trainer
         mu = message.content.config_records[CONFIG].get("proximal-mu")  # strategy=fedprox sends it
         if isinstance(trainer, Sgd) and isinstance(mu, float):
             trainer = trainer.pulled(mu)
-        rng = job.public_rng(_round(message), partition_of(context), use=0)
-        data = _on(job, data_of(job, message, context))
+        at = _round(message), partition_of(context)
+        rng, data = job.public_rng(*at, use=0), _on(job, data_of(job, message, context))
+        if isinstance(trainer, DpStep):
+            secret = source(job.privacy.test_seed, BATCH, *at)
+            total = Array(trainer.total(job.task, job.model, data, secret))
+            return Message(RecordDict({ARRAYS: ArrayRecord({UPDATE: total})}), reply_to=message)
         state, progress = load_state(context, "trainer"), (_round(message) - 1) / max(1, job.rounds)
         metrics, state = trainer.fit(job.task, job.model, data, state, rng, progress)
         store_state(context, "trainer", state)

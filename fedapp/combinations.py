@@ -8,10 +8,12 @@ from torch import nn
 from fedapp.ckks import Ckks
 from fedapp.codec import Codec, Layout, Slot
 from fedapp.codec.chain import ErrorFeedback
+from fedapp.dp_step import DpStep
 from fedapp.errors import ConfigError
 from fedapp.privacy.central import CentralGaussian
-from fedapp.privacy.distributed import DistributedGaussian
+from fedapp.privacy.distributed_example import DistributedExample
 from fedapp.privacy.example import ExamplePrivacy
+from fedapp.secagg.wire import Summed
 from fedapp.training import DpSgd
 from fedapp.wire import STREAMED
 
@@ -24,17 +26,11 @@ LEAST = 3  # clients in a sum that hides them
 def check_privacy(job: "Job") -> None:
     """What would leak beside a private update, and trainers without their privacy, are refused."""
     given, strategy = f"privacy={job.choices['privacy']}", type(job.strategy).__name__
-    example = isinstance(job.privacy, ExamplePrivacy)
-    if isinstance(job.trainer, DpSgd) != example:
-        fitting = "privacy=example" if isinstance(job.trainer, DpSgd) else "trainer=dp_sgd"
-        raise ConfigError(
-            f"trainer={job.choices['trainer']} does not go with {given}: "
-            f"choose {fitting}, or leave trainer to the privacy choice"
-        )
+    _check_trainer(job, given)
     if job.privacy.unit is None:
         return
-    client, central = not example, isinstance(job.privacy, CentralGaussian)
-    summed = isinstance(job.privacy, DistributedGaussian)
+    example, central = job.privacy.unit == "example", isinstance(job.privacy, CentralGaussian)
+    summed = isinstance(job.privacy, Summed)
     refused = (
         (strategy == "QFedAvg", "strategy=qfedavg needs the clients' losses: choose strategy=fedavg"),
         (
@@ -42,7 +38,7 @@ def check_privacy(job: "Job") -> None:
             "strategy=fedprox needs trainer=sgd: choose strategy=fedavg",
         ),
         (
-            strategy not in STREAMED and client,
+            strategy not in STREAMED and (summed or not example),
             f"strategy={job.choices['strategy']} needs each update by itself, and what is private is "
             f"their mean: choose strategy=fedavg",
         ),
@@ -74,6 +70,21 @@ def check_privacy(job: "Job") -> None:
             raise ConfigError(f"{given} keeps what is private on the client, but {reason}")
 
 
+def _check_trainer(job: "Job", given: str) -> None:
+    """Each trainer under privacy has its own choice of privacy, and the other way round."""
+    pairs: tuple[tuple[type, str, type, str], ...] = (
+        (DpSgd, "dp_sgd", ExamplePrivacy, "example"),
+        (DpStep, "dp_step", DistributedExample, "distributed_example"),
+    )
+    for trainer, trained_by, privacy, private_by in pairs:
+        if isinstance(job.trainer, trainer) != isinstance(job.privacy, privacy):
+            fitting = f"privacy={private_by}" if isinstance(job.trainer, trainer) else f"trainer={trained_by}"
+            raise ConfigError(
+                f"trainer={job.choices['trainer']} does not go with {given}: "
+                f"choose {fitting}, or leave trainer to the privacy choice"
+            )
+
+
 def check_aggregation(job: "Job") -> None:
     """What has to see single updates, or replaces them, does not go with homomorphic sums."""
     if not isinstance(job.aggregation, Ckks):
@@ -82,7 +93,7 @@ def check_aggregation(job: "Job") -> None:
     refused = (
         (codec not in ("default", "identity"), f"it takes the place of codec={codec}: leave codec out"),
         (
-            job.privacy.unit == "client",
+            job.privacy.unit == "client" or isinstance(job.privacy, Summed),
             f"{given} bounds each update at the server, or in its own sum: choose privacy=none or example",
         ),
         (
@@ -101,7 +112,7 @@ def check_aggregation(job: "Job") -> None:
 
 
 def check_dropouts(job: "Job") -> None:
-    assert isinstance(job.privacy, DistributedGaussian)
+    assert isinstance(job.privacy, Summed)
     try:
         job.dropouts.graph(job.in_round)
     except ConfigError as error:
@@ -115,9 +126,10 @@ def check_dropouts(job: "Job") -> None:
 def check_model(job: "Job", model: nn.Module) -> None:
     """Refuse a model that the codec cannot code, the trainer not train, or a sum would leave out in part."""
     _check_codec(job.codec, model)
-    if isinstance(job.trainer, DpSgd):
-        _check_private_model(model)
-    summed = job.privacy.unit == "client" or isinstance(job.aggregation, Ckks)
+    if isinstance(job.trainer, (DpSgd, DpStep)):
+        _check_private_model(job, model)
+    summed = job.privacy.unit == "client" or isinstance(job.privacy, Summed)
+    summed |= isinstance(job.aggregation, Ckks)
     if summed and any(True for _ in model.buffers()):
         raise ConfigError(
             f"privacy={job.choices['privacy']} aggregation={job.choices['aggregation']} adds up "
@@ -143,12 +155,13 @@ def _check_codec(codec: Codec, model: nn.Module) -> None:
         raise ConfigError(f"codec={codec} cannot code an update ({error}): order its stages anew") from error
 
 
-def _check_private_model(model: nn.Module) -> None:
+def _check_private_model(job: "Job", model: nn.Module) -> None:
     from opacus.validators import ModuleValidator
 
     errors: list[Any] = ModuleValidator.validate(model, strict=False)
     if errors:
+        said = str(errors[0]).splitlines()[0]
         raise ConfigError(
-            f"this model cannot be trained under privacy=example ({str(errors[0]).splitlines()[0]}): "
+            f"this model cannot be trained under privacy={job.choices['privacy']} ({said}): "
             f"use group normalisation (model.norm=group for resnet18), or privacy=none"
         )

@@ -28,7 +28,7 @@ _NAMES = {  # group: where its classes live, and which
     ),
     "partition": ("fedapp.tasks.partition", "Iid Dirichlet Shard Pathological Natural"),
     "model": ("fedapp.models", "Logistic Mlp SmallCnn Cnn Resnet18"),
-    "trainer": ("fedapp.training", "Sgd DpSgd"),
+    "trainer": ("fedapp", "training.Sgd training.DpSgd dp_step.DpStep"),
     "codec": (
         "fedapp.codec",
         "chain.Identity chain.Chain chain.ErrorFeedback chain.pipeline chain.staged "
@@ -48,7 +48,7 @@ _NAMES = {  # group: where its classes live, and which
     "privacy": (
         "fedapp.privacy",
         "none.NoPrivacy example.ExamplePrivacy local.LocalGaussian central.CentralGaussian "
-        "distributed.DistributedGaussian",
+        "distributed.DistributedGaussian distributed_example.DistributedExample",
     ),
 }
 TARGETS = {group: [f"{home}.{n}" for n in names.split()] for group, (home, names) in _NAMES.items()}

@@ -20,6 +20,7 @@ from fedapp.codec import Codec
 from fedapp.codec.chain import Identity
 from fedapp.codec.feedback import AutoFeedback
 from fedapp.downlink import Coded, Plain, receive
+from fedapp.dp_step import DpStep
 from fedapp.errors import ConfigError
 from fedapp.fold import Fold
 from fedapp.privacy.accounting import Gaussian, Release, Sampling, Spent
@@ -27,11 +28,13 @@ from fedapp.privacy.accounting import epsilon as epsilon_of
 from fedapp.privacy.central import CentralGaussian
 from fedapp.privacy.discrete import discrete_gaussian
 from fedapp.privacy.distributed import DistributedGaussian, Terms
+from fedapp.privacy.distributed_example import DistributedExample, StepTerms
 from fedapp.privacy.example import ExamplePrivacy
 from fedapp.privacy.local import LocalGaussian
 from fedapp.privacy.mechanism import Mechanism, Plan
 from fedapp.privacy.none import NoPrivacy
 from fedapp.privacy.secret import COHORT, Secret, source, uniform
+from fedapp.secagg.wire import Summed
 from fedapp.tasks import Task
 from fedapp.training import DpSgd, Trainer
 from fedapp.vector import layout_of
@@ -54,11 +57,11 @@ class Job:
     device: str
     round_timeout: float
     task: Task
-    trainer: Trainer
+    trainer: Trainer | DpStep
     codec: Codec
     downlink: Plain | Coded
     strategy: Strategy
-    privacy: NoPrivacy | ExamplePrivacy | LocalGaussian | CentralGaussian | DistributedGaussian
+    privacy: NoPrivacy | ExamplePrivacy | LocalGaussian | CentralGaussian | Summed
     aggregation: Open | Ckks
     engine: "Local"
     choices: Mapping[str, str | None]
@@ -123,7 +126,7 @@ class Job:
             object.__setattr__(self, "codec", Identity())
             said = f"Homomorphic aggregation takes the codec's place: {SLOTS} values in a ciphertext"
             object.__setattr__(self, "said", said)
-        elif isinstance(self.privacy, DistributedGaussian):
+        elif isinstance(self.privacy, Summed):
             object.__setattr__(self, "codec", Identity())
         elif isinstance(self.codec, AutoFeedback):
             privacy = f"privacy={self.choices['privacy']}" if self.privacy.unit else None
@@ -142,11 +145,18 @@ class Job:
         return self.privacy if isinstance(self.privacy, (LocalGaussian, CentralGaussian)) else None
 
     @cached_property
-    def terms(self) -> Terms | None:
+    def terms(self) -> Terms | StepTerms | None:
         """What clients and server agree on where only sums are to be seen; None elsewhere."""
-        if not isinstance(self.privacy, DistributedGaussian):
+        of = layout_of(self.initial).size, self.in_round, max(1, self._most)
+        if isinstance(self.privacy, DistributedGaussian):
+            return self.privacy.terms(*of)
+        if not isinstance(self.privacy, DistributedExample):
             return None
-        return self.privacy.terms(layout_of(self.initial).size, self.in_round, max(1, self._most))
+        dp = self.trainer
+        assert isinstance(dp, DpStep)
+        return self.privacy.terms(
+            *of, clip=dp.max_grad_norm, rate=dp.sampling_rate, examples=dp.examples_per_client
+        )
 
     @property
     def coded_by(self) -> str:
@@ -161,7 +171,7 @@ class Job:
 
         A sum of fewer than carry the noise is not to be opened: the server must not see it either.
         """
-        assert isinstance(self.privacy, DistributedGaussian)
+        assert isinstance(self.privacy, Summed)
         assert self.terms is not None
         tolerated, least = self.privacy.tolerated, max(combinations.LEAST, self.terms.honest)
         return secagg.Plan(least, colluding=max(tolerated, 1 / self.in_round), dropouts=tolerated)
@@ -243,7 +253,7 @@ class Job:
             steps = dp.steps * participations
             return (Gaussian(dp.noise_multiplier, "poisson", dp.sampling_rate, steps, "add_remove"),)
         if self.terms is not None:
-            return (self.terms.curve(participations),)
+            return (self.terms.release(participations),)
         return () if self.mechanism is None else self.mechanism.releases(rounds, participations)
 
     @property

@@ -2,7 +2,6 @@
 
 import math
 import os
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -14,6 +13,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from fedapp import check
+from fedapp.dp_step import Step
 from fedapp.errors import ConfigError
 from fedapp.privacy.example import ExamplePrivacy, History
 from fedapp.tasks import Data, Task
@@ -187,14 +187,14 @@ class DpSgd:
         state: State,
         rng: np.random.Generator,
         progress: float,
-        step_of: "Callable[[Task, nn.Module, DpSgd, torch.Generator, float], _Step] | None" = None,
+        step_of: "Callable[[Task, nn.Module, DpSgd, torch.Generator, float], Step] | None" = None,
     ) -> tuple[Metrics, State]:
         """As `Trainer.fit`; `step_of` makes the step where an audit puts canaries into it."""
         history = self._charge(state)
         model.train()
         noise, draws = self._secret_generators(rng, data.x.device)
         lr = scheduled(self.lr, self.schedule, progress)
-        with closing((step_of or _Step)(task, model, self, noise, lr)) as step:
+        with closing((step_of or Step)(task, model, self, noise, lr)) as step:
             for _ in range(self.steps):
                 drawn = torch.rand(len(data), generator=draws, device=data.x.device) < self.sampling_rate
                 step(data, drawn.nonzero().squeeze(1))
@@ -235,70 +235,3 @@ class DpSgd:
         _seeded(device, next(secret))
         noise, draws = (torch.Generator(device).manual_seed(s) for s in secret)
         return noise, draws
-
-
-class _Step:
-    """One noised step on a drawn batch, in physical batches that fit the memory."""
-
-    def __init__(self, task: Task, model: nn.Module, dp: DpSgd, noise: torch.Generator, lr: float) -> None:
-        from opacus import optimizers
-        from opacus.grad_sample import GradSampleModule, GradSampleModuleFastGradientClipping
-
-        self._task, self._chunk = task, dp.physical_batch_size
-        self._parameters: list[Any] = [p for p in model.parameters() if p.requires_grad]
-        self._ghost = sum(p.numel() for p in self._parameters) > dp.ghost_above
-        optimizer: type[optimizers.DPOptimizer] = optimizers.DPOptimizer
-        if self._ghost:
-            optimizer = optimizers.DPOptimizerFastGradientClipping
-            self._model = GradSampleModuleFastGradientClipping(model, max_grad_norm=dp.max_grad_norm)
-        else:
-            self._model = GradSampleModule(model)
-        self._optimizer = optimizer(
-            torch.optim.SGD(self._parameters, lr=lr, momentum=dp.momentum),
-            noise_multiplier=dp.noise_multiplier,
-            max_grad_norm=dp.max_grad_norm,
-            expected_batch_size=dp.sampling_rate * dp.examples_per_client,
-            generator=noise,
-        )
-
-    def __call__(self, data: Data, batch: torch.Tensor) -> None:
-        chunks = batch.split(self._chunk) if len(batch) else (batch,)
-        for last, chunk in zip([False] * (len(chunks) - 1) + [True], chunks, strict=True):
-            self._optimizer.zero_grad(set_to_none=True)
-            self._optimizer.signal_skip_step(not last)
-            self._backward(data.x[chunk], data.y[chunk])
-            self._optimizer.step()
-        self._optimizer.zero_grad(set_to_none=True)
-
-    def _backward(self, x: torch.Tensor, y: torch.Tensor) -> None:
-        """Gradients of these examples where Opacus looks; one that is not finite counts as zero.
-
-        No clip bounds it, and no noise hides that it was there; who made the weights may have aimed at it.
-        """
-        from opacus.utils.fast_gradient_clipping_utils import DPTensorFastGradientClipping
-
-        if not len(x):  # an empty sample releases noise alone
-            for p in self._parameters:
-                p.grad = torch.zeros_like(p)
-                p.grad_sample = p.new_zeros(0, *p.shape)
-            return
-        with warnings.catch_warnings():  # the first layer's input needs no gradient, and need not
-            warnings.filterwarnings("ignore", message="Full backward hook is firing")
-            if self._ghost:
-                losses = self._task.loss(self._model(x), y, reduction="none")
-                DPTensorFastGradientClipping(self._model, self._optimizer, losses).backward()
-                finite = self._model.get_norm_sample().isfinite()
-            else:
-                self._task.loss(self._model(x), y).backward()
-                samples = [p.grad_sample.reshape(len(x), -1) for p in self._parameters]
-                finite = torch.stack([sample.sum(1) for sample in samples]).isfinite().all(0)
-        if not finite.all():
-            for p in self._parameters:
-                p.grad, p.grad_sample = None, None
-            self._backward(x[finite], y[finite])
-
-    def close(self) -> None:
-        """Leave the model as it was: no hooks, no gradients."""
-        self._model._close()
-        for p in self._parameters:
-            p.grad = None

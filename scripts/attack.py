@@ -21,6 +21,7 @@ from torch import nn
 from torch.func import functional_call, grad, vmap
 
 from fedapp.config import compose, job
+from fedapp.dp_step import DpStep
 from fedapp.job import Job
 from fedapp.tasks import Data
 from fedapp.vector import layout_of
@@ -43,6 +44,7 @@ NOTHING = "no update, mean image"
 def updates(job: Job, data: Data, clients: torch.Tensor) -> torch.Tensor:
     """What the server knows of the updates (n, size) of clients that hold one of these examples each."""
     layout, received = layout_of(job.initial), []
+    assert not isinstance(job.trainer, DpStep)
     for i in clients.tolist():
         model = job.task.model(job.seed)
         before, one = flat(model), Data(data.x[i : i + 1], data.y[i : i + 1])

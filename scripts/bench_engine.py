@@ -1,19 +1,26 @@
 """Seconds a round: the local engine beside a bare loop on the same work; reprints the README's table.
 
-usage: .venv/bin/python scripts/bench_engine.py [--only lr cnn noop ...] [--repeats 3] [--peers FOLDER] [KEY=VALUE ...]
+usage: .venv/bin/python scripts/bench_engine.py [--only lr cnn noop] [--repeats 3] [--peers FOLDER]
 
-lr: logistic regression (7,850 parameters), 10 of 1000 clients a round. cnn: 1.2 million parameters, 50 of 1000.
-noop: the same, and nobody trains. All on Fashion-MNIST, an equal random split, batches of 10, one local epoch.
-The bare loop is FedAvg in one process on one thread: no messages, no codec, no engine. Each figure is from
-processes that ran in turns, so that a busy machine is busy for all: the least and the median over rounds. In
-FOLDER, scripts `stock_flower.py` and `pfl_peer.py` that take SETTING and ROUNDS and print "min X median Y" are
-run in the same turns, where the packages that they need are installed.
+lr: logistic regression (7,850 parameters), 10 of 1000 clients a round. cnn: 1.2 million parameters, 50 of
+1000. noop: the same, and nobody trains. All on Fashion-MNIST, an equal random split, batches of 10, one local
+epoch, nobody tests. The bare loop is FedAvg in one process on one thread: no messages, no codec, no engine.
+Processes run in turns, so that a busy machine is busy for all; a figure is the least and the median over the
+rounds of all turns, but for each process's first. In FOLDER, scripts `stock_flower.py` and `pfl_peer.py` that
+take SETTING and ROUNDS and print "min X median Y" run in the same turns; one that fails is left out.
 """
 
+import argparse
+import json
+import os
 import random
+import re
+import statistics
+import subprocess
 import sys
+import tempfile
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -33,7 +40,7 @@ class Setting:
     @property
     def overrides(self) -> list[str]:
         return [
-            "privacy=none", "task.features=pixels", "partition=iid", "evaluate=none", "checkpoint=null",
+            "privacy=none", "task.features=pixels", "partition=iid", "evaluate=none",
             f"model={self.model}", f"clients={self.clients}", f"cohort={self.cohort}",
             f"rounds={self.rounds + 1}", f"trainer.lr={self.lr}", f"trainer.epochs={self.epochs}",
             "trainer.batch_size=10", "trainer.schedule=constant",
@@ -46,7 +53,8 @@ SETTINGS = {
     "noop": Setting("cnn", 1000, 50, 0.1, 0, 8),
 }
 UNCODED = ["codec=identity", "downlink=coded"]
-RUNS = {
+PEERS = {"stock Flower, Ray, 2 cores": "stock_flower.py", "pfl, 1 thread": "pfl_peer.py"}
+RUNS: dict[str, list[str]] = {
     "bare loop": [],
     "fedapp, 1 worker": [*UNCODED, "engine.workers=1"],
     "fedapp, 2 workers": [*UNCODED, "engine.workers=2"],
@@ -54,33 +62,24 @@ RUNS = {
 }
 
 
-@dataclass
-class Found:
-    """Seconds of all rounds but each process's first, which warms up."""
-
-    seconds: list[float] = field(default_factory=list)
-    startup: list[float] = field(default_factory=list)
-    peak_mb: float = 0.0
-
-
 def bare(name: str) -> None:
     """The floor, in a process of its own; prints the seconds of each round."""
     import torch
-    from torch import nn
+    from torch.nn.functional import cross_entropy
 
-    sys.path.insert(0, str(ROOT))
     from fedapp import config
 
+    torch.set_num_threads(1)
     setting = SETTINGS[name]
-    job = config.job(config.compose(" ".join(setting.overrides).replace("checkpoint=null", "")))
-    parts, model = job.task.partitions(), job.task.model(0)
-    data = [job.task.client_data(i, {}) for i in range(setting.clients)]
-    del parts
+    job = config.job_of(" ".join(setting.overrides))
+    ids = range(setting.clients)
+    data = [job.task.client_data({"partition-id": i, "num-partitions": setting.clients}) for i in ids]
+    model = job.task.model(0)
     weights = [p.detach().clone() for p in model.parameters()]
     for _ in range(setting.rounds + 1):
         start = time.perf_counter()
         total = [torch.zeros_like(w) for w in weights]
-        for client in random.sample(range(setting.clients), setting.cohort):
+        for client in random.sample(ids, setting.cohort):
             with torch.no_grad():
                 for p, w in zip(model.parameters(), weights, strict=True):
                     p.copy_(w)
@@ -89,12 +88,61 @@ def bare(name: str) -> None:
             for _ in range(setting.epochs):
                 for batch in torch.randperm(len(data[client])).split(10):
                     optimizer.zero_grad()
-                    nn.functional.cross_entropy(
-                        model(data[client].x[batch]), data[client].y[batch]
-                    ).backward()
+                    cross_entropy(model(data[client].x[batch]), data[client].y[batch]).backward()
                     optimizer.step()
             with torch.no_grad():
                 for t, p in zip(total, model.parameters(), strict=True):
                     t.add_(p)
         weights = [t / setting.cohort for t in total]
         print(time.perf_counter() - start, flush=True)
+
+
+def seconds_of(name: str, run: str, peers: Path | None) -> list[float]:
+    """Seconds of the rounds of one process; none of a peer that is not there."""
+    setting = SETTINGS[name]
+    if run in PEERS:
+        if peers is None:
+            return []
+        command = [sys.executable, str(peers / PEERS[run]), name, str(setting.rounds)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        found = re.search(r"min ([0-9.]+) median ([0-9.]+)", done.stdout)
+        return [] if found is None else [float(found[1]), float(found[2])]
+    if run == "bare loop":
+        command = [sys.executable, __file__, "--bare", name]
+        printed = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+        return [float(line) for line in printed.split()[1:]]
+    with tempfile.TemporaryDirectory() as folder:
+        chosen = [*setting.overrides, *RUNS[run], f"run_dir={folder}/run"]
+        command = [sys.executable, "-m", "fedapp.cli", "simulate", *chosen]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        lines = Path(folder, "run", "rounds.jsonl").read_text().splitlines()
+        return [float(json.loads(line)["seconds"]) for line in lines[1:]]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--only", choices=list(SETTINGS), nargs="+", default=list(SETTINGS))
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--peers", type=Path)
+    parser.add_argument("--bare", choices=list(SETTINGS), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    if options.bare:
+        bare(options.bare)
+        return
+    print("| setting | run | s a round, least | median | least, of the bare loop's |")
+    print("|---|---|---|---|---|")
+    for name in options.only:
+        found: dict[str, list[float]] = {run: [] for run in (*RUNS, *PEERS)}
+        for _ in range(options.repeats):
+            for run, seconds in found.items():
+                seconds += seconds_of(name, run, options.peers)
+        floor = min(found["bare loop"])
+        for run, seconds in found.items():
+            if seconds:
+                least, median = min(seconds), statistics.median(seconds)
+                print(f"| {name} | {run} | {least:.4f} | {median:.4f} | {least / floor:.2f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

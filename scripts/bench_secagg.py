@@ -19,7 +19,7 @@ from flwr.app import ConfigRecord, RecordDict
 
 from fedapp import ckks, secagg
 from fedapp.privacy.distributed import DistributedGaussian
-from fedapp.rounds import size_of
+from fedapp.records import size_of
 from fedapp.secagg.record import Record
 
 

@@ -20,6 +20,7 @@ GROUPS = sorted(path.name for path in config.CONF.iterdir() if path.is_dir())
 CHOICES = [(g, path.stem) for g in GROUPS for path in sorted((config.CONF / g).rglob("*.yaml"))]
 COMPANIONS = {  # what a choice cannot be without
     "trainer=dp_sgd": "privacy=example",
+    "trainer=dp_step": "privacy=distributed_example",
     "trainer=sgd": "privacy=none",
     "privacy=none": "",
     "model=cnn": "task.features=pixels",  # refuses maps of 7 x 7

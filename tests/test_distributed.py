@@ -16,7 +16,8 @@ from scipy.special import logsumexp
 from fedapp.errors import ConfigError, DecodeError, FedappError
 from fedapp.privacy import distributed
 from fedapp.privacy.discrete import discrete_gaussian
-from fedapp.privacy.distributed import DistributedGaussian, Terms, _rotated, _rotated_back
+from fedapp.privacy.distributed import DistributedGaussian, Terms
+from fedapp.privacy.integer_sum import rotated, rotated_back
 from fedapp.privacy.secret import Secret, source
 
 Vector = NDArray[np.float32]
@@ -96,7 +97,7 @@ def test_rounding_is_repeated_until_it_keeps_the_bound(monkeypatch: pytest.Monke
         return rounded(x, secret)
 
     monkeypatch.setattr(distributed, "_round", counted)
-    monkeypatch.setattr(distributed, "_rotated", lambda x, turn: np.full(1024, 3.5))
+    monkeypatch.setattr(distributed, "rotated", lambda x, turn: np.full(1024, 3.5))
     for client in range(200):
         sent = whole(agreed, gaussian(1024, 1.0, client), noise=False, client=client)
         assert sent @ sent <= agreed.most
@@ -109,7 +110,7 @@ def test_rounding_has_no_bias() -> None:
     each = [whole(agreed, x, noise=False, client=client) for client in range(4000)]
     mean = agreed.decode(np.mean(each, axis=0).round(0).astype(np.int64), 1, public())
     assert np.abs(mean - x).max() < agreed.step  # one rounded mean; the finer test follows
-    error = np.mean(each, axis=0) * agreed.step - _rotated(x.astype(float), agreed._public(public())[1])
+    error = np.mean(each, axis=0) * agreed.step - rotated(x.astype(float), agreed._public(public())[1])
     assert np.abs(error).max() < 4.5 * agreed.step / 2 / math.sqrt(4000)
 
 
@@ -273,16 +274,16 @@ def test_sums_of_residues_are_read_whether_reduced_or_not(kind: str) -> None:
 @pytest.mark.parametrize("size", [1, 2, 3, 64, 100, 4096, 5000])
 def test_rotation_keeps_norms_and_comes_back(size: int) -> None:
     x = np.random.default_rng(0).standard_normal(size)
-    turned = _rotated(x, b"abcd")
+    turned = rotated(x, b"abcd")
     assert turned @ turned == pytest.approx(x @ x, rel=1e-12)
-    assert _rotated_back(turned, b"abcd") == pytest.approx(x, abs=1e-12)
+    assert rotated_back(turned, b"abcd") == pytest.approx(x, abs=1e-12)
     if size >= 64:
         assert np.abs(turned - x).max() > 0.5
 
 
 def test_rotation_spreads_a_spike_over_all_values() -> None:
     for place in (0, 2999, 1700):
-        turned = _rotated(np.eye(3000)[place], b"abcd")
+        turned = rotated(np.eye(3000)[place], b"abcd")
         assert np.abs(turned).max() < 6 / math.sqrt(2048)
 
 
@@ -342,7 +343,7 @@ def test_noise_keeps_the_budget_and_little_more(budget: float, rounds: int) -> N
     privacy = DistributedGaussian(epsilon=budget, delta=1e-5)
     agreed = privacy.terms(26_146, 20, rounds)
     assert 0.98 * budget < agreed.epsilon(rounds, 1e-5) <= budget
-    assert agreed.curve(rounds).count == rounds
+    assert agreed.release(rounds).count == rounds
     assert agreed.epsilon(rounds + 1, 1e-5) > agreed.epsilon(rounds, 1e-5)
 
 

@@ -28,10 +28,10 @@ from fedapp.privacy.central import BIT, CLIP, CentralGaussian
 from fedapp.privacy.local import LocalGaussian
 from fedapp.privacy.mechanism import Mechanism, Plan, clipped, length
 from fedapp.privacy.secret import normal, source, uniform
-from fedapp.records import METRICS, WEIGHT
+from fedapp.records import METRICS, WEIGHT, size_of
 from fedapp.report.folder import Round
 from fedapp.report.progress import Progress
-from fedapp.rounds import Federation, size_of
+from fedapp.rounds import Federation
 from fedapp.vector import layout_of, ravel
 
 PLAN = Plan("poisson", cohort=10, clients=100, rounds=5, most=5)

@@ -44,6 +44,7 @@ CHOICES = {  # a new privacy choice joins with one row
     "local_gaussian": "privacy.noise_multiplier=2 trainer.epochs=0",
     "central_gaussian": "privacy.noise_multiplier=2 trainer.epochs=0",
     "distributed_gaussian": "privacy.noise_multiplier=2 trainer.epochs=0 privacy.tolerated=0.2",
+    "distributed_example": "privacy.noise_multiplier=1000 privacy.tolerated=0.2",
 }
 every_choice = pytest.mark.parametrize("choice", CHOICES)
 
@@ -173,7 +174,7 @@ def charged(folder: Path, node: int) -> tuple[accounting.Release, ...]:
 @every_choice
 def test_ledgers_are_charged_what_the_run_reports(choice: str, tmp_path: Path) -> None:
     job = job_of(choice, "cohort=4 privacy.noise_multiplier=2")
-    rules = "secure_aggregation: true" if choice == "distributed_gaussian" else ""
+    rules = "secure_aggregation: true" if job.terms is not None else ""
     federation, rounds = run(job, grid := Participants(job, tmp_path, rules))
     assert [record.failures for record in rounds] == [0, 0, 0]
     assert sum(record.replies for record in rounds) == federation._took_part.total()

@@ -19,7 +19,7 @@ from scipy.stats import chi2, hypergeom
 
 from fedapp.errors import ConfigError, DecodeError, FedappError
 from fedapp.privacy import secret
-from fedapp.rounds import size_of
+from fedapp.records import size_of
 from fedapp.secagg import Client, Graph, Plan, Record, Server, keys, masks, residues, shamir
 from fedapp.secagg import client as client_module
 

@@ -18,6 +18,7 @@ from fedapp import config
 from fedapp.client_app import client_app
 from fedapp.errors import ConfigError, FedappError
 from fedapp.job import Job
+from fedapp.privacy.distributed import Terms
 from fedapp.report.progress import Progress
 from fedapp.rounds import Federation
 from fedapp.secagg.residues import unpack
@@ -87,7 +88,7 @@ def test_noise_arrives_in_the_mean_as_the_terms_say() -> None:
         )
         values.append(moved(run(job, Watched(job))[0]))
     noise = np.concatenate(values)
-    assert job.terms is not None
+    assert isinstance(job.terms, Terms)
     every_share = job.terms.noise * math.sqrt(6 / job.terms.honest) / 6  # all replied
     assert len(noise) > 100_000
     assert noise.var() == pytest.approx(every_share**2, rel=0.02)

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from scipy.stats import binom, chi2
 from torch import nn
 
-from fedapp import training
+from fedapp.dp_step import Step
 from fedapp.errors import ConfigError
 from fedapp.models import Cnn, Logistic, Mlp, Resnet18
 from fedapp.privacy.example import ExamplePrivacy
@@ -143,7 +143,7 @@ def test_each_example_joins_each_step_with_the_stated_probability(
 ) -> None:
     """Draws differ between steps and fits, and their sizes fit a binomial law, judged at 1e-6."""
     drawn: list[list[int]] = []
-    monkeypatch.setattr(training._Step, "__call__", lambda self, data, batch: drawn.append(batch.tolist()))
+    monkeypatch.setattr(Step, "__call__", lambda self, data, batch: drawn.append(batch.tolist()))
     dp = replace(PRIVATE, privacy=ExamplePrivacy(), steps=20)
     fit(dp, 1000)
     fit(dp, 1000)
@@ -295,7 +295,7 @@ def test_dropout_draws_from_a_stream_of_the_fit(trainer: Trainer) -> None:
 def test_dropout_under_privacy_is_secret(monkeypatch: pytest.MonkeyPatch) -> None:
     """Known masks would tell the batch's other examples that one more stands before them."""
     task, masks = Digits(build=Cnn(), partition=Iid(), clients=4, seed=0), []
-    monkeypatch.setattr(training._Step, "__call__", lambda *_: masks.append(torch.rand(4).tolist()))
+    monkeypatch.setattr(Step, "__call__", lambda *_: masks.append(torch.rand(4).tolist()))
     for _ in range(2):
         dp = replace(PRIVATE, privacy=ExamplePrivacy(), steps=1)
         dp.fit(task, task.model(0), data(20), {}, np.random.default_rng(0), 0.0)

@@ -9,10 +9,11 @@ from numpy.typing import NDArray
 from torch import nn
 
 from fedapp.audit.one_run import SIZE, Claim
+from fedapp.dp_step import Step
 from fedapp.errors import ConfigError
 from fedapp.job import Job
 from fedapp.tasks import Data, Task
-from fedapp.training import DpSgd, State, _Step
+from fedapp.training import DpSgd, State
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ def with_canaries(data: Data, included: NDArray[np.bool_]) -> Data:
     return Data(x, torch.cat([data.y, labels]))
 
 
-class CanaryStep(_Step):
+class CanaryStep(Step):
     """The trainer's own step, with the canaries' gradients in their rows; notes what each step released."""
 
     def __init__(

@@ -10,14 +10,13 @@ from numpy.typing import ArrayLike, NDArray
 
 from fedapp import check
 from fedapp.codec import seed
-from fedapp.codec.rotate import hadamard
-from fedapp.errors import ConfigError, DecodeError, FedappError
+from fedapp.errors import ConfigError
 from fedapp.privacy.accounting import ORDERS, Curve, epsilon, noise_for
 from fedapp.privacy.discrete import discrete_gaussian, sampled_variance
+from fedapp.privacy.integer_sum import honest_of, lacks, lifted, reach, rotated, rotated_back
 from fedapp.privacy.mechanism import require_budget
 from fedapp.privacy.secret import Secret
 
-WRAPS = 1e-6  # the chance at most that any coordinate of a round's sum leaves the modulus
 MOST_BITS = 24
 _RAISED, _DOUBLED = 1.05, 2.0  # what rounding may do to the noise: where bits are ours to choose; where given
 _LEAST_SHARE = 0.25  # Kairouz et al. 2021 bound what sums of discrete Gaussians lack from here on
@@ -89,7 +88,7 @@ class DistributedGaussian:
         check.whole("cohort", cohort, 1)
         kept = max(1, round(self.keep * size))
         clip = self.clip * math.sqrt(kept / size)
-        honest = min(cohort, max(1, math.floor((1 - self.tolerated) * cohort + 1e-9)))
+        honest = honest_of(cohort, self.tolerated)
         tried, raised = ((self.bits,), _DOUBLED) if self.bits else (range(1, MOST_BITS + 1), _RAISED)
         for bits in tried:
             steps = _steps(noise, bits, kept, cohort, honest)
@@ -132,6 +131,11 @@ class Terms:
         """Standard deviation of the least noise on a kept value of the sum, in units of the update."""
         return self.step * math.sqrt(self.honest * self.share)
 
+    @property
+    def multiplier(self) -> float:
+        """That noise over the clip norm."""
+        return self.noise / self.clip
+
     def rdp(self, orders: ArrayLike) -> NDArray[np.float64]:
         """Float64 (len(orders),): Renyi divergence of one round's sum when one client is replaced.
 
@@ -139,18 +143,17 @@ class Terms:
         norm of at most sqrt(kept) L2 norms.
         """
         moved = 2 * math.sqrt(self.most / (self.honest * self.share))
-        k = np.arange(1, self.honest)  # tau: how far from a discrete Gaussian's log-probabilities a sum's are
-        lacks = 10 * np.sum(np.exp(-2 * math.pi**2 * float(self.share) * k / (k + 1)))
+        tau = lacks(self.share, self.honest)
         half: NDArray[np.float64] = np.asarray(orders, np.float64) / 2
-        rdp = half * (moved + lacks * math.sqrt(self.kept)) ** 2
-        return np.asarray(np.minimum(rdp, half * moved**2 + lacks * self.kept))
+        rdp = half * (moved + tau * math.sqrt(self.kept)) ** 2
+        return np.asarray(np.minimum(rdp, half * moved**2 + tau * self.kept))
 
-    def curve(self, rounds: int) -> Curve:
+    def release(self, rounds: int) -> Curve:
         """What so many rounds cost, for the accountant; under `replace`."""
         return Curve("distributed Gaussian", tuple(self.rdp(ORDERS).tolist()), rounds)
 
     def epsilon(self, rounds: int, delta: float) -> float:
-        return epsilon((self.curve(rounds),), delta).epsilon
+        return epsilon((self.release(rounds),), delta).epsilon
 
     def encode(self, update: NDArray[Any], rng: np.random.Generator, secret: Secret) -> NDArray[np.uint32]:
         """A client's residues: float (size,) to uint32 (kept,) below 2^bits; `rng` is public, the round's.
@@ -166,7 +169,7 @@ class Terms:
         if not np.isfinite(update).all():
             x[:] = 0
         x *= self.clip / max(math.sqrt(x @ x), self.clip) / self.step
-        x = _rotated(x, turn)
+        x = rotated(x, turn)
         whole = _round(x, secret)
         while whole @ whole > self.most:
             whole = _round(x, secret)
@@ -182,18 +185,11 @@ class Terms:
         what is kept is scaled by size / kept. Raises FedappError where fewer replied than carry the noise,
         or more than were asked; DecodeError on another shape or type.
         """
-        if not self.honest <= replies <= self.cohort:
-            raise FedappError(
-                f"{replies} of {self.cohort} clients replied, and the noise takes at least {self.honest}: "
-                f"the round is lost; a larger privacy.tolerated, with more noise from each, allows for fewer"
-            )
-        if total.shape != (self.kept,) or total.dtype.kind not in "iu":
-            raise DecodeError(f"the sum is {total.dtype} {total.shape}, not whole numbers ({self.kept},)")
         places, turn = self._public(rng)
-        lifted = total.astype(np.int64) + self.modulus // 2 & self.modulus - 1
-        x = np.float64(self.step * self.size / self.kept / self.cohort) * (lifted - self.modulus // 2)
+        whole = lifted(total, self.kept, self.bits, replies, self.honest, self.cohort)
+        x = np.float64(self.step * self.size / self.kept / self.cohort) * whole
         mean = np.zeros(self.size, np.float32)
-        mean[places] = _rotated_back(x, turn)
+        mean[places] = rotated_back(x, turn)
         return mean
 
     def _public(self, rng: np.random.Generator) -> tuple[NDArray[np.bool_], bytes]:
@@ -218,14 +214,11 @@ def _steps(noise: float, bits: int, kept: int, cohort: int, honest: int) -> floa
 def _reach(steps: float, noise: float, kept: int, cohort: int, honest: int) -> float:
     """What no coordinate of the sum exceeds, but with chance `WRAPS`, whatever the updates.
 
-    They may all be the same. Behind random signs a coordinate of their rotated sum is sub-Gaussian with proxy
-    (cohort steps)^2 / width; a discrete Gaussian with its variance (Canonne et al. 2020, section 2), and all
-    the cohort's shares may arrive; rounding moves each by less than one step.
+    They may all be the same, and all shares may arrive; rounding moves each by less than one step.
     """
     share = max(_LEAST_SHARE, noise**2 * _rounded(steps, kept) / honest)
     share = 1.002 * share + 1 / 64  # or less: see `sampled_variance`
-    proxy = (cohort * steps) ** 2 / _width(kept) + cohort * share
-    return math.sqrt(2 * math.log(2 * kept / WRAPS) * proxy) + cohort
+    return reach(cohort * steps, cohort * share, kept) + cohort
 
 
 def _rounded(steps: float, kept: int) -> float:
@@ -237,41 +230,10 @@ def _rounded(steps: float, kept: int) -> float:
     return min((steps + root) ** 2, steps**2 + kept / 4 + steps + root / 2)
 
 
-# --- rounding and rotation ---------------------------------------------------------------------------------
+# --- rounding ----------------------------------------------------------------------------------------------
 
 
 def _round(x: NDArray[np.float64], secret: Secret) -> NDArray[np.int64]:
     """Each value to a neighbouring integer, its mean kept within 2^-32."""
     down = np.floor(x)
     return down.astype(np.int64) + (np.frombuffer(secret(4 * len(x)), "<u4") < (x - down) * 2.0**32)
-
-
-def _rotated(x: NDArray[np.float64], turn: bytes) -> NDArray[np.float64]:
-    """Two Walsh-Hadamard transforms behind random signs, of the first `width` values, then of the last.
-
-    They reach every value, each in a transform of more than half of all, and nothing is filled in.
-    """
-    x = x.copy()
-    for part, signs in _turns(x, turn):
-        part *= signs
-        hadamard(part, len(part))
-    return x
-
-
-def _rotated_back(x: NDArray[np.float64], turn: bytes) -> NDArray[np.float64]:
-    x = x.copy()
-    for part, signs in reversed(_turns(x, turn)):
-        hadamard(part, len(part))
-        part *= signs
-    return x
-
-
-def _turns(x: NDArray[np.float64], turn: bytes) -> list[tuple[NDArray[np.float64], NDArray[np.int8]]]:
-    width = _width(len(x))
-    signs = seed.signs(turn, 2 * width)
-    return [(x[:width], signs[:width]), (x[-width:], signs[width:])]
-
-
-def _width(count: int) -> int:
-    """The largest power of two within the count."""
-    return 1 << count.bit_length() - 1

@@ -14,6 +14,7 @@ import torch
 import yaml
 
 from fedapp import __version__, check
+from fedapp.dp_step import DpStep
 from fedapp.errors import ConfigError, FedappError
 from fedapp.privacy.accounting import Gaussian, Release
 from fedapp.privacy.central import BIT, CentralGaussian
@@ -55,7 +56,7 @@ class Policy:
     fraction: the share of examples that takes part, always the same ones: by a hash of their place in the
     data under `salt`, any secret words. Examples added at the end change no earlier choice.
 
-    examples, steps, seconds: the most local work of one round: epochs times examples (under privacy=example
+    examples, steps, seconds: the most local work of one round: epochs times examples (under DP-SGD
     their public expectation), optimizer steps, and time, after which the work is broken off.
 
     *Formal guarantees.* None of its own; `epsilon` is that of the run's accountant. It binds this client, as
@@ -158,7 +159,7 @@ class Policy:
             if name not in self.metrics:
                 raise PolicyRefusal("metrics", f"{purpose} needs {name}, and only {self.metrics} may leave")
 
-    def check_work(self, trainer: Trainer, examples: int) -> None:
+    def check_work(self, trainer: Trainer | DpStep, examples: int) -> None:
         """Refuse a round of training on so many examples that is too much work, without saying how much."""
         for rule, asked in zip(("steps", "examples"), _work(trainer, examples), strict=True):
             bound = getattr(self, rule)
@@ -224,7 +225,7 @@ class Policy:
     def _check_noise(self, job: "Job", releases: Sequence[Release]) -> None:
         noise = min((r.noise for r in releases if isinstance(r, Gaussian)), default=0.0)
         if job.terms is not None:
-            noise = job.terms.noise / job.terms.clip  # of the whole sum
+            noise = job.terms.multiplier  # of the whole sum
         if self.noise is not None and noise < self.noise:
             raise PolicyRefusal(
                 "noise", f"the noise multiplier is {noise:.4g}, at least {self.noise:g} is due"
@@ -247,10 +248,12 @@ class Policy:
             _among("columns", f"the column {column}", column, self.columns)
 
 
-def _work(trainer: Trainer, examples: int) -> tuple[int, float]:
+def _work(trainer: Trainer | DpStep, examples: int) -> tuple[int, float]:
     """Steps, and examples counted once an epoch, of one round; public constants alone under DP-SGD."""
     if isinstance(trainer, DpSgd):
         return trainer.steps, trainer.steps * trainer.sampling_rate * trainer.examples_per_client
+    if isinstance(trainer, DpStep):
+        return 1, trainer.sampling_rate * trainer.examples_per_client
     if isinstance(trainer, Sgd):
         return trainer.epochs * math.ceil(examples / trainer.batch_size), float(trainer.epochs * examples)
     raise PolicyRefusal("steps", f"the work of a {type(trainer).__name__} is not known")

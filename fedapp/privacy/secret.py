@@ -10,7 +10,7 @@ from scipy.special import ndtri
 Secret = Callable[[int], bytes]
 """So many bytes that nobody else can know; `os.urandom` is one."""
 
-SERVER, CLIENT, COHORT = 0, 1, 2  # uses of a test seed
+SERVER, CLIENT, COHORT, BATCH = range(4)  # uses of a test seed
 
 
 def source(test_seed: int | None, *use: int) -> Secret:

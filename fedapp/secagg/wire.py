@@ -1,6 +1,7 @@
 """Secure aggregation in Flower's messages: what a node answers, and a round's sum on the server."""
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 from flwr.app import ConfigRecord, Context, Message, MessageType, RecordDict
@@ -8,8 +9,9 @@ from flwr.clientapp.typing import Mod
 from numpy.typing import NDArray
 
 from fedapp.errors import DecodeError
-from fedapp.privacy.distributed import Terms
-from fedapp.records import ARRAYS
+from fedapp.privacy.distributed import DistributedGaussian, Terms
+from fedapp.privacy.distributed_example import DistributedExample, StepTerms
+from fedapp.records import ARRAYS, UPDATE
 from fedapp.replies import refuse
 from fedapp.secagg.client import Client
 from fedapp.secagg.record import Record
@@ -17,6 +19,8 @@ from fedapp.secagg.server import Server
 from fedapp.wire import update_of
 
 SECAGG = "secagg"
+Summed = DistributedGaussian | DistributedExample
+"""The kinds of privacy that take it."""
 
 
 # --- the client's end --------------------------------------------------------------------------------------
@@ -30,10 +34,11 @@ def answer(client: Client, stage: str, message: Message, context: Context) -> Me
     return Message(_content(reply), reply_to=message)
 
 
-def masked(client: Client, encode: Callable[[NDArray[np.float32]], NDArray[np.uint32]]) -> Mod:
+def masked(client: Client, encode: Callable[[NDArray[Any]], NDArray[np.uint32]]) -> Mod:
     """The client mod in the place of `wire.compress`: only masked values leave the client.
 
-    `encode` makes whole numbers below the modulus of an update, float32 (size,).
+    `encode` makes whole numbers below the modulus of what was trained: an update, float32 (size,), or the sum
+    that a trainer made in the place of trained weights.
     """
 
     def mod(message: Message, context: Context, call_next: Callable[[Message, Context], Message]) -> Message:
@@ -42,7 +47,8 @@ def masked(client: Client, encode: Callable[[NDArray[np.float32]], NDArray[np.ui
         reply = call_next(message, context)
         if reply.has_error():
             return reply
-        values = encode(update_of(received, reply.content.array_records[ARRAYS]))
+        trained = reply.content.array_records[ARRAYS]
+        values = encode(trained[UPDATE].numpy() if UPDATE in trained else update_of(received, trained))
         record, state = client.mask(asked, _state(context), values)
         context.state[SECAGG] = ConfigRecord({**state})
         reply.content = _content(record)
@@ -68,7 +74,7 @@ class SecureSum:
     def __init__(
         self,
         server: Server,
-        terms: Terms,
+        terms: Terms | StepTerms,
         rng: np.random.Generator,
         exchange: Callable[[list[Message]], Iterator[Message]],
     ) -> None:

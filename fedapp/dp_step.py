@@ -1,0 +1,136 @@
+"""One step of DP-SGD by Opacus, and the trainer whose rounds are one: what it adds up others add noise to."""
+
+import warnings
+from contextlib import closing
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from fedapp import check
+from fedapp.privacy.secret import Secret, uniform
+from fedapp.tasks import Data, Task
+
+if TYPE_CHECKING:
+    from fedapp.training import DpSgd
+
+
+@dataclass(frozen=True)
+class DpStep:
+    """Adds up gradients over a Poisson sample, each clipped to `max_grad_norm`: the first half of DP-SGD.
+
+    *Formal guarantees* are those of `DistributedExample`, which rounds the sum and adds the noise: what is
+    made here is private, and must not leave the client. Every example joins by itself with probability
+    `sampling_rate`, from secret bytes, as do dropout masks. An example whose gradient is not finite counts as
+    zero. `examples_per_client` is a public number, by which with the rate the mean is divided, whatever a
+    client holds. The learning rate is the server's.
+
+    `physical_batch_size` and `ghost_above` bound memory as in `DpSgd`, and change no result.
+    """
+
+    max_grad_norm: float = 0.1
+    sampling_rate: float = 0.12
+    examples_per_client: int = 6000
+    physical_batch_size: int = 512
+    ghost_above: int = 200_000
+    noise_multiplier: ClassVar[float] = 0.0  # what Opacus is to add
+    momentum: ClassVar[float] = 0.0
+
+    def __post_init__(self) -> None:
+        check.real("trainer.max_grad_norm", self.max_grad_norm, above=0.0, high=1e6)
+        check.real("trainer.sampling_rate", self.sampling_rate, above=0.0, high=1.0)
+        check.whole("trainer.examples_per_client", self.examples_per_client, 1)
+        check.whole("trainer.physical_batch_size", self.physical_batch_size, 1)
+        check.whole("trainer.ghost_above", self.ghost_above, 0)
+
+    def total(self, task: Task, model: nn.Module, data: Data, secret: Secret) -> NDArray[np.float64]:
+        """The sum over one draw, float64 (size,): parameters end to end. `model` stays as it is.
+
+        In double precision throughout, since the sensitivity of the rounded sum counts on it.
+        """
+        drawn = torch.from_numpy(np.flatnonzero(uniform(len(data), secret) < self.sampling_rate))
+        torch.manual_seed(int.from_bytes(secret(8), "little"))  # dropout draws from the global generator
+        wide = deepcopy(model).double().train()
+        with closing(Step(task, wide, self, noise=None, lr=0.0)) as step:
+            return step.total(data, drawn.to(data.x.device)).cpu().numpy()
+
+
+class Step:
+    """One noised step on a drawn batch, in physical batches that fit the memory."""
+
+    def __init__(
+        self, task: Task, model: nn.Module, dp: "DpSgd | DpStep", noise: torch.Generator | None, lr: float
+    ) -> None:
+        from opacus import optimizers
+        from opacus.grad_sample import GradSampleModule, GradSampleModuleFastGradientClipping
+
+        self._task, self._chunk = task, dp.physical_batch_size
+        self._parameters: list[Any] = [p for p in model.parameters() if p.requires_grad]
+        self._ghost = sum(p.numel() for p in self._parameters) > dp.ghost_above
+        optimizer: type[optimizers.DPOptimizer] = optimizers.DPOptimizer
+        if self._ghost:
+            optimizer = optimizers.DPOptimizerFastGradientClipping
+            self._model = GradSampleModuleFastGradientClipping(model, max_grad_norm=dp.max_grad_norm)
+        else:
+            self._model = GradSampleModule(model)
+        self._optimizer = optimizer(
+            torch.optim.SGD(self._parameters, lr=lr, momentum=dp.momentum),
+            noise_multiplier=dp.noise_multiplier,
+            max_grad_norm=dp.max_grad_norm,
+            expected_batch_size=dp.sampling_rate * dp.examples_per_client,
+            generator=noise,
+        )
+
+    def __call__(self, data: Data, batch: torch.Tensor) -> None:
+        self._add_up(data, batch, steps=True)
+        self._optimizer.zero_grad(set_to_none=True)
+
+    def total(self, data: Data, batch: torch.Tensor) -> torch.Tensor:
+        """Instead of a step the sum of clipped gradients, (size,), without noise; once only."""
+        self._add_up(data, batch, steps=False)
+        return torch.cat([p.summed_grad.reshape(-1) for p in self._parameters])
+
+    def _add_up(self, data: Data, batch: torch.Tensor, steps: bool) -> None:
+        chunks = batch.split(self._chunk) if len(batch) else (batch,)
+        for last, chunk in zip([False] * (len(chunks) - 1) + [True], chunks, strict=True):
+            self._optimizer.zero_grad(set_to_none=True)
+            self._optimizer.signal_skip_step(not (last and steps))
+            self._backward(data.x[chunk].to(self._parameters[0].dtype), data.y[chunk])
+            self._optimizer.step()
+
+    def _backward(self, x: torch.Tensor, y: torch.Tensor) -> None:
+        """Gradients of these examples where Opacus looks; one that is not finite counts as zero.
+
+        No clip bounds it, and no noise hides that it was there; who made the weights may have aimed at it.
+        """
+        from opacus.utils.fast_gradient_clipping_utils import DPTensorFastGradientClipping
+
+        if not len(x):  # an empty sample releases noise alone
+            for p in self._parameters:
+                p.grad = torch.zeros_like(p)
+                p.grad_sample = p.new_zeros(0, *p.shape)
+            return
+        with warnings.catch_warnings():  # the first layer's input needs no gradient, and need not
+            warnings.filterwarnings("ignore", message="Full backward hook is firing")
+            if self._ghost:
+                losses = self._task.loss(self._model(x), y, reduction="none")
+                DPTensorFastGradientClipping(self._model, self._optimizer, losses).backward()
+                finite = self._model.get_norm_sample().isfinite()
+            else:
+                self._task.loss(self._model(x), y).backward()
+                samples = [p.grad_sample.reshape(len(x), -1) for p in self._parameters]
+                finite = torch.stack([sample.sum(1) for sample in samples]).isfinite().all(0)
+        if not finite.all():
+            for p in self._parameters:
+                p.grad, p.grad_sample = None, None
+            self._backward(x[finite], y[finite])
+
+    def close(self) -> None:
+        """Leave the model as it was: no hooks, no gradients."""
+        self._model._close()
+        for p in self._parameters:
+            p.grad = None

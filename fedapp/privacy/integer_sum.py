@@ -1,0 +1,88 @@
+"""Sums of whole numbers under noise that clients share: how far they reach, how they are rotated and read."""
+
+import math
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedapp.codec import seed
+from fedapp.codec.rotate import hadamard
+from fedapp.errors import DecodeError, FedappError
+
+WRAPS = 1e-6  # the chance at most that any coordinate of a round's sum leaves the modulus
+
+
+def honest_of(cohort: int, tolerated: float) -> int:
+    """How many clients add noise that nobody knows, where a share of them may drop out or collude."""
+    return min(cohort, max(1, math.floor((1 - tolerated) * cohort + 1e-9)))
+
+
+def reach(norm: float, variance: float, size: int) -> float:
+    """What no value of a rotated sum with noise exceeds, but with chance `WRAPS`; rounding comes on top.
+
+    Behind random signs a value of a rotated vector is sub-Gaussian with proxy norm^2 / width; a discrete
+    Gaussian with its variance (Canonne et al. 2020, section 2). `norm` and `variance` are those of the sum.
+    """
+    return math.sqrt(2 * math.log(2 * size / WRAPS) * (norm**2 / width(size) + variance))
+
+
+def lacks(share: float | Fraction, honest: int) -> float:
+    """How far the log-probabilities of a sum of discrete Gaussians are from those of one, at most.
+
+    The tau of Kairouz, Liu and Steinke 2021, Proposition 14.
+    """
+    k = np.arange(1, honest)
+    return float(10 * np.sum(np.exp(-2 * math.pi**2 * float(share) * k / (k + 1))))
+
+
+def lifted(
+    total: NDArray[np.integer[Any]], size: int, bits: int, replies: int, honest: int, cohort: int
+) -> NDArray[np.int64]:
+    """The sum of so many replies, int64 (size,), from integers (size,) modulo 2^bits.
+
+    Raises FedappError where fewer replied than carry the noise, or more than were asked; DecodeError on
+    another shape or type.
+    """
+    if not honest <= replies <= cohort:
+        raise FedappError(
+            f"{replies} of {cohort} clients replied, and the noise takes at least {honest}: "
+            f"the round is lost; a larger privacy.tolerated, with more noise from each, allows for fewer"
+        )
+    if total.shape != (size,) or total.dtype.kind not in "iu":
+        raise DecodeError(f"the sum is {total.dtype} {total.shape}, not whole numbers ({size},)")
+    half = 1 << bits - 1
+    whole: NDArray[np.int64] = (total.astype(np.int64) + half & 2 * half - 1) - half
+    return whole
+
+
+def rotated(x: NDArray[np.float64], turn: bytes) -> NDArray[np.float64]:
+    """Two Walsh-Hadamard transforms behind random signs, of the first `width` values, then of the last.
+
+    They reach every value, each in a transform of more than half of all, and nothing is filled in.
+    """
+    x = x.copy()
+    for part, signs in _turns(x, turn):
+        part *= signs
+        hadamard(part, len(part))
+    return x
+
+
+def rotated_back(x: NDArray[np.float64], turn: bytes) -> NDArray[np.float64]:
+    x = x.copy()
+    for part, signs in reversed(_turns(x, turn)):
+        hadamard(part, len(part))
+        part *= signs
+    return x
+
+
+def _turns(x: NDArray[np.float64], turn: bytes) -> list[tuple[NDArray[np.float64], NDArray[np.int8]]]:
+    span = width(len(x))
+    signs = seed.signs(turn, 2 * span)
+    return [(x[:span], signs[:span]), (x[-span:], signs[span:])]
+
+
+def width(count: int) -> int:
+    """The largest power of two within the count."""
+    return 1 << count.bit_length() - 1
