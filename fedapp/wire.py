@@ -59,6 +59,16 @@ def ravel(arrays: ArrayRecord, layout: Layout) -> NDArray[np.float32]:
     return flat
 
 
+def arrays_in(record: ArrayRecord) -> dict[str, NDArray[Any]]:
+    """The arrays of a record by name, in order."""
+    return {name: array.numpy() for name, array in record.items()}
+
+
+def record_of(arrays: Mapping[str, NDArray[Any]]) -> ArrayRecord:
+    """The record that these arrays make."""
+    return ArrayRecord({name: Array(np.asarray(array)) for name, array in arrays.items()})
+
+
 def unravel(flat: NDArray[Any], layout: Layout, like: ArrayRecord) -> dict[str, NDArray[Any]]:
     """The arrays back from the vector, each in the dtype that it has in `like`."""
     return {
@@ -129,13 +139,12 @@ def require_finite(update: NDArray[np.float32]) -> None:
 
 def load_state(context: Context, key: str) -> Mapping[str, NDArray[Any]]:
     """Arrays that this node kept under `key`; empty at first."""
-    record = context.state.array_records.get(key, ArrayRecord())
-    return {name: array.numpy() for name, array in record.items()}
+    return arrays_in(context.state.array_records.get(key, ArrayRecord()))
 
 
 def store_state(context: Context, key: str, state: Mapping[str, NDArray[Any]]) -> None:
     """Keep these arrays on this node until its next message."""
-    context.state[key] = ArrayRecord({name: Array(np.asarray(value)) for name, value in state.items()})
+    context.state[key] = record_of(state)
 
 
 # --- the server's end --------------------------------------------------------------------------------
@@ -143,6 +152,10 @@ def store_state(context: Context, key: str, state: Mapping[str, NDArray[Any]]) -
 
 STREAMED = frozenset({"FedAvg", "FedAvgM", "FedAdam", "FedYogi", "FedAdagrad", "FedProx"})
 """Flower's linear strategies: the mean of the updates is all that they need of a round."""
+
+
+LASTING = ("momentum_vector", "m_t", "v_t")
+"""What Flower's strategies keep from round to round: one array for each of the weights."""
 
 
 class Wire(Strategy):
@@ -246,6 +259,23 @@ class Wire(Strategy):
 
     def summary(self) -> None:
         self.inner.summary()
+
+    def state(self) -> dict[str, Any]:
+        """What lasts from round to round: the mechanism's numbers, and the arrays that the strategy keeps."""
+        kept = {name: getattr(self.inner, name, None) for name in LASTING}
+        weights = getattr(self.inner, "current_arrays", None)  # FedAvgM's own; the others set it each round
+        if isinstance(weights, ArrayRecord):
+            kept["current_arrays"] = arrays_in(weights)
+        return {
+            "mechanism": self._kept,
+            "strategy": {name: value for name, value in kept.items() if value is not None},
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state` returned."""
+        self._kept = dict(state["mechanism"])
+        for name, value in state["strategy"].items():
+            setattr(self.inner, name, record_of(value) if name == "current_arrays" else value)
 
     @contextmanager
     def _at_its_own_cost(self, reply: Message) -> Iterator[None]:
