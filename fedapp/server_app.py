@@ -84,7 +84,7 @@ def run(
 ) -> Summary:
     """Run all rounds, leave the run folder, print the summary. Ctrl-C keeps what was measured.
 
-    `started` is when the program started, by `time.perf_counter`; `begin` is where a run that stopped goes on.
+    `started` is when the program started, by `time.perf_counter`; `begin`, where a stopped one goes on.
     """
     with alone(folder.path):
         return _run(job, tree, grid, folder, console, started, begin or Start(tree, folder.path))
@@ -157,7 +157,7 @@ def _restored(federation: Federation, folder: RunFolder, begin: Start) -> Took:
         federation.restore(state["federation"])
         if isinstance(grid, LocalGrid) and grid.remembering != state["clients"]:
             raise ConfigError(
-                f"{folder.checkpoint / CLIENTS} holds {grid.remembering} of {state['clients']} clients' states: "
+                f"{folder.checkpoint / CLIENTS} holds {grid.remembering} states of {state['clients']}: "
                 "restore the file, or begin a new run"
             )
     if job.privacy.unit is not None and not isinstance(grid, LocalGrid):
