@@ -70,7 +70,8 @@ class Checkpoints:
 
     def _kept(self) -> dict[int, Path]:
         """The files by their rounds."""
-        return {int(path.stem[6:]): path for path in self._folder.glob("round-*.safetensors")}
+        files = {path.stem.removeprefix("round-"): path for path in self._folder.glob("round-*.safetensors")}
+        return {int(number): path for number, path in files.items() if number.isdigit()}
 
 
 def write(path: Path, state: State) -> None:

@@ -141,6 +141,9 @@ def job(config: DictConfig) -> Job:
     assert isinstance(tree, dict)
     for key in sorted(set(map(str, tree)) - {*_KEYS, *_GROUPS, "run_dir", "resume", "choices"}):
         raise ConfigError(f"{key} is no setting of fedapp: see `fedapp simulate --help` for those there are")
+    for key in _KEYS:
+        if key not in tree:  # a stored file
+            raise ConfigError(f"{key} is not set: give it a value")
     _check_strategy(tree["strategy"])
     shared = {
         "build": build(tree["model"], "model"),

@@ -1,5 +1,6 @@
 """Where a run begins: anew, or where the one in a run folder stopped."""
 
+import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -73,7 +74,11 @@ def _stopped(tree: DictConfig, path: Path, overrides: Iterable[str] | None) -> S
     return replace(begin, said=(*said, f"Going on {at}"))
 
 
+def _text(value: object) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
 def _refuse(differences: dict[str, tuple[object, object]], why: str) -> None:
     if differences:
-        shown = "; ".join(f"{key}: {was} -> {now}" for key, (was, now) in differences.items())
+        shown = "; ".join(f"{key}: {_text(was)} -> {_text(now)}" for key, (was, now) in differences.items())
         raise ConfigError(f"{why}, and these differ: {shown}. Set them back, or begin a new run")

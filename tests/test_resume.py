@@ -9,6 +9,8 @@ import random
 import re
 import signal
 import sqlite3
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -246,6 +248,34 @@ def test_a_run_without_a_checkpoint_goes_on_from_its_beginning(tmp_path: Path, w
         assert left(path) == whole(setting)
 
 
+@pytest.mark.slow
+def test_the_command_line(tmp_path: Path, whole: Any) -> None:
+    """Real processes: killed, then terminated, then left in peace."""
+    settings = f"{FAST} {SETTINGS['feedback']} rounds=60 run_dir=run".split()
+    fedapp = [sys.executable, "-m", "fedapp.cli", "simulate"]
+    simulate(tmp_path / "whole", f"{SETTINGS['feedback']} rounds=60")
+    for arguments, number, status in (
+        (settings, signal.SIGKILL, -9),
+        (["resume=run", "engine.workers=2"], signal.SIGTERM, 130),
+        ([*settings[:-1], "resume=run"], None, 0),
+    ):
+        before = lines(tmp_path / "run")
+        with subprocess.Popen([*fedapp, *arguments], cwd=tmp_path, stderr=subprocess.PIPE) as process:
+            while number and lines(tmp_path / "run") < before + 3:
+                time.sleep(0.01)
+                assert process.poll() is None
+            if number:
+                process.send_signal(number)
+            _, error = process.communicate(timeout=120)
+        assert process.returncode == status, error
+    assert left(tmp_path / "run") == left(tmp_path / "whole")
+    names = ["config.yaml", "labels.json", "model.safetensors", "report.html", "rounds.jsonl", "summary.json"]
+    assert sorted(os.listdir(tmp_path / "run")) == names
+    done = subprocess.run([*fedapp, "resume=run"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr == "fedapp: the run in run is finished: there is nothing to resume\n"
+
+
 # What is damaged, locked, finished, or other than before
 
 
@@ -316,6 +346,38 @@ def test_other_settings_are_refused_and_shown(tmp_path: Path) -> None:
         resume(tmp_path)
     with pytest.raises(ConfigError, match="is no run folder"):
         resume(tmp_path / "nowhere")
+
+
+def deployed(overrides: str, ids: list[int]) -> None:
+    """As Flower runs the ServerApp, on nodes with these ids that remember nothing yet."""
+    job = config.job(config.compose(overrides))
+    context = Context(1, 1, {}, RecordDict(), {"overrides": overrides})
+    server_app.main(Elsewhere(client_app(lambda _: job), ids), context)
+
+
+def test_a_deployed_run_goes_on_with_nodes_that_remember_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = f"{FAST} codec.feedback=false codec.step=2"
+    deployed(f"{settings} run_dir={tmp_path / 'whole'}", [5, 6, 7, 8, 9])
+
+    def run() -> None:
+        Federation._evaluate = at_call(4, Federation._evaluate)  # type: ignore[method-assign]
+        deployed(f"{settings} run_dir={tmp_path / 'run'}", [5, 6, 7, 8, 9])
+
+    assert killed(run, never) == -9
+    with pytest.raises(ConfigError, match=r"goes on with its own settings, .*: codec.step: 2 -> null\."):
+        deployed(f"{FAST} codec.feedback=false resume={tmp_path / 'run'}", [5])
+    with pytest.raises(ConfigError, match="was none on this machine: resume it as it was started"):
+        resume(tmp_path / "run")
+    capsys.readouterr()
+    deployed(f"{settings} resume={tmp_path / 'run'}", [50, 60, 70, 80, 90])
+    assert "Going on after round 3" in capsys.readouterr().out
+    (model, rounds), (others, expected) = left(tmp_path / "run"), left(tmp_path / "whole")
+    assert model == others
+    for r, e in zip(rounds[3:], expected[3:], strict=True):  # newcomers are sent more
+        assert r.pop("downlink_bytes") > e.pop("downlink_bytes") or r["round"] > 4
+    assert rounds == expected
 
 
 def test_in_a_deployment_all_settings_are_compared() -> None:

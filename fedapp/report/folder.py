@@ -79,9 +79,7 @@ class RunFolder:
 
     def clear(self) -> None:
         """Remove the checkpoints: a run that has finished needs none."""
-        with _explained(self.checkpoint):
-            if self.checkpoint.exists():
-                shutil.rmtree(self.checkpoint)
+        shutil.rmtree(self.checkpoint, ignore_errors=True)
 
     def write_summary(self, summary: Summary) -> None:
         """summary.json, which also says that the run has ended."""
