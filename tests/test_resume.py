@@ -194,7 +194,7 @@ def test_killed_again_and_again_at_random(tmp_path: Path, whole: Any) -> None:
     more, kills = f"{SETTINGS['feedback']} rounds=40 checkpoint=0.03", 0
     simulate(tmp_path / "whole", more)
     run: Callable[[], object] = lambda: simulate(tmp_path / "run", more)  # noqa: E731
-    for _ in range(6):
+    for _ in range(4):
         wait, begun = dice.uniform(0, 0.4), lines(tmp_path / "run")
 
         def when(wait: float = wait, begun: int = begun) -> None:
@@ -541,7 +541,8 @@ STRATEGIES = sorted(path.stem for path in (config.CONF / "strategy").glob("*.yam
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_every_strategy_goes_on_with_what_it_kept(strategy: str, tmp_path: Path) -> None:
     """Weights of any shape and dtype: three rounds, or two, and one after a restart."""
-    rng, clients = np.random.default_rng(0), list(range(5, 13))
+    many = 2 if strategy == "qfedavg" else 7  # it collects garbage after each reply; bulyan needs seven
+    rng, clients = np.random.default_rng(0), list(range(5, 5 + many))
     shapes = {"w": ((3, 4), np.float32), "b": ((), np.float32), "h": ((5,), np.float16), "n": ((), np.int64)}
 
     def weights() -> ArrayRecord:
@@ -549,7 +550,9 @@ def test_every_strategy_goes_on_with_what_it_kept(strategy: str, tmp_path: Path)
         return ArrayRecord({name: Array(x.astype(shapes[name][1])) for name, x in drawn.items()})
 
     def federation() -> Federation:
-        job = config.job(config.compose(f"{FAST} strategy={strategy} codec=identity clients=8"))
+        job = config.job(
+            config.compose(f"{FAST} strategy={strategy} codec=identity clients={many} cohort=null")
+        )
         made = Federation(job, Elsewhere(client_app(lambda _: job), clients))
         made.arrays = start
         return made
