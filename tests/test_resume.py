@@ -173,8 +173,17 @@ MOMENTS: dict[str, tuple[Any, str, int]] = {  # who calls what, at which call th
 }
 
 
-@pytest.mark.parametrize("moment", MOMENTS)
-@pytest.mark.parametrize("setting", ["feedback", "central"])
+WRITTEN_AHEAD = (
+    "before a checkpoint",
+    "before a round is written down",
+    "before what a round begins is sent",
+)
+
+
+@pytest.mark.parametrize(
+    ("setting", "moment"),
+    [*(("feedback", moment) for moment in MOMENTS), *(("central", moment) for moment in WRITTEN_AHEAD)],
+)
 def test_any_moment_will_do(moment: str, setting: str, tmp_path: Path, whole: Any) -> None:
     place, name, number = MOMENTS[moment]
 
@@ -229,6 +238,7 @@ def test_interrupted_and_resumed_is_the_same_run(
     assert sorted(os.listdir(tmp_path / "checkpoint")) == [
         "clients.sqlite", "round-000002.safetensors", "round-000003.safetensors",
     ]  # fmt: skip
+    assert (tmp_path / "checkpoint").stat().st_mode & 0o77 == 0  # who was drawn, what clients keep
     resumed = resume(tmp_path)
     assert left(tmp_path) == whole("feedback")
     assert resumed.startup_s > summary["startup_s"]

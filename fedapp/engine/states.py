@@ -11,6 +11,7 @@ from flwr.app import Context, RecordDict
 from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 
 from fedapp.errors import ConfigError
+from fedapp.report.folder import make_folder
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS states (
@@ -135,7 +136,7 @@ class States(Mapping[int, Context]):
         try:
             if self._opened is None:
                 if self._file is not None:
-                    self._file.parent.mkdir(exist_ok=True)
+                    make_folder(self._file.parent)
                 self._opened = sqlite3.connect(self._file or "", isolation_level=None)
                 self._opened.execute("PRAGMA page_size = 65536")  # states are large
                 self._opened.execute("PRAGMA synchronous = EXTRA")  # as in the ledger
@@ -147,7 +148,7 @@ class States(Mapping[int, Context]):
         except (sqlite3.Error, OSError) as error:
             raise ConfigError(
                 f"cannot keep what clients remember in {self._file or 'a temporary file'} ({error}): "
-                "free space there, or raise engine.state_mb"
+                "free space there"
             ) from error
 
 

@@ -134,10 +134,10 @@ def append_line(path: Path, line: str) -> None:
 
 
 def make_folder(path: Path) -> None:
-    """A folder inside another one, for good."""
+    """A folder inside another one, for good; what is in it is for its owner alone."""
     with _explained(path):
         if not path.exists():
-            path.mkdir()
+            path.mkdir(mode=0o700)
             _sync(path.parent)
 
 
