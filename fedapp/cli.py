@@ -15,6 +15,7 @@ usage: fedapp <command> [GROUP=CHOICE ...] [KEY=VALUE ...]
 commands:
   simulate   train one model over simulated clients on this machine
              (fedapp simulate --help lists all settings; -m KEY=A,B sweeps)
+             resume=RUN_DIR goes on with a run that was stopped or killed, to the same end
   report     make report.html of a run folder anew: fedapp report RUN_DIR
   audit      train with canaries and print a lower bound on epsilon beside the claimed one; exits 1 where
              it exceeds the claim: fedapp audit [canaries=5000] [confidence=0.95] [KEY=VALUE ...]
@@ -78,11 +79,12 @@ def simulate() -> None:
         nonlocal inside
         inside = True
         torch.set_num_threads(1)
-        runtime = HydraConfig.get().runtime
+        told, runtime = HydraConfig.get().overrides.task, HydraConfig.get().runtime
         path = Path(runtime.output_dir)
         try:
             with _told():  # here already, or Hydra adds a line of its own
-                server_app.simulate(config.with_choices(tree, runtime.choices), path, Console(), _started())
+                settings = config.with_choices(tree, runtime.choices)
+                server_app.simulate(settings, path, Console(), _started(), told)
         finally:
             if path.is_dir() and not any(path.iterdir()):  # Hydra made it, but nothing ran
                 path.rmdir()

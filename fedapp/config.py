@@ -2,7 +2,7 @@
 
 import re
 import shlex
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -61,7 +61,10 @@ _STRATEGY_BOUNDS = {  # Flower checks few of these itself
 }  # fmt: skip
 _STRATEGY_COUNTS = {"num_malicious_nodes": 0, "num_nodes_to_select": 1}
 
-_KEYS = ("clients", "cohort", "rounds", "seed", "sampling", "evaluate", "device", "round_timeout")
+_KEYS = (
+    "clients", "cohort", "rounds", "seed", "sampling", "evaluate", "device", "round_timeout", "checkpoint",
+)  # fmt: skip
+_WITHOUT_EFFECT = ("run_dir", "resume", "checkpoint", "engine.workers", "engine.state_mb")
 _GROUPS = (
     "task", "partition", "model", "trainer", "codec", "downlink", "strategy", "aggregation", "engine",
     "privacy", "experiment",
@@ -136,8 +139,11 @@ def job(config: DictConfig) -> Job:
     except OmegaConfBaseException as error:
         raise ConfigError(one_line(error)) from error
     assert isinstance(tree, dict)
-    for key in sorted(set(map(str, tree)) - {*_KEYS, *_GROUPS, "run_dir", "choices"}):
+    for key in sorted(set(map(str, tree)) - {*_KEYS, *_GROUPS, "run_dir", "resume", "choices"}):
         raise ConfigError(f"{key} is no setting of fedapp: see `fedapp simulate --help` for those there are")
+    for key in _KEYS:
+        if key not in tree:  # a stored file
+            raise ConfigError(f"{key} is not set: give it a value")
     _check_strategy(tree["strategy"])
     shared = {
         "build": build(tree["model"], "model"),
@@ -169,6 +175,46 @@ def _check_strategy(settings: Mapping[str, Any]) -> None:
             check.real(f"strategy.{key}", value, **_STRATEGY_BOUNDS[key])
         if key in _STRATEGY_COUNTS:
             check.whole(f"strategy.{key}", value, _STRATEGY_COUNTS[key])
+
+
+def differences(
+    stored: DictConfig, given: DictConfig, overrides: Iterable[str] | None = None
+) -> dict[str, tuple[Any, Any]]:
+    """The settings that differ, but for those that change no result: key, what it was, what it is now.
+
+    With `overrides` only what they name is compared: of a group which choice, of a key its value.
+    """
+    was, now = _leaves(stored), _leaves(given)
+    keys = {*was, *now}
+    if overrides is not None:
+        named = [override.lstrip("+~").partition("=")[0] for override in overrides]
+        named = [f"choices.{name}" if name in _GROUPS else name for name in named]
+        keys = {key for key in keys for name in named if key == name or key.startswith(f"{name}.")}
+    found = {key: (was.get(key), now.get(key)) for key in sorted(keys) if key not in _WITHOUT_EFFECT}
+    return {key.removeprefix("choices."): pair for key, pair in found.items() if pair[0] != pair[1]}
+
+
+def follow(stored: DictConfig, given: DictConfig, overrides: Iterable[str] | None = None) -> DictConfig:
+    """The stored settings, with those given that change no result."""
+    tree, now = stored.copy(), _leaves(given)
+    named = None if overrides is None else [override.partition("=")[0] for override in overrides]
+    for key in _WITHOUT_EFFECT:
+        if key in now and (named is None or key in named):
+            OmegaConf.update(tree, key, now[key], force_add=True)
+    tree.resume = None
+    return tree
+
+
+def _leaves(config: DictConfig) -> dict[str, Any]:
+    """Each setting that is no group of settings, by its key with dots."""
+    found: dict[str, Any] = {}
+    waiting: list[tuple[str, Any]] = [("", OmegaConf.to_container(config, resolve=True))]
+    for name, node in waiting:
+        if isinstance(node, dict) and (node or not name):
+            waiting += [(f"{name}.{key}".lstrip("."), value) for key, value in node.items()]
+        else:
+            found[name] = node
+    return found
 
 
 def build(node: Any, path: str, **extra: Any) -> Any:

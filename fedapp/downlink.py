@@ -15,8 +15,9 @@ Dieuleveut 2021, "Preserved central model for faster bidirectional compression i
 
 import struct
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
@@ -160,6 +161,25 @@ class Downlink:
         asked = self._sent[node]
         content = RecordDict({**asked.content, ARRAYS: self._arrays(self._held[node])})
         return Message(content, node, asked.metadata.message_type, group_id=asked.metadata.group_id)
+
+    def state(self, partitions: Mapping[int, int], weights: ArrayRecord) -> dict[str, Any]:
+        """The version now, those that nodes hold, and which partition's node holds which."""
+        return {
+            "now": [self._now.number, self._now.exponent, self._now.levels],
+            "versions": [[v, e, np.frombuffer(code, np.uint8)] for v, (e, code) in self._versions.items()],
+            "held": [[partitions[node], v] for node, v in self._held.items() if node in partitions],
+            "published": weights is self._weights,
+        }
+
+    def restore(self, state: Mapping[str, Any], nodes: Mapping[int, int], weights: ArrayRecord) -> None:
+        """Go on from what `state` returned, with other weights of the same values; `nodes` by partition.
+
+        A node that is not among them holds nothing yet.
+        """
+        self._now = Version(*state["now"])
+        self._versions = {v: (exponent, code.tobytes()) for v, exponent, code in state["versions"]}
+        self._held = {nodes[partition]: v for partition, v in state["held"] if partition in nodes}
+        self._weights = weights if state["published"] else ArrayRecord()
 
     def _publish(self, weights: NDArray[np.float32]) -> None:
         """Make the next version: as much of what this one lacks as the rate allows."""

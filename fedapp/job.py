@@ -56,6 +56,7 @@ class Job:
     evaluate: str
     device: str
     round_timeout: float
+    checkpoint: float | None
     task: Task
     trainer: Trainer | DpStep
     codec: Codec
@@ -77,6 +78,8 @@ class Job:
         check.choice("evaluate", self.evaluate, ("server", "clients", "none"))
         check.choice("device", self.device, ("auto", "cpu", "cuda"))
         check.real("round_timeout", self.round_timeout, above=0.0)
+        if self.checkpoint is not None:
+            check.real("checkpoint", self.checkpoint, low=0.0)
         if self.device == "cuda" and not torch.cuda.is_available():
             raise ConfigError("device=cuda, but torch sees no CUDA device: set device=cpu or device=auto")
         central = isinstance(self.privacy, CentralGaussian)
@@ -138,6 +141,11 @@ class Job:
     def in_round(self) -> int:
         """How many clients train in a round."""
         return self.cohort or self.clients
+
+    @property
+    def checkpointed(self) -> float | None:
+        """Seconds between checkpoints: 0 under privacy, where each round that is repeated costs some."""
+        return 0.0 if self.checkpoint is not None and self.privacy.unit else self.checkpoint
 
     @property
     def mechanism(self) -> Mechanism | None:

@@ -3,12 +3,11 @@
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
-from flwr.app import Array, ArrayRecord, Context, RecordDict
+from flwr.app import ArrayRecord, Context, RecordDict
 from flwr.common.serde import recorddict_to_proto
 from numpy.typing import NDArray
 
-from fedapp.vector import values
+from fedapp.vector import arrays_in, record_of
 
 STYPE = "fedapp.packet"
 ARRAYS, METRICS, CONFIG, UPDATE = "arrays", "metrics", "config", "update"
@@ -22,10 +21,9 @@ def size_of(content: RecordDict) -> int:
 
 def load_state(context: Context, key: str) -> Mapping[str, NDArray[Any]]:
     """Arrays that this node kept under `key`; empty at first."""
-    record = context.state.array_records.get(key, ArrayRecord())
-    return {name: values(array) for name, array in record.items()}
+    return arrays_in(context.state.array_records.get(key, ArrayRecord()))
 
 
 def store_state(context: Context, key: str, state: Mapping[str, NDArray[Any]]) -> None:
     """Keep these arrays on this node until its next message."""
-    context.state[key] = ArrayRecord({name: Array(np.asarray(value)) for name, value in state.items()})
+    context.state[key] = record_of(state)

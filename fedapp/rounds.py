@@ -2,10 +2,10 @@
 
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from logging import WARNING
-from typing import cast
+from typing import Any, cast
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
@@ -20,12 +20,13 @@ from fedapp.errors import DataError, FedappError
 from fedapp.fold import Folded
 from fedapp.job import Job
 from fedapp.privacy.accounting import Spent
+from fedapp.privacy.begun import Begun
 from fedapp.records import CONFIG, size_of
 from fedapp.report.folder import Round
 from fedapp.report.progress import Progress
 from fedapp.secagg import Server
 from fedapp.secagg.wire import SecureSum
-from fedapp.vector import layout_of
+from fedapp.vector import arrays_in, layout_of, record_of
 
 
 class Cohort:
@@ -67,7 +68,8 @@ class Federation:
     traffic: Traffic = field(default_factory=Traffic)
     messages: int = 0
     accepted: int = 0
-    rounds: int = 0
+    finished: int = 0
+    begun: Begun = field(default_factory=Begun)
 
     def __post_init__(self) -> None:
         self.arrays = self.job.initial
@@ -81,15 +83,39 @@ class Federation:
             raise DataError(
                 "evaluate=server needs a test set and the task has none: set evaluate=clients or none"
             )
-        self._took_part: Counter[int] = Counter()
+
+    def state(self) -> dict[str, Any]:
+        """All that the next round depends on, for a checkpoint; by partition, since a node's id is random."""
+        return {
+            "finished": self.finished,
+            "weights": arrays_in(self.arrays),
+            "wire": self._wire.state(),
+            "downlink": self._downlink and self._downlink.state(self._partitions, self.arrays),
+            "counts": [self.traffic.uplink, self.traffic.downlink, self.messages, self.accepted],
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state` returned; nodes that are not simulated here begin with nothing."""
+        self.finished, self.arrays = state["finished"], record_of(state["weights"])
+        self._wire.restore(state["wire"])
+        if self._downlink is not None:
+            local = isinstance(self.grid, LocalGrid)
+            nodes = {partition: node for node, partition in self._partitions.items()} if local else {}
+            self._downlink.restore(state["downlink"], nodes, self.arrays)
+        self.traffic.uplink, self.traffic.downlink, self.messages, self.accepted = state["counts"]
 
     def run(self, progress: Progress) -> Iterator[Round]:
-        """All rounds, one record each. Raises FedappError when a whole cohort returned no update."""
-        for number in range(1, self.job.rounds + 1):
+        """The rounds that are left, one record each. Raises FedappError when a cohort returned no update.
+
+        Stops before a round that would pass the budget: rounds that a crash made it repeat have cost some.
+        """
+        for number in range(self.finished + 1, self.job.rounds + 1):
+            if self.spent_out:
+                return
             started, before, accepted = time.perf_counter(), replace(self.traffic), self.accepted
             sent = self._train(number, progress)
             accuracy, loss = self._evaluate(number)
-            spent = self.spent
+            spent, self.finished = self.spent, number
             yield Round(
                 round=number,
                 accuracy=accuracy,
@@ -111,7 +137,26 @@ class Federation:
         """The budget of all rounds so far; where clients spend by themselves, of who did most often."""
         if self.job.note:  # a test seed
             return None
-        return self.job.spent(self.rounds, max(self._took_part.values(), default=0))
+        return self.job.spent(self.begun.rounds, max(self.begun.took_part.values(), default=0))
+
+    @property
+    def repeated(self) -> int:
+        """Private rounds that were begun and not finished, which are charged all the same."""
+        private = self.job.privacy.unit is not None and not self.job.note
+        return self.begun.rounds - self.finished if private else 0
+
+    @property
+    def spent_out(self) -> bool:
+        """Whether one more round would pass the budget; the noise is set for all, if none is repeated."""
+        budget: float | None = getattr(self.job.privacy, "epsilon", None)
+        if not self.repeated or budget is None or self.finished == self.job.rounds:
+            return False
+        cohort = self.job.draw(
+            self.finished + 1, len(self._partitions)
+        )  # of cohorts drawn in secret, all cost the same
+        most = max((self.begun.took_part + Counter(cohort)).values(), default=0)
+        would = self.job.spent(self.begun.rounds + 1, most)
+        return would is not None and would.epsilon > budget
 
     def _train(self, number: int, progress: Progress) -> int:
         """One round of training; returns how many clients were asked."""
@@ -120,8 +165,7 @@ class Federation:
         view = cast(Grid, Cohort(cohort or nodes))  # strategies wait for nodes, and keep what they configure
         asked = self._wire.configure_train(number, self.arrays, ConfigRecord(), view)
         messages = sorted(asked, key=self._partition) if cohort else []
-        self.rounds = number
-        self._took_part.update(cohort)  # before anything is sent: a lost reply was released all the same
+        self.begun.add(number, [self._partitions[node] for node in cohort])  # before anything is sent
         summed = self._summed(number, [message.metadata.dst_node_id for message in messages])
         if summed is not None:
             self._train_on_sums(number, messages, summed, progress)

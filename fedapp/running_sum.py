@@ -14,7 +14,7 @@ from fedapp.exact_sum import ExactSum
 from fedapp.privacy.mechanism import Mechanism, Numbers
 from fedapp.records import ARRAYS, METRICS, UPDATE, WEIGHT
 from fedapp.replies import metrics_of, packet_in, side_of, values_of, weight_of
-from fedapp.vector import buffers_of, layout_of, ravel, record, unravel, values
+from fedapp.vector import buffers_of, layout_of, ravel, record_of, unravel, values
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class RunningSum:
             made[name] = values(weights[name]) + mean[offset : offset + size].reshape(like.shape)
             offset += size
         metrics = MetricRecord({WEIGHT: max(1, self.exact.weight)})
-        content = RecordDict({ARRAYS: record(made, weights), METRICS: metrics})
+        content = RecordDict({ARRAYS: record_of({name: made[name] for name in weights}), METRICS: metrics})
         return Message(content, dst_node_id=0, message_type=MessageType.TRAIN)
 
 

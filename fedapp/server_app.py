@@ -3,6 +3,8 @@
 import logging
 import resource
 import time
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 
@@ -13,13 +15,18 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from fedapp import __version__, config
+from fedapp.checkpoint import BEGUN, CLIENTS, Checkpoints
 from fedapp.client_app import client_app
-from fedapp.errors import FedappError
+from fedapp.codec.chain import ErrorFeedback
+from fedapp.engine.local import LocalGrid
+from fedapp.errors import ConfigError, FedappError
 from fedapp.job import Job
-from fedapp.report.folder import Round, RunFolder
+from fedapp.privacy.begun import Begun
+from fedapp.report.folder import Round, RunFolder, alone
 from fedapp.report.page import write_page
 from fedapp.report.progress import Progress
 from fedapp.report.summary import Summary, table
+from fedapp.resume import Start, start
 from fedapp.rounds import Federation
 
 app = ServerApp()
@@ -30,48 +37,86 @@ def main(grid: Grid, context: Context) -> None:
     """Flower's entry in its own runtimes: compose the override string, run on the grid given."""
     started = time.perf_counter()
     torch.set_num_threads(1)  # as in client_app: their number changes the last bits
-    tree = config.compose(str(context.run_config["overrides"]))
+    tree = config.compose(str(context.run_config["overrides"])).copy()
     tree.choices.engine = "flower"  # whatever was chosen, this grid is Flower's
-    job = config.job(tree)
-    job.prepare()
-    run(job, tree, grid, RunFolder(Path(tree.run_dir)), Console(), started)
+    with start(tree, Path(tree.run_dir)) as begin:
+        job = config.job(begin.tree)
+        job.prepare()
+        folder = RunFolder(begin.path, begin.again)
+        run(job, begin.tree, grid, folder, Console(), started, begin)
+        folder.clear()
 
 
-def simulate(tree: DictConfig, path: Path, console: Console, started: float) -> Summary:
-    """The embedded run: the same app over the local engine, forked workers for clients."""
-    job = config.job(tree)
-    sizes = [len(part) for part in job.task.partitions()]  # loads the data, for all workers, before the fork
-    job.prepare()
-    folder = RunFolder(path)
-    with job.engine.grid(client_app(lambda _: job), sizes, job.in_round, job.fold) as grid:
-        return run(job, tree, grid, folder, console, started)
+def simulate(
+    tree: DictConfig, path: Path, console: Console, started: float, overrides: Iterable[str] = ()
+) -> Summary:
+    """The embedded run: the same app over the local engine, forked workers for clients.
+
+    `overrides` are those that made the tree: to a run that goes on they may say nothing new.
+    """
+    with start(tree, path, overrides) as begin:
+        job = config.job(begin.tree)
+        if job.choices["engine"] != "local":
+            raise ConfigError(
+                f"the run in {begin.path} was none on this machine: resume it as it was started"
+            )
+        sizes = [len(part) for part in job.task.partitions()]  # loads the data, for all workers
+        job.prepare()
+        folder = RunFolder(begin.path, begin.again)
+        lasting = job.checkpointed is not None or begin.state is not None
+        file = folder.checkpoint / CLIENTS if lasting else None
+        with job.engine.grid(
+            client_app(lambda _: job), sizes, job.in_round, job.fold, file, begin.finished
+        ) as grid:
+            summary = run(job, begin.tree, grid, folder, console, started, begin)
+        folder.clear()
+    return summary
 
 
 def run(
-    job: Job, tree: DictConfig, grid: Grid, folder: RunFolder, console: Console, started: float
+    job: Job,
+    tree: DictConfig,
+    grid: Grid,
+    folder: RunFolder,
+    console: Console,
+    started: float,
+    begin: Start | None = None,
 ) -> Summary:
     """Run all rounds, leave the run folder, print the summary. Ctrl-C keeps what was measured.
 
-    `started` is when the program started, by `time.perf_counter`.
+    `started` is when the program started, by `time.perf_counter`; `begin`, where a stopped one goes on.
     """
+    with alone(folder.path):
+        return _run(job, tree, grid, folder, console, started, begin or Start(tree, folder.path))
+
+
+def _run(
+    job: Job, tree: DictConfig, grid: Grid, folder: RunFolder, console: Console, started: float, begin: Start
+) -> Summary:
     logging.getLogger("flwr").setLevel(logging.WARNING)  # of a streamed round it would count one reply
-    folder.write_config(OmegaConf.to_yaml(tree, resolve=True))
+    settings = OmegaConf.to_yaml(tree, resolve=True)
+    folder.write_config(settings)
     if job.choices["engine"] == "local":
         folder.write_split(job.task.label_counts().tolist())
-    federation = Federation(job, grid)
+    federation = Federation(job, grid, begun=Begun(folder.checkpoint / BEGUN if job.privacy.unit else None))
+    before = _restored(federation, folder, begin)
     failure: BaseException | None = None
-    for said in (job.said, getattr(job.task, "anonymity_cost", None)):
-        if said:
-            console.print(str(said), soft_wrap=True, markup=False, highlight=False)
+    for said in _told(federation, begin):
+        console.print(said, soft_wrap=True, markup=False, highlight=False)
+    checkpoints = Checkpoints(folder.checkpoint, job.checkpointed)
     startup = time.perf_counter() - started
     try:
-        with Progress(console, job.rounds) as progress:
+        with Progress(console, job.rounds, federation.traffic.uplink) as progress:
             for record in federation.run(progress):
                 folder.append(record)
                 progress.round(record)
+                if checkpoints.due:
+                    took = asdict(before.plus(startup, started))
+                    state = {"config": settings, "took": took, "federation": federation.state()}
+                    checkpoints.save(record.round, state, grid)
     except (KeyboardInterrupt, FedappError) as error:
         failure = error
-    summary = _summary(job, federation, folder.rounds(), startup, started, failure)
+    summary = _summary(job, federation, folder.rounds(), before.plus(startup, started), failure)
     folder.write_summary(summary)
     folder.write_model(federation.arrays.to_torch_state_dict())
     write_page(folder.path)
@@ -82,20 +127,83 @@ def run(
     return summary
 
 
+@dataclass(frozen=True)
+class Took:
+    """Time and memory of a run, over the processes that it went on in, each up to its last checkpoint."""
+
+    startup_s: float = 0.0
+    wall_s: float = 0.0
+    peak_rss_mb: float = 0.0
+
+    def plus(self, startup: float, started: float) -> "Took":
+        """With what this process has taken so far."""
+        who = resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN
+        peak = max(resource.getrusage(one).ru_maxrss for one in who) / 1e3
+        wall = time.perf_counter() - started
+        return Took(self.startup_s + startup, self.wall_s + wall, max(self.peak_rss_mb, peak))
+
+
+def _restored(federation: Federation, folder: RunFolder, begin: Start) -> Took:
+    """Bring a run that goes on back to its last checkpoint; returns what it had taken by then."""
+    job, grid, state = federation.job, federation.grid, begin.state
+    if not begin.again:
+        return Took()
+    if job.privacy.unit is not None and federation.begun.rounds < len(folder.rounds()):
+        raise ConfigError(
+            f"{folder.checkpoint / BEGUN} lacks rounds that were finished, so their cost is unknown: "
+            "restore the file, or begin a new run"
+        )
+    if state is not None:
+        federation.restore(state["federation"])
+        if isinstance(grid, LocalGrid) and grid.remembering != state["clients"]:
+            raise ConfigError(
+                f"{folder.checkpoint / CLIENTS} holds {grid.remembering} states of {state['clients']}: "
+                "restore the file, or begin a new run"
+            )
+    if job.privacy.unit is not None and not isinstance(grid, LocalGrid):
+        federation.begun.anew(job.clients)
+    folder.cut(federation.finished)
+    return Took() if state is None else Took(**state["took"])
+
+
+def _told(federation: Federation, begin: Start) -> Iterator[str]:
+    """What there is to say before the rounds."""
+    job, repeated = federation.job, federation.repeated
+    yield from begin.said
+    yield from (str(said) for said in (job.said, getattr(job.task, "anonymity_cost", None)) if said)
+    if repeated:
+        yield _charged(repeated)
+    if (
+        begin.state is not None
+        and isinstance(job.codec, ErrorFeedback)
+        and not isinstance(federation.grid, LocalGrid)
+    ):
+        yield "Nodes begin anew: what error feedback kept back on them is lost"
+
+
+def _charged(repeated: int) -> str:
+    many = "1 round was" if repeated == 1 else f"{repeated} rounds were"
+    return f"{many} begun and not finished, and what had left by then is charged"
+
+
+def _note(federation: Federation) -> str | None:
+    """What a reader of the results must know."""
+    job, repeated = federation.job, federation.repeated
+    if not repeated:
+        return job.note
+    ended = (
+        f"; the budget ends after round {federation.finished} of {job.rounds}" if federation.spent_out else ""
+    )
+    return f"{_charged(repeated)}{ended}"
+
+
 def _summary(
-    job: Job,
-    federation: Federation,
-    records: list[Round],
-    startup: float,
-    started: float,
-    failure: BaseException | None,
+    job: Job, federation: Federation, records: list[Round], took: Took, failure: BaseException | None
 ) -> Summary:
     traffic, parameters, spent = federation.traffic, federation.parameters, federation.spent
     float32_up = 4 * parameters * federation.accepted
     uncompressed = float32_up + 4 * parameters * federation.messages
     sent = traffic.uplink + traffic.downlink
-    own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    workers = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
     return Summary(
         task=str(job.choices["task"]),
         codec=job.coded_by,
@@ -120,10 +228,10 @@ def _summary(
         accountant=None if spent is None else spent.accountant,
         privacy_unit=job.privacy.unit,
         privacy_against=job.privacy.against,
-        startup_s=startup,
+        startup_s=took.startup_s,
         seconds_per_round=sum(r.seconds for r in records) / len(records) if records else None,
-        wall_s=time.perf_counter() - started,
-        peak_rss_mb=max(own, workers) / 1e3,
+        wall_s=took.wall_s,
+        peak_rss_mb=took.peak_rss_mb,
         seed=job.seed,
         versions={
             "fedapp": __version__,
@@ -131,5 +239,5 @@ def _summary(
         },
         interrupted=failure is not None,
         coding=job.said,
-        note=job.note,
+        note=_note(federation),
     )

@@ -60,6 +60,11 @@ def values(array: Array) -> NDArray[Any]:
     return found.reshape(array.shape)
 
 
-def record(arrays: Mapping[str, NDArray[Any]], like: ArrayRecord) -> ArrayRecord:
-    """Arrays as a record, in the order of `like`."""
-    return ArrayRecord({name: Array(np.asarray(arrays[name])) for name in like})
+def arrays_in(record: ArrayRecord) -> dict[str, NDArray[Any]]:
+    """The arrays of a record by name, in order."""
+    return {name: values(array) for name, array in record.items()}
+
+
+def record_of(arrays: Mapping[str, NDArray[Any]]) -> ArrayRecord:
+    """The record that these arrays make."""
+    return ArrayRecord({name: Array(np.asarray(array)) for name, array in arrays.items()})

@@ -8,7 +8,7 @@ Without this pair the app is plain Flower; with the identity codec and no mechan
 
 import os
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from logging import WARNING
 from typing import Any
@@ -29,7 +29,7 @@ from fedapp.privacy.secret import SERVER, Secret, source
 from fedapp.records import ARRAYS, CONFIG, LOSS, METRICS, STYPE, UPDATE, WEIGHT, load_state, store_state
 from fedapp.replies import metrics_of, refuse, values_of, weight_of
 from fedapp.running_sum import Reader, RunningSum, Tally, terms_in
-from fedapp.vector import buffers_of, layout_of, ravel, record, unravel, values
+from fedapp.vector import arrays_in, buffers_of, layout_of, ravel, record_of, unravel, values
 
 # --- the client's end --------------------------------------------------------------------------------
 
@@ -92,6 +92,10 @@ def require_finite(update: NDArray[np.float32]) -> None:
 
 STREAMED = frozenset({"FedAvg", "FedAvgM", "FedAdam", "FedYogi", "FedAdagrad", "FedProx"})
 """Flower's linear strategies: the mean of the updates is all that they need of a round."""
+
+
+LASTING = ("momentum_vector", "m_t", "v_t")
+"""What Flower's strategies keep from round to round: one array for each of the weights."""
 
 
 class Wire(Strategy):
@@ -183,7 +187,9 @@ class Wire(Strategy):
                 trained = values_of(arrays, buffers_of(self._weights, layout))
                 trained |= unravel(ravel(self._weights, layout) + update, layout, self._weights)
             if weight:
-                reply.content = RecordDict({ARRAYS: record(trained, self._weights), METRICS: metrics})
+                reply.content = RecordDict(
+                    {ARRAYS: record_of({name: trained[name] for name in self._weights}), METRICS: metrics}
+                )
                 return [reply]
         return []
 
@@ -220,6 +226,23 @@ class Wire(Strategy):
 
     def summary(self) -> None:
         self.inner.summary()
+
+    def state(self) -> dict[str, Any]:
+        """What lasts from round to round: the mechanism's numbers, and the arrays that the strategy keeps."""
+        kept = {name: getattr(self.inner, name, None) for name in LASTING}
+        weights = getattr(self.inner, "current_arrays", None)  # FedAvgM's own; the others set it each round
+        if isinstance(weights, ArrayRecord):
+            kept["current_arrays"] = arrays_in(weights)
+        return {
+            "mechanism": self._kept,
+            "strategy": {name: value for name, value in kept.items() if value is not None},
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state` returned."""
+        self._kept = dict(state["mechanism"])
+        for name, value in state["strategy"].items():
+            setattr(self.inner, name, record_of(value) if name == "current_arrays" else value)
 
     @contextmanager
     def _at_its_own_cost(self, reply: Message) -> Iterator[None]:

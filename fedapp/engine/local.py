@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from logging import ERROR
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
+from pathlib import Path
 from uuid import uuid4
 
 import torch
@@ -26,6 +27,7 @@ from flwr.supercore.task_identity import TaskIdentity
 from fedapp import check
 from fedapp.engine.channel import Channel
 from fedapp.engine.grid import stream
+from fedapp.engine.states import States
 from fedapp.exact_sum import ExactSum
 from fedapp.fold import Fold, Folded
 
@@ -37,22 +39,32 @@ class Local:
     """Workers are forked once, with torch imported and data loaded; each trains one client at a time."""
 
     workers: int | None = None
+    state_mb: float = 2048.0
 
     def __post_init__(self) -> None:
         if self.workers is not None:
             check.whole("engine.workers", self.workers, 1, 1024)
+        check.real("engine.state_mb", self.state_mb, low=0.0)
 
     @contextmanager
     def grid(
-        self, app: ClientApp, sizes: Sequence[int], at_once: int, fold: Callable[[int], Fold] | None = None
+        self,
+        app: ClientApp,
+        sizes: Sequence[int],
+        at_once: int,
+        fold: Callable[[int], Fold] | None = None,
+        file: Path | None = None,
+        finished: int = 0,
     ) -> Iterator["LocalGrid"]:
         """A running grid; node i + 2 holds partition i, of sizes[i] examples. Ends its processes.
 
-        Where `fold` makes sums for so many workers, train replies come `Folded`.
+        Where `fold` makes sums for so many workers, train replies come `Folded`. What nodes keep is as of the
+        end of round `finished`, by that file (`States`).
         """
         workers = min(self.workers or len(os.sched_getaffinity(0)), at_once)
         grid = LocalGrid(app, sizes, workers, fold and fold(workers))
         try:
+            grid._contexts = States(grid.partitions, grid._context, self.state_mb * 1e6, file, finished)
             yield grid
         finally:
             grid.close()
@@ -91,7 +103,7 @@ class LocalGrid(Grid):
         TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, SUPERLINK_NODE_ID, 1
         self.partitions = {SUPERLINK_NODE_ID + 1 + i: i for i in range(len(sizes))}
         self._app, self._sizes, self._fold = app, sizes, fold
-        self._contexts = {node: self._context(node) for node in self.partitions}
+        self._contexts = States(self.partitions, self._context)
         self._queue: list[Message] = []
         self._workers = [_Worker(app, fold, slot) for slot in range(workers)]
 
@@ -176,10 +188,21 @@ class LocalGrid(Grid):
         self._workers[worker.slot] = _Worker(self._app, self._fold, worker.slot)
         return self._workers[worker.slot]
 
+    def commit(self, finished: int, oldest: int) -> int:
+        """Bring what nodes keep to the disk (`States.commit`); returns how many keep something."""
+        self._contexts.commit(finished, oldest)
+        return self.remembering
+
+    @property
+    def remembering(self) -> int:
+        """How many nodes have a state on the disk."""
+        return self._contexts.stored
+
     def close(self) -> None:
-        """End the worker processes."""
+        """End the worker processes, and drop what was not committed of their states."""
         for worker in self._workers:
             worker.end()
+        self._contexts.close()
 
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None

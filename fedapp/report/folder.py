@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
+import logging
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +20,7 @@ from fedapp.report.summary import Summary, to_json
 if TYPE_CHECKING:
     import torch
 
+_log = logging.getLogger("fedapp")
 PROBE_BYTES = 1 << 20  # enough that a full disk shows before training, little enough to cost nothing
 
 
@@ -36,13 +40,19 @@ class Round:
 
 
 class RunFolder:
-    """One run's folder. Opening it proves that it can be written and holds no run yet (else ConfigError)."""
+    """One run's folder. Opening it proves that it can be written and holds no run yet (else ConfigError).
 
-    def __init__(self, path: Path) -> None:
+    `again` opens that of a run which stopped.
+    """
+
+    def __init__(self, path: Path, again: bool = False) -> None:
         self.path = path
+        self.checkpoint = path / "checkpoint"
         with _explained(path):
             path.mkdir(parents=True, exist_ok=True)
-            for name in ("rounds.jsonl", "summary.json"):
+            for partial in [*path.glob(".*.partial"), *self.checkpoint.glob(".*.partial")] if again else []:
+                partial.unlink()  # of a process that was killed while it wrote
+            for name in () if again else ("rounds.jsonl", "summary.json"):
                 if (path / name).exists():
                     raise ConfigError(f"run_dir {path} already holds a run ({name}): choose another run_dir")
             _probe(path / ".probe")
@@ -58,17 +68,18 @@ class RunFolder:
 
     def append(self, r: Round) -> None:
         """One more line of rounds.jsonl, on the disk when this returns; a failed write leaves nothing."""
-        path = self.path / "rounds.jsonl"
-        with _explained(path), path.open("ab", buffering=0) as file:
-            end = file.tell()
-            line = f"{to_json(r)}\n".encode()
-            try:
-                if file.write(line) != len(line):  # a disk about to be full takes part of a write
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-                os.fsync(file.fileno())
-            except OSError:  # and no other: a line that is whole stays when Ctrl-C cuts the waiting short
-                file.truncate(end)
-                raise
+        append_line(self.path / "rounds.jsonl", to_json(r))
+
+    def cut(self, last: int) -> None:
+        """Take back what was written after round `last`: lines of rounds.jsonl, and the summary."""
+        (self.path / "summary.json").unlink(missing_ok=True)
+        if (self.path / "rounds.jsonl").exists():
+            lines = [f"{to_json(r)}\n" for r in self.rounds() if r.round <= last]
+            write_text(self.path / "rounds.jsonl", "".join(lines))
+
+    def clear(self) -> None:
+        """Remove the checkpoints: a run that has finished needs none."""
+        shutil.rmtree(self.checkpoint, ignore_errors=True)
 
     def write_summary(self, summary: Summary) -> None:
         """summary.json, which also says that the run has ended."""
@@ -107,6 +118,68 @@ def read_rounds(folder: Path) -> list[Round]:
         raise ConfigError(f"cannot read {path} ({error}): restore the file or name another run") from error
 
 
+def append_line(path: Path, line: str) -> None:
+    """Add a line, which is on the disk when this returns; a failed write leaves nothing."""
+    with _explained(path), path.open("ab", buffering=0) as file:
+        end, data = file.tell(), f"{line}\n".encode()
+        try:
+            if file.write(data) != len(data):  # a disk about to be full takes part of a write
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            os.fsync(file.fileno())
+            if not end:
+                _sync(path.parent)  # it is new
+        except OSError:  # and no other: a line that is whole stays when Ctrl-C cuts the waiting short
+            file.truncate(end)
+            raise
+
+
+def make_folder(path: Path) -> None:
+    """A folder inside another one, for good; what is in it is for its owner alone."""
+    with _explained(path):
+        if not path.exists():
+            path.mkdir(mode=0o700)
+            _sync(path.parent)
+
+
+@contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """Hold a run folder against other processes; raises ConfigError while another one holds it.
+
+    The hold ends with this process, however it ends.
+    """
+    place = path.resolve()
+    if place in _held:
+        yield
+        return
+    with _explained(path):
+        held = os.open(path, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(f"another process runs in {path}: wait for it, or end it") from None
+        except OSError:  # a network file system may hold files only
+            _log.warning("%s cannot be locked: see that no other process resumes it", path)
+        _held[place] = held
+        yield
+    finally:
+        _held.pop(place, None)
+        os.close(held)
+
+
+_held = dict[Path, int]()
+
+
+def _let_go() -> None:
+    """A worker outlives its killed parent by moments, and must not keep the folder for so long."""
+    for held in _held.values():
+        os.close(held)
+    _held.clear()
+
+
+os.register_at_fork(after_in_child=_let_go)
+
+
 def write_text(path: Path, text: str) -> None:
     """Put `text` (UTF-8) in a file whole; ConfigError if the disk does not take it."""
     with replacing(path) as partial:
@@ -123,14 +196,18 @@ def replacing(path: Path) -> Iterator[Path]:
             with partial.open("rb+") as file:
                 os.fsync(file.fileno())
             os.replace(partial, path)
-            directory = os.open(path.parent, os.O_RDONLY)
-            try:
-                os.fsync(directory)  # or the new name itself may be lost with the power
-            finally:
-                os.close(directory)
+            _sync(path.parent)  # or the new name itself may be lost with the power
         except BaseException:
             partial.unlink(missing_ok=True)
             raise
+
+
+def _sync(folder: Path) -> None:
+    opened = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
 
 
 def _probe(path: Path) -> None:

@@ -21,13 +21,14 @@ NARROW = 110  # columns; with fewer, the line leaves out the bar and shortens wo
 class Progress:
     """A context manager around the rounds; leaving it, in whatever way, gives the terminal back as it was."""
 
-    def __init__(self, console: Console, rounds: int) -> None:
+    def __init__(self, console: Console, rounds: int, uplink_bytes: int = 0) -> None:
+        """`uplink_bytes` were sent in rounds before."""
         self._console = console
         self._rounds = rounds
         self._status = "starting"
         self._replies = ""
         self._last: Round | None = None
-        self._uplink_bytes = 0
+        self._uplink_bytes = uplink_bytes
         self._seconds: list[float] = []
         self._started = time.monotonic()
         on_terminal = console.is_terminal and not console.is_dumb_terminal

@@ -21,7 +21,9 @@ class Summary:
     """What a finished (or interrupted) run comes to; the keys of summary.json.
 
     A number that does not apply is None. Bytes are sums over all rounds and clients; `uncompressed_bytes` is
-    what float32 would have cost in both directions, `uplink_ratio` float32 / sent for the uplink alone.
+    what float32 would have cost in both directions, `uplink_ratio` float32 / sent for the uplink alone. Of a
+    run that went on after a stop, times add up over its processes, each up to its last checkpoint; bytes are
+    those of the rounds in rounds.jsonl.
     """
 
     task: str
