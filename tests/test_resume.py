@@ -641,7 +641,7 @@ def test_states_beyond_the_limit_are_on_disk(room: float, file: str | None, tmp_
         assert states[node].node_config == {"partition-id": node}
         if number % 50 == 0:
             states.commit(number, max(0, number - 50))
-        assert states._bytes <= max(room, 5000)
+        assert states._pieces.bytes <= max(room, 5000)
     assert held(states) == list(known.values())
     states.close()
     assert [path.name for path in tmp_path.iterdir()] == ([file] if file else [])

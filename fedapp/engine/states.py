@@ -10,13 +10,24 @@ from pathlib import Path
 from flwr.app import Context, RecordDict
 from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 
+from fedapp.engine.pieces import Pieces, digest_of, names_in, put_back
 from fedapp.errors import ConfigError
 from fedapp.report.folder import make_folder
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS states (
     node INTEGER NOT NULL, round INTEGER NOT NULL, crc INTEGER NOT NULL, state BLOB NOT NULL,
-    PRIMARY KEY (node, round))"""
+    PRIMARY KEY (node, round));
+CREATE TABLE IF NOT EXISTS pieces (digest BLOB PRIMARY KEY, data BLOB NOT NULL);
+CREATE TABLE IF NOT EXISTS uses (
+    node INTEGER NOT NULL, round INTEGER NOT NULL, digest BLOB NOT NULL,
+    PRIMARY KEY (node, round, digest)) WITHOUT ROWID;
+CREATE INDEX IF NOT EXISTS users ON uses (digest);
+CREATE TRIGGER IF NOT EXISTS gone AFTER DELETE ON states BEGIN
+    DELETE FROM uses WHERE node = OLD.node AND round = OLD.round; END;
+CREATE TRIGGER IF NOT EXISTS unused AFTER DELETE ON uses
+    WHEN NOT EXISTS (SELECT 1 FROM uses WHERE digest = OLD.digest) BEGIN
+    DELETE FROM pieces WHERE digest = OLD.digest; END"""
 _OUTDATED = """
 DELETE FROM states WHERE rowid IN (
     SELECT older.rowid FROM states AS older JOIN states AS newer
@@ -30,6 +41,8 @@ class States(Mapping[int, Context]):
     `room` is in bytes, of states in memory; `file` is where states last that `commit` wrote: one that no
     process has committed is gone when the process ends, however it ends. Without a file what does not fit
     goes to a file of SQLite's own, which has no name. `fresh` makes the Context of a node that kept nothing.
+
+    Large arrays that many states share count once, in memory and on disk (`Pieces`).
 
     A row holds a node's state from some round on: what is used after round r is written as of r + 1, so that
     to go back to r is to drop later rows. Raises ConfigError where the disk is full or the file is damaged.
@@ -45,15 +58,15 @@ class States(Mapping[int, Context]):
     ) -> None:
         """Begin after round `finished`: what the file holds of later rounds is dropped."""
         self._nodes, self._fresh, self._room, self._file = list(nodes), fresh, room, file
-        self._cache: OrderedDict[int, tuple[Context, int]] = OrderedDict()  # the last one was used last
-        self._bytes, self._changed, self._finished = 0, set[int](), finished
+        self._cache = OrderedDict[int, Context]()  # the last one was used last
+        self._pieces, self._changed, self._finished = Pieces(), set[int](), finished
         self._opened: sqlite3.Connection | None = None  # once there is something on disk
         self._on_disk: set[int] = set()  # nodes that have rows
         if file is not None and file.exists():
             with self._disk() as db:
                 db.execute("DELETE FROM states WHERE round > ?", (finished,))
                 for node, crc, state in db.execute("SELECT node, crc, state FROM states"):
-                    _require_whole(node, crc, state)
+                    _require_whole(node, crc == zlib.crc32(state))
                     self._on_disk.add(node)
 
     def __iter__(self) -> Iterator[int]:
@@ -69,10 +82,10 @@ class States(Mapping[int, Context]):
                 context.state = self._read(node)
             self._keep(node, context)
         self._cache.move_to_end(node)
-        return self._cache[node][0]
+        return self._cache[node]
 
     def __setitem__(self, node: int, context: Context) -> None:
-        if node in self._on_disk or _size(context):  # what keeps nothing is as good as fresh
+        if node in self._on_disk or any(context.state.values()):  # what keeps nothing is as good as fresh
             self._changed.add(node)
         self._keep(node, context)
 
@@ -89,7 +102,7 @@ class States(Mapping[int, Context]):
         if self._file is None:
             return
         for node in sorted(self._changed):
-            self._write(node, self._cache[node][0])
+            self._write(node, self._cache[node])
         if self._opened is not None:
             with self._disk() as db:
                 db.execute(_OUTDATED, (oldest,))
@@ -103,32 +116,46 @@ class States(Mapping[int, Context]):
             self._opened.close()
 
     def _keep(self, node: int, context: Context) -> None:
-        _, before = self._cache.pop(node, (None, 0))
-        size = _size(context)
-        self._cache[node] = context, size
-        self._bytes += size - before
-        while self._bytes > self._room and len(self._cache) > 1:
-            oldest, (context, size) = next(iter(self._cache.items()))
+        before = self._cache.pop(node, None)
+        self._cache[node] = context
+        self._pieces.hold(context.state)
+        if before is not None:
+            self._pieces.drop(before.state)
+        while self._pieces.bytes > self._room and len(self._cache) > 1:
+            oldest, context = next(iter(self._cache.items()))
             if oldest in self._changed:
                 self._write(oldest, context)
                 self._changed.discard(oldest)
             del self._cache[oldest]
-            self._bytes -= size
+            self._pieces.drop(context.state)
 
     def _write(self, node: int, context: Context) -> None:
-        state = recorddict_to_proto(context.state).SerializeToString()
+        named, pieces = self._pieces.named(context.state)
+        state, at = recorddict_to_proto(named).SerializeToString(), (node, self._finished + 1)
         with self._disk() as db:
-            row = node, self._finished + 1, zlib.crc32(state), state
-            db.execute("INSERT OR REPLACE INTO states (node, round, crc, state) VALUES (?, ?, ?, ?)", row)
+            db.execute("DELETE FROM states WHERE node = ? AND round = ?", at)
+            for digest, data in pieces.items():
+                if not db.execute("SELECT 1 FROM pieces WHERE digest = ?", (digest,)).fetchone():
+                    db.execute("INSERT INTO pieces VALUES (?, ?)", (digest, data))
+                db.execute("INSERT INTO uses VALUES (?, ?, ?)", (*at, digest))
+            db.execute("INSERT INTO states VALUES (?, ?, ?, ?)", (*at, zlib.crc32(state), state))
         self._on_disk.add(node)
 
     def _read(self, node: int) -> RecordDict:
         with self._disk() as db:
-            found = db.execute(
+            crc, state = db.execute(
                 "SELECT crc, state FROM states WHERE node = ? ORDER BY round DESC LIMIT 1", (node,)
             ).fetchone()
-        _require_whole(node, *found)
-        return recorddict_from_proto(_PROTO.FromString(found[1]))
+            _require_whole(node, crc == zlib.crc32(state))
+            found = recorddict_from_proto(_PROTO.FromString(state))
+            for record, name, array in names_in(found):
+                piece = self._pieces.known(array.data)
+                if piece is None:
+                    row = db.execute("SELECT data FROM pieces WHERE digest = ?", (array.data,)).fetchone()
+                    _require_whole(node, row is not None and digest_of(row[0]) == array.data)
+                    piece = bytes(row[0])
+                put_back(record, name, array, piece)
+        return found
 
     @contextmanager
     def _disk(self) -> Iterator[sqlite3.Connection]:
@@ -140,8 +167,8 @@ class States(Mapping[int, Context]):
                 self._opened = sqlite3.connect(self._file or "", isolation_level=None)
                 self._opened.execute("PRAGMA page_size = 65536")  # states are large
                 self._opened.execute("PRAGMA synchronous = EXTRA")  # as in the ledger
+                self._opened.executescript(_SCHEMA)
                 self._opened.execute("BEGIN IMMEDIATE")
-                self._opened.execute(_SCHEMA)
             elif not self._opened.in_transaction:
                 self._opened.execute("BEGIN IMMEDIATE")
             yield self._opened
@@ -152,10 +179,6 @@ class States(Mapping[int, Context]):
             ) from error
 
 
-def _size(context: Context) -> int:
-    return sum(record.count_bytes() for record in context.state.values())
-
-
-def _require_whole(node: int, crc: int, state: bytes) -> None:
-    if zlib.crc32(state) != crc:
+def _require_whole(node: int, whole: bool) -> None:
+    if not whole:
         raise ConfigError(f"what node {node} remembers is damaged on the disk: begin a new run")
