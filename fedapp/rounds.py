@@ -147,13 +147,13 @@ class Federation:
 
     @property
     def spent_out(self) -> bool:
-        """Whether one more round would pass the budget; the noise is set for all, if none is repeated."""
+        """Whether one more round would pass the budget; noise is set for all of a run that nothing stops."""
         budget: float | None = getattr(self.job.privacy, "epsilon", None)
-        if not self.repeated or budget is None or self.finished == self.job.rounds:
+        as_planned = not self.repeated and not self.begun.moved
+        if as_planned or self.job.note or budget is None or self.finished == self.job.rounds:
             return False
-        cohort = self.job.draw(
-            self.finished + 1, len(self._partitions)
-        )  # of cohorts drawn in secret, all cost the same
+        # Of cohorts that are drawn in secret, all cost the same.
+        cohort = self.job.draw(self.finished + 1, len(self._partitions))
         most = max((self.begun.took_part + Counter(cohort)).values(), default=0)
         would = self.job.spent(self.begun.rounds + 1, most)
         return would is not None and would.epsilon > budget

@@ -189,12 +189,9 @@ def _charged(repeated: int) -> str:
 def _note(federation: Federation) -> str | None:
     """What a reader of the results must know."""
     job, repeated = federation.job, federation.repeated
-    if not repeated:
-        return job.note
-    ended = (
-        f"; the budget ends after round {federation.finished} of {job.rounds}" if federation.spent_out else ""
-    )
-    return f"{_charged(repeated)}{ended}"
+    ended = f"the budget ends after round {federation.finished} of {job.rounds}"
+    said = [job.note, _charged(repeated) if repeated else None, ended if federation.spent_out else None]
+    return "; ".join(text for text in said if text) or None
 
 
 def _summary(

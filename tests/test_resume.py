@@ -506,6 +506,24 @@ def test_a_budget_that_repeated_rounds_have_eaten_ends_the_run(tmp_path: Path) -
     assert str(summary.note).endswith("is charged; the budget ends after round 5 of 6")
 
 
+def test_nodes_that_may_hold_other_data_than_before_do_not_pass_the_budget(tmp_path: Path) -> None:
+    """A sampled cohort: whoever took part most often may be drawn most often again."""
+    private = "privacy=local_gaussian privacy.epsilon=4 cohort=2 rounds=10"
+    settings = f"{FAST} {private} run_dir={tmp_path / 'run'}"
+
+    def run() -> None:
+        Federation._train = at_call(6, Federation._train)  # type: ignore[method-assign]
+        deployed(settings, [5, 6, 7, 8, 9])
+
+    assert killed(run, never) == -9
+    assert Begun(tmp_path / "run" / "checkpoint" / "begun.jsonl").rounds == 5
+    deployed(f"{settings} resume={tmp_path / 'run'}", [50, 60, 70, 80, 90])
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["rounds"] == 8
+    assert 3.9 < summary["epsilon"] <= 4
+    assert summary["note"] == "the budget ends after round 8 of 10"
+
+
 def test_rounds_are_on_the_disk_before_they_begin(tmp_path: Path) -> None:
     file = tmp_path / "checkpoint" / "begun.jsonl"
     begun = Begun(file)

@@ -25,6 +25,7 @@ class Begun:
     def __init__(self, file: Path | None = None) -> None:
         """Go on with what the file holds. Raises ConfigError where that is damaged."""
         self.rounds, self.took_part = 0, Counter[int]()
+        self.moved = False  # partitions may be other data than before
         self._file = file
         if file is None or not file.exists():
             return
@@ -56,6 +57,7 @@ class Begun:
 
     def _count(self, event: dict[str, Any]) -> None:
         if "anew" in event:
+            self.moved = True
             most = max(self.took_part.values(), default=0)
             self.took_part = Counter(dict.fromkeys(range(event["anew"]), most))
         else:
