@@ -744,3 +744,45 @@ def test_a_server_that_resumes_elsewhere_assumes_nothing_of_its_nodes(tmp_path: 
     assert other._downlink._held == {}
     assert [record.replies for record in rounds(other)] == [3, 3, 3]
     assert {n: a.data for n, a in one.arrays.items()} == {n: a.data for n, a in other.arrays.items()}
+
+
+def test_arrays_that_many_nodes_keep_count_once(tmp_path: Path) -> None:
+    file, shared = tmp_path / "clients.sqlite", ArrayRecord({"a": Array(np.arange(50_000, dtype=np.float32))})
+    own = [ArrayRecord({"a": Array(np.full(2_000, node, np.float32))}) for node in range(20)]
+
+    def keep(states: States, arrays: ArrayRecord) -> None:
+        for node in range(20):
+            context = fresh(node)
+            context.state = RecordDict({"shared": arrays, "own": own[node]})
+            states[node] = context
+
+    states = States(range(20), fresh, 400_000, file)
+    keep(states, shared)
+    assert 200_000 + 20 * 8_000 < states._pieces.bytes < 400_000
+    states.commit(1, 0)
+    assert file.stat().st_size < 900_000  # and not 20 times 200,000
+    keep(states, ArrayRecord({"a": Array(np.zeros(50_000, np.float32))}))
+    states.commit(2, 2)
+    with states._disk() as db:
+        assert db.execute("SELECT COUNT(*) FROM pieces").fetchone() == (21,)  # the old one is gone
+    states.close()
+    again = States(range(20), fresh, 100_000, file, 2)
+    for node in range(20):
+        state = again[node].state.array_records
+        assert state["shared"]["a"].numpy().tobytes() == bytes(200_000)
+        assert state["own"]["a"].data == own[node]["a"].data
+        assert state["shared"]["a"].stype == "numpy.ndarray"
+    again.close()
+
+
+def test_a_damaged_piece_is_noticed(tmp_path: Path) -> None:
+    states = States(range(2), fresh, 0, tmp_path / "clients.sqlite")
+    states[0] = holding(0, 1, 5_000)
+    states.commit(1, 0)
+    states.close()
+    again = States(range(2), fresh, 0, tmp_path / "clients.sqlite", 1)
+    with again._disk() as db:
+        db.execute("UPDATE pieces SET data = zeroblob(20128)")
+    with pytest.raises(ConfigError, match="node 0 remembers is damaged"):
+        again[0]
+    again.close()
