@@ -42,6 +42,7 @@ _HEADER = struct.Struct("<BIh")  # format, CRC-32 of the weights that come out, 
 _BOUND = 2**23  # of levels: so far float32 holds them, and halves, which the coder adds
 _FINEST, _LEAST, _COARSEST = -20, -140, 127  # exponents: below the longest way; the least; of no way
 _NEAREST = edges(0.0)
+_NEAR = 0.02  # of the rate
 
 
 @dataclass(frozen=True)
@@ -213,6 +214,8 @@ class Downlink:
             tried = self._tried(x, exponent)
         best, low, high = tried, 0.6, max(2.0 ** (_exponent(x) - exponent), 2.0)
         for _ in range(6):
+            if abs(best[0] - goal) <= _NEAR * goal:  # each try codes the whole model
+                break
             least = (low * high) ** 0.5
             size, levels = tried = self._tried(x, exponent, least)
             if abs(size - goal) < abs(best[0] - goal) and levels.any():
