@@ -22,36 +22,43 @@ def pack(packet: Packet, codec: Codec, layout: Layout) -> bytes:
     The CRC is seeded with the codec's settings and the layout, so that a packet made by another codec or
     for another model is refused, at no byte more.
     """
-    kind, rest = to_bytes(packet)
-    return _PREFIX.pack(_VERSION, kind, zlib.crc32(rest, _seed(codec, layout))) + rest
+    kind, head, body = _parts(packet)
+    crc = zlib.crc32(body, zlib.crc32(head, _seed(codec, layout)))
+    return b"".join((_PREFIX.pack(_VERSION, kind, crc), head, body))
 
 
 def unpack(data: bytes, codec: Codec, layout: Layout) -> Packet:
     """Undo `pack`; raises DecodeError on anything else. Allocates no more than the bytes received."""
-    reader = Reader(data)
-    version, kind, crc = _PREFIX.unpack(reader.take(_PREFIX.size))
+    version, kind, crc = _PREFIX.unpack(Reader(data).take(_PREFIX.size))
     if version != _VERSION:
         raise DecodeError(f"packet has version {version}, this fedapp reads {_VERSION}")
-    if zlib.crc32(memoryview(data)[_PREFIX.size :], _seed(codec, layout)) != crc:
+    rest = memoryview(data)[_PREFIX.size :]
+    if zlib.crc32(rest, _seed(codec, layout)) != crc:
         raise DecodeError("packet was damaged, or made by another codec or for another model")
-    return from_bytes(kind, reader.rest())
+    return from_bytes(kind, rest)
 
 
 def to_bytes(packet: Packet) -> tuple[int, bytes]:
     """The number of the body's type; and the header with its length, then the body (little endian)."""
-    body = packet.body.astype(packet.body.dtype.newbyteorder("<"), copy=False)
+    kind, head, body = _parts(packet)
+    return kind, head + body
+
+
+def _parts(packet: Packet) -> tuple[int, bytes, memoryview]:
+    body = np.ascontiguousarray(packet.body, packet.body.dtype.newbyteorder("<"))
     if body.dtype not in _DTYPES:
         raise TypeError(f"a packet's body is uint8, int32 or float32, got {body.dtype}")
-    return _DTYPES.index(body.dtype), varint(len(packet.header)) + packet.header + body.tobytes()
+    head = varint(len(packet.header)) + packet.header
+    return _DTYPES.index(body.dtype), head, body.reshape(-1).view(np.uint8).data
 
 
-def from_bytes(kind: int, data: bytes) -> Packet:
+def from_bytes(kind: int, data: bytes | memoryview) -> Packet:
     """Undo `to_bytes`; raises DecodeError on anything else. Allocates no more than the bytes received."""
     if kind >= len(_DTYPES):
         raise DecodeError(f"packet names body type {kind}, which does not exist")
     reader = Reader(data)
     header = reader.take(reader.varint(len(data)))
-    body = reader.rest()
+    body = reader.left
     if len(body) % _DTYPES[kind].itemsize:
         raise DecodeError("packet's body is not a whole number of values")
     return Packet(np.frombuffer(body, _DTYPES[kind]), header)

@@ -17,13 +17,13 @@ class Reader:
     """Takes fields off the front of received bytes; raises DecodeError where they run out."""
 
     def __init__(self, data: bytes | memoryview) -> None:
-        self._data = memoryview(data)
+        self.left = memoryview(data)
 
     def take(self, count: int) -> bytes:
         """The next `count` bytes."""
-        if count > len(self._data):
-            raise DecodeError(f"packet ends {count - len(self._data)} bytes early")
-        head, self._data = self._data[:count], self._data[count:]
+        if count > len(self.left):
+            raise DecodeError(f"packet ends {count - len(self.left)} bytes early")
+        head, self.left = self.left[:count], self.left[count:]
         return bytes(head)
 
     def varint(self, most: int) -> int:
@@ -40,9 +40,9 @@ class Reader:
 
     def rest(self) -> bytes:
         """All that is left."""
-        return self.take(len(self._data))
+        return self.take(len(self.left))
 
     def end(self) -> None:
         """Nothing may be left."""
-        if len(self._data):
-            raise DecodeError(f"packet has {len(self._data)} bytes too many")
+        if len(self.left):
+            raise DecodeError(f"packet has {len(self.left)} bytes too many")

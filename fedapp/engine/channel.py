@@ -28,18 +28,17 @@ class Channel:
         pickler = pickle.Pickler(body, pickle.HIGHEST_PROTOCOL)
         pickler.persistent_id = lambda piece: self._name(piece, new)  # type: ignore[method-assign]
         pickler.dump(thing)
-        self.pipe.send_bytes(pickle.dumps(new))
+        self.pipe.send_bytes(pickle.dumps(new) + body.getbuffer())  # one write, that wakes the other end once
         for name in new:
             self.pipe.send_bytes(self._pieces[name])
-        self.pipe.send_bytes(body.getbuffer())
         self._forget()
 
     def receive(self) -> Any:
         """As Connection.recv; raises EOFError or OSError where the other end is gone."""
-        new = pickle.loads(self.pipe.recv_bytes())
-        for name in new:
+        body = io.BytesIO(self.pipe.recv_bytes())
+        for name in pickle.load(body):
             self._remember(name, self.pipe.recv_bytes())
-        unpickler = pickle.Unpickler(io.BytesIO(self.pipe.recv_bytes()))
+        unpickler = pickle.Unpickler(body)
         unpickler.persistent_load = self._recall  # type: ignore[method-assign]
         thing = unpickler.load()
         self._forget()

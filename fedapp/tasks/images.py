@@ -50,11 +50,11 @@ class FashionMnist(Classification):
 
     def train_data(self) -> Data:
         """60,000 images. Raises DataError when they are nowhere to be found or damaged."""
-        return _kept(_find(), "train", self.features)
+        return _kept(_folder(), "train", self.features)
 
     def test_data(self) -> Data | None:
         """10,000 images. Raises DataError when they are nowhere to be found or damaged."""
-        return _kept(_find(), "t10k", self.features)
+        return _kept(_folder(), "t10k", self.features)
 
     def read(self, path: Path) -> Data:
         """The images of a folder's train pair. Raises DataError when a file is missing or damaged."""
@@ -105,10 +105,14 @@ def _files(split: str) -> tuple[str, str]:
     return f"{split}-images-idx3-ubyte.gz", f"{split}-labels-idx1-ubyte.gz"
 
 
-def _find() -> Path:
+def _folder() -> Path:
+    return _find(os.environ.get("FEDAPP_DATA"), os.environ.get("XDG_CACHE_HOME"))
+
+
+@cache  # each message asks
+def _find(chosen: str | None, caches: str | None) -> Path:
     """The first folder that holds the four files, downloading them where none does."""
-    chosen = os.environ.get("FEDAPP_DATA")
-    cached = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fedapp"
+    cached = Path(caches or Path.home() / ".cache") / "fedapp"
     roots = [Path(chosen).expanduser(), DEBIAN, cached] if chosen else [DEBIAN, cached]
     for folder in (root / sub for root in roots for sub in ("", "fashion-mnist", "FashionMNIST/raw")):
         if all((folder / name).is_file() for split in ("train", "t10k") for name in _files(split)):
