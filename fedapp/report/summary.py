@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -55,6 +56,7 @@ class Summary:
     privacy_against: str | None = None
     coding: str | None = None  # how updates were coded, where the settings leave that open
     interrupted: bool = False
+    stages: Mapping[str, float | None] | None = None  # seconds of all rounds by stage, see fedapp/stages.py
     note: str | None = None  # what a reader must know, e.g. why epsilon is None
 
     @property
