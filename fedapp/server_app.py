@@ -127,7 +127,9 @@ def _run(
         workers = grid.workers if isinstance(grid, LocalGrid) else 0
         folder.write_trace(trace_json(CLOCK.spans, CLOCK.left_out, started, workers))
         if CLOCK.left_out:
-            console.print(f"trace.json holds the first {MOST} events; {CLOCK.left_out} later ones are left out")
+            console.print(
+                f"trace.json holds the first {MOST} events; {CLOCK.left_out} later ones are left out"
+            )
     write_page(folder.path)
     console.print(table(summary, folder.path))
     console.print(f"Run folder: {folder.path}", soft_wrap=True)

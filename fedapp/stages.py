@@ -9,12 +9,12 @@ A process is in one stage at any moment, the innermost that it has entered:
     aggregate  adding up, noise on the sum, the strategy's step; a worker's part in adding up too
     evaluate   testing the model
     idle       workers: nothing to do, or what they did was lost
-    wait       the server: until replies come, or pipes take what it writes; what travels is counted by who reads it
+    wait       the server: until replies come, or pipes take what it writes, which counts where it is read
     other      drawing cohorts, accounting, Flower's own code
 
-A round's seconds are those of the server and of all workers. The server's make up the time that the round took,
-and the workers' that time times their number, so all stages add up to (workers + 1) times the round. What a worker
-did is counted in the round in which its answer came. On Flower's grids the server's stages alone are known.
+A round's seconds are those of the server and of all workers. The server's make up the time that the round
+took, and the workers' that time by their number: all stages add up to (workers + 1) times the round. What a
+worker did counts in the round in which its answer came. On Flower's grids the server's stages alone are known.
 """
 
 from collections.abc import Callable, Mapping
@@ -24,12 +24,13 @@ from types import TracebackType
 from typing import NamedTuple, ParamSpec, TypeVar
 
 NAMES = "train", "encode", "transfer", "decode", "aggregate", "evaluate", "idle", "wait", "other"
-MOST = 200_000  # spans that a trace holds: some 25 MB of JSON
-P, R = ParamSpec("P"), TypeVar("R")
+MOST, LEAST = 200_000, 2e-6  # spans that a trace holds, some 25 MB of JSON; seconds of the shortest
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 class Span(NamedTuple):
-    """A stay in a stage, in seconds of `time.perf_counter`, which forked processes share.
+    """A time in one stage, and none within it, by `time.perf_counter`, which forked processes share.
 
     Track 0 is the server, 1 and up are the workers.
     """
@@ -57,23 +58,18 @@ class Clock:
         self.traced, self.spans, self.left_out = traced, list[Span](), 0
         self._round: int | None = None
         self._owed = 0.0  # seconds that workers told of beyond what they had: begun in rounds before
-        self._open = [("other", perf_counter())]
+        self._open = ["other"]
         self._restart()
 
     def enter(self, stage: str) -> None:
         """Time belongs to this stage, until `leave`."""
-        now, inside = perf_counter(), self._open[-1][0]
-        self._own[inside] += now - self._since
-        self._since = now
-        self._open.append((stage, now))
+        self._spend()
+        self._open.append(stage)
 
     def leave(self) -> None:
         """Back to the stage before."""
-        now, (stage, start) = perf_counter(), self._open.pop()
-        self._own[stage] += now - self._since
-        self._since = now
-        if self.traced:
-            self._keep(Span(stage, start, now, 0, self._round))
+        self._spend()
+        self._open.pop()
 
     def tell(self) -> Told:
         """A worker's seconds and spans since it told them last; its waiting is the server's to count."""
@@ -93,15 +89,14 @@ class Clock:
 
     def begin_round(self, number: int) -> None:
         """What was before belongs to no round."""
-        self._round, self._began = number, perf_counter()
         self._restart()
+        self._round, self._began = number, self._since
 
     def end_round(self, workers: int | None) -> dict[str, float | None]:
         """Seconds of the round by stage, of this process and so many workers; None where nobody knows."""
-        now = perf_counter()
-        self._own[self._open[-1][0]] += now - self._since
+        self._spend()
         if self.traced:
-            self._keep(Span("round", self._began, now, 0, self._round))
+            self._keep(Span("round", self._began, self._since, 0, self._round))
         stages: dict[str, float | None] = {name: self._own[name] + self._workers[name] for name in NAMES}
         if workers is None:
             stages["train"] = stages["idle"] = None
@@ -110,6 +105,14 @@ class Clock:
             stages["idle"], self._owed = max(0.0, spare), max(0.0, -spare)
         self._restart()
         return {name: None if s is None else round(s, 6) for name, s in stages.items()}
+
+    def _spend(self) -> None:
+        """Time until now belongs to the innermost stage."""
+        now, stage = perf_counter(), self._open[-1]
+        self._own[stage] += now - self._since
+        if self.traced and now - self._since >= LEAST:
+            self._keep(Span(stage, self._since, now, 0, self._round))
+        self._since = now
 
     def _restart(self) -> None:
         self._own, self._workers = dict.fromkeys(NAMES, 0.0), dict.fromkeys(NAMES, 0.0)

@@ -1,7 +1,7 @@
 """trace.json: every stage of every process on a time line, in the Chrome trace event format.
 
-https://ui.perfetto.dev opens it. The format: "Trace Event Format" (Duffy, Sinclair and others, 2016), complete
-events (ph X, ts and dur in microseconds) and metadata events (ph M), which name the tracks.
+https://ui.perfetto.dev opens it. The format is Google's "Trace Event Format": complete events (ph X, ts and
+dur in microseconds) and metadata events (ph M), which name the tracks.
 """
 
 import json
@@ -12,7 +12,7 @@ from fedapp.stages import Span
 
 
 def trace_json(spans: Iterable[Span], left_out: int, started: float, workers: int) -> str:
-    """One track a process: the server and so many workers. Times count from `started`, on the spans' clock."""
+    """One track a process: the server and so many workers. Times count from `started`."""
     events: list[dict[str, Any]] = []
     for track in range(workers + 1):
         name = f"worker {track - 1}" if track else "server"
