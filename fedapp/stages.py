@@ -14,7 +14,7 @@ A process is in one stage at any moment, the innermost that it has entered:
 
 A round's seconds are those of the server and of all workers. The server's make up the time that the round
 took, and the workers' that time by their number: all stages add up to (workers + 1) times the round. What a
-worker did counts in the round in which its answer came. On Flower's grids the server's stages alone are known.
+worker did counts in the round in which its answer came. On Flower's grids only the server's stages are known.
 """
 
 from collections.abc import Callable, Mapping
@@ -58,7 +58,7 @@ class Clock:
         self.traced, self.spans, self.left_out = traced, list[Span](), 0
         self._round: int | None = None
         self._owed = 0.0  # seconds that workers told of beyond what they had: begun in rounds before
-        self._open = ["other"]
+        self._open, self._since = ["other"], 0.0
         self._restart()
 
     def enter(self, stage: str) -> None:

@@ -129,7 +129,7 @@ def _stages(rounds: Sequence[Round]) -> str:
     else:
         theirs = sum(took.values()) - seconds  # what the server did and waited makes up the seconds
         many = round(theirs / seconds)
-        of, left = f"{many} worker{'s' * (many != 1)}, and of the server's work", "idle"
+        of, left = f"{many} worker{'s' * (many != 1)} and the server's work", "idle"
         note = f"Workers were busy {_share(theirs - took['idle'], theirs)} of the time."
     names = [*work, left]
     bars = [(r.round, [stages.get(name) or 0.0 for name in names]) for r, stages in known]
@@ -139,7 +139,7 @@ def _stages(rounds: Sequence[Round]) -> str:
         if any(took[name] for name in of)
     ]
     note += f" Of all work that is counted here: {', '.join(shares)}."
-    return stacked_chart("Where the time goes", f"seconds of {of}", names, bars, seconds_text, note)
+    return stacked_chart("Where the time goes", f"seconds a round, of {of}", names, bars, seconds_text, note)
 
 
 _SAID = {
