@@ -25,7 +25,7 @@ from fedapp.report.charts import Series, line_chart, split_chart
 from fedapp.report.folder import Round, RunFolder, read_rounds
 from fedapp.report.page import write_page
 from fedapp.report.progress import Progress
-from fedapp.report.summary import Summary, bytes_text, digits, read_summary, seconds_text, table
+from fedapp.report.summary import Summary, bytes_text, digits, part_text, read_summary, seconds_text, table
 
 CONTRACT = (
     "task codec privacy engine clients cohort rounds accuracy loss uplink_bytes downlink_bytes "
@@ -402,6 +402,9 @@ def test_the_table_says_what_the_run_cost(tmp_path: Path) -> None:
         (bytes_text(999_600), "1.00 MB"),
         (bytes_text(12_345_678), "12.3 MB"),
         (bytes_text(5e15), "5000 TB"),
+        (part_text(2, 300), "0.7 %"),
+        (part_text(99.6, 1000), "10 %"),
+        (part_text(0, 0), "-"),
         (digits(0.01234), "0.0123"),
         (digits(9.999), "10.0"),
         (digits(1e-7), "1e-07"),

@@ -221,7 +221,9 @@ def test_records_of_before_are_read_and_add_up_to_nothing(tmp_path: Path) -> Non
     records = read_rounds(tmp_path)
     page = write_page(tmp_path).read_text()
     assert "Where the time goes" in page
-    assert re.search(r"Workers were busy \d+ % of the time. Of all work that is counted here: training", page)
+    assert re.search(
+        r"Workers were busy [\d.]+ % of the time. Of all work that is counted here: training", page
+    )
     assert "2 workers and the server" in page
     lines = [json.loads(line) for line in (tmp_path / "rounds.jsonl").read_text().splitlines()]
     for line in lines:

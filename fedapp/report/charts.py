@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
 
+from fedapp.report.summary import part_text
+
 POINTS = 150  # drawn in a line at most; more cannot be told apart and only make the page heavy
 BARS = 60  # drawn in a chart of bars at most
 ROWS = 24  # clients drawn at most
@@ -93,7 +95,7 @@ def stacked_chart(
     sums = [sum(values[i] for _, values in rounds) for i in range(len(names))]
     legend = "".join(
         f'<span><b class="c{_colour(i, names)}"></b>{escape(name)} '
-        f"<strong>{100 * one / (sum(sums) or 1):.0f} %</strong></span>"
+        f"<strong>{part_text(one, sum(sums))}</strong></span>"
         for i, (name, one) in enumerate(zip(names, sums, strict=True))
     )
     rows = [(100 * (top - y) / top, told) for y, told in zip(y_ticks, _tick_texts(y_ticks), strict=True)]

@@ -16,6 +16,7 @@ from fedapp.report.summary import (
     bytes_text,
     digits,
     guarantee_text,
+    part_text,
     percent_text,
     ratio_text,
     read_summary,
@@ -125,16 +126,16 @@ def _stages(rounds: Sequence[Round]) -> str:
     work = [name for name in NAMES if took[name] and name not in ("idle", "wait")]
     if sums["idle"] is None:  # nodes tell nothing of their time
         of, left = "the server", "wait"
-        note = f"The server waited for replies {_share(took['wait'], seconds)} of the time."
+        note = f"The server waited for replies {part_text(took['wait'], seconds)} of the time."
     else:
         theirs = sum(took.values()) - seconds  # what the server did and waited makes up the seconds
         many = round(theirs / seconds)
         of, left = f"{many} worker{'s' * (many != 1)} and the server's work", "idle"
-        note = f"Workers were busy {_share(theirs - took['idle'], theirs)} of the time."
+        note = f"Workers were busy {part_text(theirs - took['idle'], theirs)} of the time."
     names = [*work, left]
     bars = [(r.round, [stages.get(name) or 0.0 for name in names]) for r, stages in known]
     shares = [
-        f"{said} {_share(sum(took[name] for name in of), sum(took[name] for name in work))}"
+        f"{said} {part_text(sum(took[name] for name in of), sum(took[name] for name in work))}"
         for said, of in _SAID.items()
         if any(took[name] for name in of)
     ]
@@ -150,10 +151,6 @@ _SAID = {
     "testing": ("evaluate",),
     "the rest": ("other",),
 }
-
-
-def _share(part: float, of: float) -> str:
-    return f"{100 * part / of:.0f} %" if of else NONE
 
 
 def _unit(most: float) -> tuple[float, str]:

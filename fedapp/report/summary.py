@@ -107,6 +107,12 @@ def percent_text(share: float | None) -> str:
     return NONE if share is None else f"{100 * share:.2f} %"
 
 
+def part_text(part: float, whole: float) -> str:
+    """How much of a whole, roughly: '81 %', '0.4 %'; of nothing '-'."""
+    share = 100 * part / whole if whole else None
+    return NONE if share is None else f"{share:.{int(share < 9.95)}f} %"
+
+
 def ratio_text(ratio: float | None) -> str:
     """How many times smaller: 28.4 -> '28.4x'."""
     return NONE if ratio is None else f"{digits(ratio)}x"
