@@ -27,6 +27,7 @@ from fedapp import check
 from fedapp.errors import ConfigError, DecodeError, FedappError
 from fedapp.records import ARRAYS, METRICS, WEIGHT
 from fedapp.replies import metrics_of, refuse, weight_of
+from fedapp.stages import DECODE, ENCODE
 from fedapp.wire import require_finite, update_of
 
 CKKS = "ckks"
@@ -119,6 +120,7 @@ def decrypt(ciphertexts: list[bytes], secret: bytes) -> NDArray[np.float64]:
 # --- the client's end --------------------------------------------------------------------------------------
 
 
+@ENCODE
 def answer_key(message: Message, context: Context) -> Message:
     """The key holder makes a key for the round, and forgets the one before."""
     secret, public = keys()
@@ -126,6 +128,7 @@ def answer_key(message: Message, context: Context) -> Message:
     return Message(RecordDict({CKKS: ConfigRecord({"public": public})}), reply_to=message)
 
 
+@DECODE
 def answer_open(message: Message, context: Context) -> Message:
     """The key holder opens one sum, and then has no key any more."""
     if CKKS not in context.state.config_records:

@@ -20,6 +20,7 @@ from fedapp.privacy.secret import BATCH, CLIENT, source
 from fedapp.records import ARRAYS, CONFIG, METRICS, UPDATE, WEIGHT, load_state, store_state
 from fedapp.secagg import Client
 from fedapp.secagg.wire import answer, masked
+from fedapp.stages import DECODE, ENCODE, EVALUATE, TRAIN
 from fedapp.tasks import Data
 from fedapp.training import Sgd
 from fedapp.vector import values
@@ -34,12 +35,14 @@ def client_app(job_of: Callable[[Context], Job]) -> ClientApp:
     """The app of a run; `job_of` finds the job from the context (deployment) or knows it (local engine)."""
     app = ClientApp(mods=[])
 
+    @DECODE
     def downlink(message: Message, context: Context, call_next: Next) -> Message:
         job = job_of(context)
         if isinstance(job.downlink, Plain):
             return call_next(message, context)
         return job.receive(message, context, call_next)
 
+    @ENCODE
     def uplink(message: Message, context: Context, call_next: Next) -> Message:
         job = job_of(context)
         at = _round(message), partition_of(context)
@@ -55,6 +58,7 @@ def client_app(job_of: Callable[[Context], Job]) -> ClientApp:
         return compress(job.wire_codec, rng, job.mechanism, secret)(message, context, call_next)
 
     @app.train(mods=[guard, consent(job_of), downlink, uplink])
+    @TRAIN
     def train(message: Message, context: Context) -> Message:
         """Load, fit, reply with the trained weights, or a sum; the mod `uplink` then encodes the update."""
         job = job_of(context)
@@ -76,6 +80,7 @@ def client_app(job_of: Callable[[Context], Job]) -> ClientApp:
         return Message(RecordDict({ARRAYS: trained, METRICS: MetricRecord({**metrics})}), reply_to=message)
 
     @app.evaluate(mods=[guard, consent(job_of), downlink])
+    @EVALUATE
     def evaluate(message: Message, context: Context) -> Message:
         """Test the received weights on the client's own data; refused under differential privacy."""
         job = job_of(context)
@@ -94,6 +99,7 @@ def client_app(job_of: Callable[[Context], Job]) -> ClientApp:
 
     def take_part(stage: str) -> None:
         @app.query(stage, mods=[guard])
+        @ENCODE
         def reply(message: Message, context: Context) -> Message:
             """One stage of secure aggregation."""
             return answer(_secure(job_of(context)), stage, message, context)

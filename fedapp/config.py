@@ -63,8 +63,9 @@ _STRATEGY_COUNTS = {"num_malicious_nodes": 0, "num_nodes_to_select": 1}
 
 _KEYS = (
     "clients", "cohort", "rounds", "seed", "sampling", "evaluate", "device", "round_timeout", "checkpoint",
+    "profile",
 )  # fmt: skip
-_WITHOUT_EFFECT = ("run_dir", "resume", "checkpoint", "engine.workers", "engine.state_mb")
+_WITHOUT_EFFECT = ("run_dir", "resume", "checkpoint", "profile", "engine.workers", "engine.state_mb")
 _GROUPS = (
     "task", "partition", "model", "trainer", "codec", "downlink", "strategy", "aggregation", "engine",
     "privacy", "experiment",

@@ -13,6 +13,7 @@ from flwr.common.constant import ErrorCode
 from fedapp.exact_sum import ExactSum
 from fedapp.records import ARRAYS, CONFIG, size_of
 from fedapp.running_sum import Reader, RunningSum, Tally, terms_in
+from fedapp.stages import AGGREGATE, TRANSFER
 
 Collect = Callable[[], list[ExactSum | None]]
 """What brings the sum of each slot, None where it is lost."""
@@ -38,13 +39,16 @@ class Fold:
         self._adding, self._limbs = memory[:, 0], memory[:, 1:].reshape(slots, 2, size)
         self._spoiled = set[int]()
 
+    @AGGREGATE
     def add(self, slot: int, message: Message, reply: Message) -> Answer:
         """A worker's end: add a train reply to the sum of this slot; one that does not decode is an error."""
         if reply.has_error():
             return reply.error
         if message.metadata.message_type != MessageType.TRAIN or ARRAYS not in reply.content.array_records:
             return reply.content
-        size, exact = size_of(reply.content), ExactSum(self._limbs.shape[-1], self._limbs[slot])
+        with TRANSFER:
+            size = size_of(reply.content)
+        exact = ExactSum(self._limbs.shape[-1], self._limbs[slot])
         received, terms = (
             message.content.array_records[ARRAYS],
             terms_in(message.content.config_records[CONFIG]),

@@ -57,6 +57,7 @@ class Job:
     device: str
     round_timeout: float
     checkpoint: float | None
+    profile: bool
     task: Task
     trainer: Trainer | DpStep
     codec: Codec
@@ -80,6 +81,7 @@ class Job:
         check.real("round_timeout", self.round_timeout, above=0.0)
         if self.checkpoint is not None:
             check.real("checkpoint", self.checkpoint, low=0.0)
+        check.flag("profile", self.profile)
         if self.device == "cuda" and not torch.cuda.is_available():
             raise ConfigError("device=cuda, but torch sees no CUDA device: set device=cpu or device=auto")
         central = isinstance(self.privacy, CentralGaussian)

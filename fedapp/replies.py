@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from fedapp.errors import DecodeError
 from fedapp.records import METRICS, STYPE, WEIGHT
+from fedapp.stages import DECODE
 
 
 def refuse(reply: Message, error: Exception) -> None:
@@ -45,6 +46,7 @@ def weight_of(metrics: MetricRecord, uniform: bool) -> int:
     return weight
 
 
+@DECODE
 def values_of(arrays: ArrayRecord, like: Mapping[str, Array]) -> dict[str, NDArray[Any]]:
     """The arrays that came, integers as float64, which a mean makes of them anyway.
 

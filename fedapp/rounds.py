@@ -26,6 +26,7 @@ from fedapp.report.folder import Round
 from fedapp.report.progress import Progress
 from fedapp.secagg import Server
 from fedapp.secagg.wire import SecureSum
+from fedapp.stages import AGGREGATE, CLOCK, ENCODE, EVALUATE, TRANSFER
 from fedapp.vector import arrays_in, layout_of, record_of
 
 
@@ -49,12 +50,14 @@ class Traffic:
     def exchange(self, grid: Grid, messages: list[Message], timeout: float) -> Iterator[Message]:
         """Send the messages, yield the replies, count both."""
         sizes = {id(m.content): 0 for m in messages}  # a broadcast's one content is measured once
-        for message in messages:
-            sizes[id(message.content)] = sizes[id(message.content)] or size_of(message.content)
-            self.downlink += sizes[id(message.content)]
+        with TRANSFER:
+            for message in messages:
+                sizes[id(message.content)] = sizes[id(message.content)] or size_of(message.content)
+                self.downlink += sizes[id(message.content)]
         for reply in stream(grid, messages, timeout):
             if reply.has_content():
-                self.uplink += reply.size if isinstance(reply, Folded) else size_of(reply.content)
+                with TRANSFER:
+                    self.uplink += reply.size if isinstance(reply, Folded) else size_of(reply.content)
             yield reply
 
 
@@ -112,6 +115,7 @@ class Federation:
         for number in range(self.finished + 1, self.job.rounds + 1):
             if self.spent_out:
                 return
+            CLOCK.begin_round(number)
             started, before, accepted = time.perf_counter(), replace(self.traffic), self.accepted
             sent = self._train(number, progress)
             accuracy, loss = self._evaluate(number)
@@ -126,6 +130,7 @@ class Federation:
                 seconds=time.perf_counter() - started,
                 replies=self.accepted - accepted,
                 failures=sent - (self.accepted - accepted),
+                stages=CLOCK.end_round(self.grid.workers if isinstance(self.grid, LocalGrid) else None),
             )
             if sent and self.accepted == accepted:
                 raise FedappError(
@@ -174,7 +179,8 @@ class Federation:
         if not self._wire.streams:  # then the order of summation is the order of arrival
             replies = iter(sorted(replies, key=self._partition))
         collect = self.grid.collect if isinstance(self.grid, LocalGrid) else None
-        arrays, _ = self._wire.aggregate_train(number, replies, collect)
+        with AGGREGATE:
+            arrays, _ = self._wire.aggregate_train(number, replies, collect)
         self.accepted -= self._wire.failures
         self.arrays = self.arrays if arrays is None else arrays
         return len(messages)
@@ -190,6 +196,7 @@ class Federation:
         holder = next(node for node, held in self._partitions.items() if held == job.aggregation.key_holder)
         return CkksSum(holder, nodes, self.parameters, job.privacy.unit is not None, self._ask)
 
+    @AGGREGATE
     def _train_on_sums(
         self, number: int, messages: list[Message], summed: SecureSum | CkksSum, progress: Progress
     ) -> None:
@@ -214,7 +221,8 @@ class Federation:
         """Send the weights, yield the replies; a node that cannot decode is sent others, at most twice."""
         self.messages += len(messages)
         if self._downlink is not None:
-            messages = self._downlink.send(self.arrays, messages)
+            with ENCODE:
+                messages = self._downlink.send(self.arrays, messages)
         for tries_left in (2, 1, 0):
             others = []
             for reply in self._ask(messages):
@@ -238,6 +246,7 @@ class Federation:
         ends = message.metadata.dst_node_id, message.metadata.src_node_id
         return next(self._partitions[node] for node in ends if node in self._partitions)
 
+    @EVALUATE
     def _evaluate(self, number: int) -> tuple[float | None, float | None]:
         """Accuracy and loss of the weights, on the server's test set or on the clients' own data."""
         if self._test is not None:

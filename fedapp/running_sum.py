@@ -14,6 +14,7 @@ from fedapp.exact_sum import ExactSum
 from fedapp.privacy.mechanism import Mechanism, Numbers
 from fedapp.records import ARRAYS, METRICS, UPDATE, WEIGHT
 from fedapp.replies import metrics_of, packet_in, side_of, values_of, weight_of
+from fedapp.stages import DECODE
 from fedapp.vector import buffers_of, layout_of, ravel, record_of, unravel, values
 
 
@@ -28,6 +29,7 @@ class Reader:
     mechanism: Mechanism | None = None
     uniform: bool = False
 
+    @DECODE
     def update_in(
         self, reply: Message, layout: Layout, terms: Numbers
     ) -> tuple[NDArray[np.float32], Numbers]:

@@ -26,8 +26,10 @@ from fedapp.report.folder import Round, RunFolder, alone
 from fedapp.report.page import write_page
 from fedapp.report.progress import Progress
 from fedapp.report.summary import Summary, table
+from fedapp.report.trace import trace_json
 from fedapp.resume import Start, start
 from fedapp.rounds import Federation
+from fedapp.stages import CLOCK, MOST, total
 
 app = ServerApp()
 
@@ -43,6 +45,7 @@ def main(grid: Grid, context: Context) -> None:
         job = config.job(begin.tree)
         job.prepare()
         folder = RunFolder(begin.path, begin.again)
+        CLOCK.begin(job.profile)
         run(job, begin.tree, grid, folder, Console(), started, begin)
         folder.clear()
 
@@ -65,6 +68,7 @@ def simulate(
         folder = RunFolder(begin.path, begin.again)
         lasting = job.checkpointed is not None or begin.state is not None
         file = folder.checkpoint / CLIENTS if lasting else None
+        CLOCK.begin(job.profile)  # workers, which are forked now, do as this process
         with job.engine.grid(
             client_app(lambda _: job), sizes, job.in_round, job.fold, file, begin.finished
         ) as grid:
@@ -119,6 +123,13 @@ def _run(
     summary = _summary(job, federation, folder.rounds(), before.plus(startup, started), failure)
     folder.write_summary(summary)
     folder.write_model(federation.arrays.to_torch_state_dict())
+    if job.profile:
+        workers = grid.workers if isinstance(grid, LocalGrid) else 0
+        folder.write_trace(trace_json(CLOCK.spans, CLOCK.left_out, started, workers))
+        if CLOCK.left_out:
+            console.print(
+                f"trace.json holds the first {MOST} events; {CLOCK.left_out} later ones are left out"
+            )
     write_page(folder.path)
     console.print(table(summary, folder.path))
     console.print(f"Run folder: {folder.path}", soft_wrap=True)
@@ -236,5 +247,6 @@ def _summary(
         },
         interrupted=failure is not None,
         coding=job.said,
+        stages=total([record.stages for record in records]),
         note=_note(federation),
     )

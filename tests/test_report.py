@@ -25,14 +25,14 @@ from fedapp.report.charts import Series, line_chart, split_chart
 from fedapp.report.folder import Round, RunFolder, read_rounds
 from fedapp.report.page import write_page
 from fedapp.report.progress import Progress
-from fedapp.report.summary import Summary, bytes_text, digits, read_summary, seconds_text, table
+from fedapp.report.summary import Summary, bytes_text, digits, part_text, read_summary, seconds_text, table
 
 CONTRACT = (
     "task codec privacy engine clients cohort rounds accuracy loss uplink_bytes downlink_bytes "
     "uplink_bits_per_parameter uncompressed_bytes compression_ratio epsilon delta accountant privacy_unit "
     "startup_s seconds_per_round wall_s peak_rss_mb seed versions"
 )
-ROUND_CONTRACT = "round accuracy loss uplink_bytes downlink_bytes epsilon seconds replies failures"
+ROUND_CONTRACT = "round accuracy loss uplink_bytes downlink_bytes epsilon seconds replies failures stages"
 
 SUMMARY = Summary(
     task="fashion_mnist",
@@ -92,7 +92,7 @@ def strict(text: str) -> Any:
 
 def test_summary_and_rounds_keep_the_contract(tmp_path: Path) -> None:
     run(tmp_path)
-    extra = {"uplink_ratio", "parameters", "interrupted", "note", "privacy_against", "coding"}
+    extra = {"uplink_ratio", "parameters", "interrupted", "note", "privacy_against", "coding", "stages"}
     assert set(strict((tmp_path / "summary.json").read_text())) == set(CONTRACT.split()) | extra
     lines = (tmp_path / "rounds.jsonl").read_text().splitlines()
     assert [" ".join(strict(line)) for line in lines] == [ROUND_CONTRACT] * 2
@@ -402,6 +402,9 @@ def test_the_table_says_what_the_run_cost(tmp_path: Path) -> None:
         (bytes_text(999_600), "1.00 MB"),
         (bytes_text(12_345_678), "12.3 MB"),
         (bytes_text(5e15), "5000 TB"),
+        (part_text(2, 300), "0.7 %"),
+        (part_text(99.6, 1000), "10 %"),
+        (part_text(0, 0), "-"),
         (digits(0.01234), "0.0123"),
         (digits(9.999), "10.0"),
         (digits(1e-7), "1e-07"),

@@ -6,6 +6,8 @@ from collections import OrderedDict
 from multiprocessing.connection import Connection
 from typing import Any
 
+from fedapp.stages import TRANSFER, WAIT
+
 LEAST, MOST = 1 << 12, 1 << 27  # bytes: of a piece that is remembered, and of all pieces together
 
 
@@ -25,22 +27,26 @@ class Channel:
     def send(self, thing: object) -> None:
         """As Connection.send; raises OSError where the other end is gone."""
         new, body = list[int](), io.BytesIO()
-        pickler = pickle.Pickler(body, pickle.HIGHEST_PROTOCOL)
-        pickler.persistent_id = lambda piece: self._name(piece, new)  # type: ignore[method-assign]
-        pickler.dump(thing)
-        self.pipe.send_bytes(pickle.dumps(new) + body.getbuffer())  # one write, that wakes the other end once
-        for name in new:
-            self.pipe.send_bytes(self._pieces[name])
+        with TRANSFER:
+            pickler = pickle.Pickler(body, pickle.HIGHEST_PROTOCOL)
+            pickler.persistent_id = lambda piece: self._name(piece, new)  # type: ignore[method-assign]
+            pickler.dump(thing)
+        with WAIT:  # for the other end to read it
+            self.pipe.send_bytes(pickle.dumps(new) + body.getbuffer())  # one write wakes the other end once
+            for name in new:
+                self.pipe.send_bytes(self._pieces[name])
         self._forget()
 
     def receive(self) -> Any:
         """As Connection.recv; raises EOFError or OSError where the other end is gone."""
-        body = io.BytesIO(self.pipe.recv_bytes())
-        for name in pickle.load(body):
-            self._remember(name, self.pipe.recv_bytes())
-        unpickler = pickle.Unpickler(body)
-        unpickler.persistent_load = self._recall  # type: ignore[method-assign]
-        thing = unpickler.load()
+        with WAIT:
+            body = io.BytesIO(self.pipe.recv_bytes())
+        with TRANSFER:
+            for name in pickle.load(body):
+                self._remember(name, self.pipe.recv_bytes())
+            unpickler = pickle.Unpickler(body)
+            unpickler.persistent_load = self._recall  # type: ignore[method-assign]
+            thing = unpickler.load()
         self._forget()
         return thing
 

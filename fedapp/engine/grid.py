@@ -6,6 +6,8 @@ from collections.abc import Iterable, Iterator
 from flwr.app import Message
 from flwr.serverapp import Grid
 
+from fedapp.stages import TRANSFER, WAIT
+
 _SHORTEST, _LONGEST = 0.001, 0.5  # seconds between polls; doubles while nothing comes
 
 
@@ -15,14 +17,21 @@ def stream(grid: Grid, messages: Iterable[Message], timeout: float) -> Iterator[
     Flower's own `send_and_receive` returns one list at the end, and polls every 3 s in a deployment.
     """
     longest = getattr(grid, "longest_pause", _LONGEST)
-    waiting = set(grid.push_messages(messages))
-    deadline, pause = time.monotonic() + timeout, _SHORTEST
+    with TRANSFER:
+        waiting = set(grid.push_messages(messages))
+    deadline = time.monotonic() + timeout
     while waiting and time.monotonic() < deadline:
-        replies = list(grid.pull_messages(waiting))
-        for reply in replies:
+        for reply in _next(grid, waiting, deadline, longest):
             if reply.metadata.reply_to_message_id in waiting:  # each message is answered once
                 waiting.discard(reply.metadata.reply_to_message_id)
                 yield reply
-        pause = _SHORTEST if replies else min(2 * pause, longest)
-        if waiting and not replies:
-            time.sleep(pause)
+
+
+@WAIT
+def _next(grid: Grid, waiting: set[str], deadline: float, longest: float) -> list[Message]:
+    """The replies that come first; none if time is up."""
+    pause = _SHORTEST
+    while not (replies := list(grid.pull_messages(waiting))) and time.monotonic() < deadline:
+        pause = min(2 * pause, longest)
+        time.sleep(pause)
+    return replies

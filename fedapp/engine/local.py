@@ -3,6 +3,7 @@
 import multiprocessing
 import multiprocessing.connection
 import os
+import pickle
 import signal
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -30,6 +31,7 @@ from fedapp.engine.grid import stream
 from fedapp.engine.states import States
 from fedapp.exact_sum import ExactSum
 from fedapp.fold import Fold, Folded
+from fedapp.stages import CLOCK, OTHER, TRANSFER
 
 _WAIT = 0.05  # seconds that a pull waits for a reply before it returns with none
 
@@ -158,21 +160,25 @@ class LocalGrid(Grid):
                 worker.content = content
                 envelope = copy(worker.message)
                 envelope.content = RecordDict()
-                context = self._contexts[worker.message.metadata.dst_node_id]
+                with TRANSFER:
+                    context = self._contexts[worker.message.metadata.dst_node_id]
                 with suppress(OSError):  # died this moment: the end of its pipe says so to the next pull
                     worker.channel.send((envelope, None if known else content, context))
 
+    @TRANSFER
     def _receive(self, worker: _Worker) -> Message:
         asked, worker.message = worker.message, None
         assert asked is not None
         try:
             answer, context = worker.channel.receive()
+            told = pickle.loads(worker.channel.pipe.recv_bytes())
         except (EOFError, OSError):  # killed, for memory perhaps; the next dispatch replaces it
             worker.process.join()
             if self._fold:
                 self._fold.lost(worker.slot)
             log(ERROR, "a worker process died with exit code %s", worker.process.exitcode)
             return Message(Error(ErrorCode.CLIENT_APP_CRASHED, "its worker process died"), reply_to=asked)
+        CLOCK.hear(told, worker.slot + 1, self.partitions[asked.metadata.dst_node_id])
         self._contexts[asked.metadata.dst_node_id] = context
         if self._fold:
             self._fold.arrived(worker.slot)
@@ -192,6 +198,11 @@ class LocalGrid(Grid):
         """Bring what nodes keep to the disk (`States.commit`); returns how many keep something."""
         self._contexts.commit(finished, oldest)
         return self.remembering
+
+    @property
+    def workers(self) -> int:
+        """How many processes work."""
+        return len(self._workers)
 
     @property
     def remembering(self) -> int:
@@ -228,12 +239,16 @@ class LocalGrid(Grid):
 
 
 def _work(pipe: Connection, parents: Connection, app: ClientApp, fold: Fold | None, slot: int) -> None:
-    """A worker's life: take a message, let the app answer it, send the reply with the node's Context."""
+    """A worker's life: take a message, let the app answer it, send the reply with the node's Context.
+
+    What its stages took follows each answer.
+    """
     parents.close()  # this process has a copy, which would keep the pipe open after the parent's death
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends us
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     torch.set_num_threads(1)
     channel, content = Channel(pipe), RecordDict()
+    CLOCK.begin(CLOCK.traced)
     while True:
         try:
             message, fresh, context = channel.receive()
@@ -241,12 +256,15 @@ def _work(pipe: Connection, parents: Connection, app: ClientApp, fold: Fold | No
             return
         content = content if fresh is None else fresh
         message.content = content
-        try:
-            reply = app(message, context)
-        except Exception:
-            traceback.print_exc()
-            reply = Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, "see the log"), reply_to=message)
+        with OTHER:
+            try:
+                reply = app(message, context)
+            except Exception:
+                traceback.print_exc()
+                error = Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, "see the log")
+                reply = Message(error, reply_to=message)
         answer = (
             fold.add(slot, message, reply) if fold else reply.error if reply.has_error() else reply.content
         )
         channel.send((answer, context))
+        pipe.send_bytes(pickle.dumps(CLOCK.tell()))

@@ -7,7 +7,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
 
+from fedapp.report.summary import part_text
+
 POINTS = 150  # drawn in a line at most; more cannot be told apart and only make the page heavy
+BARS = 60  # drawn in a chart of bars at most
 ROWS = 24  # clients drawn at most
 BINS = 10  # label colours that can be told apart
 
@@ -37,14 +40,8 @@ def line_chart(
     def down(y: float) -> float:
         return 100 * (top - y) / (top - bottom)
 
-    places = max(0, -math.floor(math.log10(y_ticks[1] - y_ticks[0]) + 1e-9))
-    if not math.isclose(round(y_ticks[1], places), y_ticks[1]):  # steps of 2.5
-        places += 1
-    grid = "".join(
-        f'<line class="grid" x2="1000" y1="{10 * down(y):.0f}" y2="{10 * down(y):.0f}"/>' for y in y_ticks
-    )
-    words = "".join(f'<i class="y" style="top:{down(y):.1f}%">{y:.{places}f}</i>' for y in y_ticks)
-    words += "".join(f'<i class="x" style="left:{across(x):.1f}%">{x}</i>' for x in _round_ticks(left, right))
+    rows = [(down(y), text) for y, text in zip(y_ticks, _tick_texts(y_ticks), strict=True)]
+    columns = [(across(x), x) for x in _round_ticks(left, right)]
     lines = "".join(
         _line(i, one, lambda x: 10 * across(x), lambda y: 10 * down(y / scale))
         for i, one in enumerate(series)
@@ -56,13 +53,61 @@ def line_chart(
     )
     longest = max(len(one.points) for one in series)
     note = f" ({POINTS} of {longest} drawn)" if longest > POINTS else ""
-    return (
-        f'<figure class="card"><figcaption><h3>{escape(title)}</h3>'
-        f'<div class="legend">{legend}</div></figcaption>'
-        f'<div class="unit">{escape(unit)}</div><div class="plot">'
-        f'<svg viewBox="0 0 1000 1000" preserveAspectRatio="none" role="img" aria-label="{escape(title)}">'
-        f'{grid}{lines}</svg>{words}</div><div class="axis">round{note}</div></figure>'
+    plot = _plot(title, unit, legend, rows, columns, lines, f"round{note}")
+    return f'<figure class="card">{plot}</figure>'
+
+
+def stacked_chart(
+    title: str,
+    unit: str,
+    names: Sequence[str],
+    rounds: Sequence[tuple[int, Sequence[float]]],
+    text: Callable[[float], str],
+    note: str,
+) -> str:
+    """What each round is made of: bars of as many values of at least 0 as there are names, in their order.
+
+    Of many rounds a bar is the mean of some. The legend says each name's share of all.
+    """
+    width = math.ceil(len(rounds) / BARS)
+    bars = [rounds[start : start + width] for start in range(0, len(rounds), width)]
+    means = [[sum(column) / len(bar) for column in zip(*(v for _, v in bar), strict=True)] for bar in bars]
+    y_ticks = _ticks(0.0, max(map(sum, means)))
+    top, left, right = y_ticks[-1], rounds[0][0], rounds[-1][0]
+
+    def across(x: float) -> float:
+        return 100 * (x - left + 0.5) / (right - left + 1)
+
+    paths = [""] * len(names)
+    hits = ""
+    for bar, values in zip(bars, means, strict=True):
+        first, last = bar[0][0], bar[-1][0]
+        x, wide, y = 10 * across(first - 0.4), 10 * (across(last + 0.4) - across(first - 0.4)), 1000.0
+        for i, value in enumerate(values):
+            high = 1000 * value / top
+            y -= high
+            paths[i] += f"M{x:.1f} {y:.1f}h{wide:.1f}v{high:.1f}h{-wide:.1f}z"
+        said = ", ".join(f"{name} {text(value)}" for name, value in zip(names, values, strict=True) if value)
+        which = f"round {first}" if first == last else f"mean of rounds {first} to {last}"
+        hits += f'<path class="area" d="M{x:.1f} 0h{wide:.1f}v1000h{-wide:.1f}z">'
+        hits += f"<title>{which}: {escape(said)}</title></path>"
+    drawn = "".join(f'<path class="c{_colour(i, names)}" d="{path}"/>' for i, path in enumerate(paths))
+    sums = [sum(values[i] for _, values in rounds) for i in range(len(names))]
+    legend = "".join(
+        f'<span><b class="c{_colour(i, names)}"></b>{escape(name)} '
+        f"<strong>{part_text(one, sum(sums))}</strong></span>"
+        for i, (name, one) in enumerate(zip(names, sums, strict=True))
     )
+    rows = [(100 * (top - y) / top, told) for y, told in zip(y_ticks, _tick_texts(y_ticks), strict=True)]
+    columns = [(across(x), x) for x in _round_ticks(left, right)]
+    axis = "round" if width == 1 else f"round (bars are means of {width})"
+    plot = _plot(title, unit, legend, rows, columns, drawn + hits, axis)
+    return f'<figure class="card wide">{plot}<p class="note">{escape(note)}</p></figure>'
+
+
+def _colour(index: int, names: Sequence[str]) -> int:
+    """The last one is what is left over, and grey."""
+    return BINS - 1 if index == len(names) - 1 else index
 
 
 def split_chart(counts: Sequence[Sequence[int]]) -> str:
@@ -103,6 +148,27 @@ def split_chart(counts: Sequence[Sequence[int]]) -> str:
     )
 
 
+def _plot(
+    title: str,
+    unit: str,
+    legend: str,
+    rows: Sequence[tuple[float, str]],
+    columns: Sequence[tuple[float, int]],
+    drawing: str,
+    axis: str,
+) -> str:
+    """A frame of so many percent from above and from the left, with a drawing in 1000 by 1000."""
+    grid = "".join(f'<line class="grid" x2="1000" y1="{10 * y:.0f}" y2="{10 * y:.0f}"/>' for y, _ in rows)
+    words = "".join(f'<i class="y" style="top:{y:.1f}%">{text}</i>' for y, text in rows)
+    words += "".join(f'<i class="x" style="left:{x:.1f}%">{text}</i>' for x, text in columns)
+    return (
+        f'<figcaption><h3>{escape(title)}</h3><div class="legend">{legend}</div></figcaption>'
+        f'<div class="unit">{escape(unit)}</div><div class="plot">'
+        f'<svg viewBox="0 0 1000 1000" preserveAspectRatio="none" role="img" aria-label="{escape(title)}">'
+        f'{grid}{drawing}</svg>{words}</div><div class="axis">{axis}</div>'
+    )
+
+
 def _line(
     index: int, series: Series, across: Callable[[float], float], down: Callable[[float], float]
 ) -> str:
@@ -138,6 +204,14 @@ def _ticks(low: float, high: float) -> list[float]:
     step = _step((high - low) / 4)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     return [i * step for i in range(first, last + 1)]
+
+
+def _tick_texts(ticks: Sequence[float]) -> list[str]:
+    """As many places as their step needs."""
+    places = max(0, -math.floor(math.log10(ticks[1] - ticks[0]) + 1e-9))
+    if not math.isclose(round(ticks[1], places), ticks[1]):  # steps of 2.5
+        places += 1
+    return [f"{tick:.{places}f}" for tick in ticks]
 
 
 def _round_ticks(left: int, right: int) -> list[int]:

@@ -37,6 +37,7 @@ class Round:
     seconds: float
     replies: int
     failures: int
+    stages: Mapping[str, float | None] | None = None  # seconds by stage, see fedapp/stages.py
 
 
 class RunFolder:
@@ -84,6 +85,10 @@ class RunFolder:
     def write_summary(self, summary: Summary) -> None:
         """summary.json, which also says that the run has ended."""
         write_text(self.path / "summary.json", to_json(summary, indent=2) + "\n")
+
+    def write_trace(self, text: str) -> None:
+        """trace.json: what `report.trace` made of the stages."""
+        write_text(self.path / "trace.json", text)
 
     def write_model(self, state: Mapping[str, torch.Tensor]) -> None:
         """model.safetensors: tensors of any shape and dtype, by name; tied tensors are written out each."""

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
 
-from fedapp.report.charts import Series, line_chart, split_chart
+from fedapp.report.charts import Series, line_chart, split_chart, stacked_chart
 from fedapp.report.folder import Round, read_rounds, write_text
 from fedapp.report.style import CSS
 from fedapp.report.summary import (
@@ -16,20 +16,23 @@ from fedapp.report.summary import (
     bytes_text,
     digits,
     guarantee_text,
+    part_text,
     percent_text,
     ratio_text,
     read_summary,
     seconds_text,
 )
+from fedapp.stages import NAMES, total
 
 
 def write_page(folder: Path) -> Path:
     """Write report.html into a run folder, from the files in it; ConfigError if it is no finished run."""
     summary = read_summary(folder / "summary.json")
     config, labels = folder / "config.yaml", folder / "labels.json"
-    lines = _charts(read_rounds(folder))
+    rounds = read_rounds(folder)
+    lines = _charts(rounds)
     split = split_chart(json.loads(labels.read_text(encoding="utf-8"))["counts"]) if labels.exists() else ""
-    charts = f'<section class="charts of{len(lines)}">{"".join(lines)}{split}</section>'
+    charts = f'<section class="charts of{len(lines)}">{"".join(lines)}{_stages(rounds)}{split}</section>'
     text = config.read_text(encoding="utf-8") if config.exists() else ""
     page = folder / "report.html"
     write_text(page, _page(summary, charts, text))
@@ -111,6 +114,43 @@ def _charts(rounds: Sequence[Round]) -> list[str]:
         series = Series("spent", epsilon, digits)
         charts.append(line_chart("Privacy budget", "epsilon", [series], zero=True))
     return charts
+
+
+def _stages(rounds: Sequence[Round]) -> str:
+    """Where the time went, drawn and in words; nothing where no round knows."""
+    known = [(r, r.stages) for r in rounds if r.stages is not None]
+    sums = total([stages for _, stages in known])
+    if sums is None:
+        return ""
+    took, seconds = {name: s or 0.0 for name, s in sums.items()}, sum(r.seconds for r, _ in known)
+    work = [name for name in NAMES if took[name] and name not in ("idle", "wait")]
+    if sums["idle"] is None:  # nodes tell nothing of their time
+        of, left = "the server", "wait"
+        note = f"The server waited for replies {part_text(took['wait'], seconds)} of the time."
+    else:
+        theirs = sum(took.values()) - seconds  # what the server did and waited makes up the seconds
+        many = round(theirs / seconds)
+        of, left = f"{many} worker{'s' * (many != 1)} and the server's work", "idle"
+        note = f"Workers were busy {part_text(theirs - took['idle'], theirs)} of the time."
+    names = [*work, left]
+    bars = [(r.round, [stages.get(name) or 0.0 for name in names]) for r, stages in known]
+    shares = [
+        f"{said} {part_text(sum(took[name] for name in of), sum(took[name] for name in work))}"
+        for said, of in _SAID.items()
+        if any(took[name] for name in of)
+    ]
+    note += f" Of all work that is counted here: {', '.join(shares)}."
+    return stacked_chart("Where the time goes", f"seconds a round, of {of}", names, bars, seconds_text, note)
+
+
+_SAID = {
+    "training": ("train",),
+    "coding": ("encode", "decode"),
+    "transfer": ("transfer",),
+    "adding up": ("aggregate",),
+    "testing": ("evaluate",),
+    "the rest": ("other",),
+}
 
 
 def _unit(most: float) -> tuple[float, str]:

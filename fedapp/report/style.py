@@ -2,9 +2,9 @@
 
 CSS = """
 :root{color-scheme:light dark;--page:#f6f7f9;--card:#fff;--ink:#1b1f27;--soft:#626b7a;--edge:#e3e6eb;
---grid:#e9ebef;--s0:#3566d6;--s1:#d9730d;--alert:#fff4dc}
+--grid:#e9ebef;--s0:#3566d6;--s1:#d9730d;--alert:#fff4dc;--hover:#0002}
 @media(prefers-color-scheme:dark){:root{--page:#111419;--card:#1a1e25;--ink:#e8ebf0;--soft:#97a1b1;--edge:#2a303a;
---grid:#2a303a;--s0:#7ba4ff;--s1:#ffa857;--alert:#3a3018}}
+--grid:#2a303a;--s0:#7ba4ff;--s1:#ffa857;--alert:#3a3018;--hover:#fff3}}
 *{box-sizing:border-box}
 body{margin:0;background:var(--page);color:var(--ink);font:15px/1.5 system-ui,sans-serif;
 overflow-wrap:anywhere}
@@ -47,6 +47,7 @@ path,.grid{vector-effect:non-scaling-stroke;fill:none}
 .dot{stroke:currentColor;stroke-width:0;stroke-linecap:round}
 .dotted .dot,g:last-of-type>.dot{stroke-width:6}
 .hit{stroke:transparent;stroke-width:12}
+.area{fill:transparent}.area:hover{fill:var(--hover)}
 g:hover>.dot{stroke-width:10}
 .s0{color:var(--s0)}.s1{color:var(--s1)}
 b.s0{background:var(--s0)}b.s1{background:var(--s1)}
@@ -58,8 +59,10 @@ font-size:12px;line-height:16px}
 .row i:last-child{text-align:right}
 .bar{display:flex;height:14px;border-radius:3px;overflow:hidden}
 .note{font-size:12.5px;margin:10px 0 0}
-.c0{background:#4269d0}.c1{background:#efb118}.c2{background:#ff725c}.c3{background:#6cc5b0}.c4{background:#3ca951}
-.c5{background:#ff8ab7}.c6{background:#a463f2}.c7{background:#97bbf5}.c8{background:#9c6b4e}.c9{background:#9498a0}
+.c0{background:#4269d0;fill:#4269d0}.c1{background:#efb118;fill:#efb118}.c2{background:#ff725c;fill:#ff725c}
+.c3{background:#6cc5b0;fill:#6cc5b0}.c4{background:#3ca951;fill:#3ca951}
+.c5{background:#ff8ab7;fill:#ff8ab7}.c6{background:#a463f2;fill:#a463f2}.c7{background:#97bbf5;fill:#97bbf5}
+.c8{background:#9c6b4e;fill:#9c6b4e}.c9{background:#9498a0;fill:#9498a0}
 table{width:100%;border-collapse:collapse;font-size:13px;margin-top:8px}
 th,td{padding:4px 0;font-weight:400;text-align:left;vertical-align:top;border-top:1px solid var(--grid)}
 td{text-align:right;padding-left:12px;font-variant-numeric:tabular-nums}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -55,6 +56,7 @@ class Summary:
     privacy_against: str | None = None
     coding: str | None = None  # how updates were coded, where the settings leave that open
     interrupted: bool = False
+    stages: Mapping[str, float | None] | None = None  # seconds of all rounds by stage, see fedapp/stages.py
     note: str | None = None  # what a reader must know, e.g. why epsilon is None
 
     @property
@@ -103,6 +105,12 @@ def digits(value: float) -> str:
 def percent_text(share: float | None) -> str:
     """0.8124 -> '81.24 %'."""
     return NONE if share is None else f"{100 * share:.2f} %"
+
+
+def part_text(part: float, whole: float) -> str:
+    """How much of a whole, roughly: '81 %', '0.4 %'; of nothing '-'."""
+    share = 100 * part / whole if whole else None
+    return NONE if share is None else f"{share:.{int(share < 9.95)}f} %"
 
 
 def ratio_text(ratio: float | None) -> str:

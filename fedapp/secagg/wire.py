@@ -16,6 +16,7 @@ from fedapp.replies import refuse
 from fedapp.secagg.client import Client
 from fedapp.secagg.record import Record
 from fedapp.secagg.server import Server
+from fedapp.stages import DECODE
 from fedapp.wire import update_of
 
 SECAGG = "secagg"
@@ -99,7 +100,8 @@ class SecureSum:
         """The mean over the public cohort, float32 (size,), and of how many it is."""
         self._ask("unmask", self._server.unmask())
         total, count = self._server.total(), len(self._server.alive)
-        return self._terms.decode(total, count, self._rng), count
+        with DECODE:
+            return self._terms.decode(total, count, self._rng), count
 
     def _ask(self, stage: str, records: dict[int, Record]) -> None:
         messages = [
