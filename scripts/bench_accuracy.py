@@ -1,6 +1,6 @@
 """Accuracy against bytes, up and down together, of codecs on Fashion-MNIST; reprints the README's tables.
 
-usage: .venv/bin/python scripts/bench_accuracy.py [--seeds 0 1 2] [--only full|long|partial] [--folder F]
+usage: .venv/bin/python scripts/bench_accuracy.py [--seeds 0 1 2] [--only full long partial] [--folder F]
                                                   [--plots F] [KEY=VALUE ...]
 
 full: all of 10 clients in each of 15 rounds. long: in each of 60, two codecs only. partial: 10 of 100 clients
@@ -68,17 +68,18 @@ def plot(settings: dict[str, dict[str, list[dict[str, Any]]]], path: Path) -> No
 
     figure, axes = pyplot.subplots(1, len(settings), figsize=(5.6 * len(settings), 4.4), squeeze=False)
     for axis, (setting, runs) in zip(axes[0], settings.items(), strict=True):
-        for name, mark in zip(CODECS, "sooo^vDP", strict=True):
+        for index, (name, mark) in enumerate(zip(CODECS, "sooo^vDP", strict=True)):
             if name not in runs:
                 continue
             accuracy = [100 * r["accuracy"] for r in runs[name]]
             total = statistics.mean(mb(r, *WAYS) for r in runs[name])
             error = statistics.stdev(accuracy) / len(accuracy) ** 0.5 if len(accuracy) > 1 else 0
-            axis.errorbar(total, statistics.mean(accuracy), error, fmt=mark, label=name, capsize=3)
+            look = {"fmt": mark, "color": f"C{index}", "label": name, "capsize": 3}
+            axis.errorbar(total, statistics.mean(accuracy), error, **look)
         axis.set(title=" ".join(SETTINGS[setting][:2]), xlabel="MB sent, both ways", xscale="log")
         axis.grid(alpha=0.3, which="both")
     axes[0][0].set_ylabel("test accuracy, %")
-    axes[0][-1].legend()
+    axes[0][0].legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     print(f"\nwrote {path}")
@@ -87,13 +88,13 @@ def plot(settings: dict[str, dict[str, list[dict[str, Any]]]], path: Path) -> No
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--only", choices=list(SETTINGS))
+    parser.add_argument("--only", choices=list(SETTINGS), nargs="+", default=list(SETTINGS))
     parser.add_argument("--folder", type=Path, default=Path("bench/accuracy"))
     parser.add_argument("--plots", type=Path, default=Path(__file__).parent / "plots")
     options, overrides = parser.parse_known_args()
 
     settings = {}
-    for setting in [options.only] if options.only else list(SETTINGS):
+    for setting in options.only:
         settings[setting] = {
             name: [
                 run(
