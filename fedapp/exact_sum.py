@@ -3,10 +3,10 @@
 from typing import Any
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
 from fedapp.errors import DecodeError
+from fedapp.jit import jit
 
 COARSE, FINE, MOST = 2.0**14, 2.0**60, 2.0**32
 
@@ -42,7 +42,7 @@ class ExactSum:
         return np.asarray(coarse / COARSE + fine / FINE, np.float64)
 
 
-@njit(cache=True)
+@jit
 def _add(x: Any, weight: float, coarse: Any, fine: Any) -> bool:
     for value in x:
         if not abs(np.float64(value) * weight) < MOST:

@@ -34,11 +34,11 @@ from fedapp.codec.model import (
     Whole,
     Words,
     end_row,
-    jit,
     learn,
 )
 from fedapp.codec.trellis import DECAY, HALF, NEXT, NUDGE, PACE, search
 from fedapp.errors import DecodeError
+from fedapp.jit import jit
 
 MOST = 2**30  # the largest magnitude of a level
 

@@ -8,8 +8,9 @@ from math import isqrt
 from typing import Any
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
+
+from fedapp.jit import jit
 
 Whole = Any  # an int, or a NumPy integer: one and the same once compiled
 Levels = NDArray[np.int32]
@@ -73,8 +74,6 @@ CONTEXT = _contexts()
 RAW, RAW_DEPENDENT = _low_bits(18), _low_bits(20)
 INITIAL, INITIAL_DEPENDENT = _initial(), _initial_dependent()
 _KEEP = np.array([65536 - 131072 // (2 * n + 3) for n in range(PATIENCE + 1)], np.uint16)
-
-jit = njit(cache=True, error_model="numpy", nogil=True)
 
 
 @jit

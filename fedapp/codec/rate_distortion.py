@@ -12,9 +12,9 @@ from fedapp.codec import Codec, Layout, Packet, State, context
 from fedapp.codec.chain import with_feedback
 from fedapp.codec.feedback import AutoFeedback
 from fedapp.codec.layers import largest, require_finite, require_whole
-from fedapp.codec.model import jit
 from fedapp.codec.target import Floats, Target, meet
 from fedapp.errors import DecodeError
+from fedapp.jit import jit
 
 LAMBDA = 0.09  # squared steps that a bit is worth; best, and flat, from 0.1 to 4 bits per parameter
 TRELLIS_LAMBDA = 0.075  # the same with a trellis; flat from 0.065 to 0.085

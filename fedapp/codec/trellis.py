@@ -21,7 +21,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fedapp.codec.model import BINS, CONTEXTS, RAW_DEPENDENT, UNARY, Levels, Whole, Words, end_row, jit
+from fedapp.codec.model import BINS, CONTEXTS, RAW_DEPENDENT, UNARY, Levels, Whole, Words, end_row
+from fedapp.jit import jit
 
 HALF = 16  # states of each quantizer: those from HALF on are the odd one's
 PACE, DECAY = 1, 5  # columns after which the row factor changes, and how fast it forgets (2^-5)

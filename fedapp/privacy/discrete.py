@@ -5,10 +5,10 @@ from fractions import Fraction
 from typing import Any
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
 from fedapp.errors import ConfigError
+from fedapp.jit import jit
 from fedapp.privacy.secret import Secret
 
 Whole = Any  # an int, or a NumPy integer: one and the same once compiled
@@ -18,8 +18,6 @@ Place = NDArray[np.int64]  # (1,): how many bytes are used up
 LEAST, MOST = Fraction(1, 64), 2**52  # variances
 _FAR = 20  # scales from zero where draws end; two draws in 2^280 would go on
 _ONE, _USUAL, _AT_ONCE = 4096, 24, 2**16  # bytes that no draw exceeds, that draws take on average; draws
-
-jit = njit(cache=True, error_model="numpy", nogil=True)
 
 
 def discrete_gaussian(size: int, variance: Fraction, secret: Secret) -> NDArray[np.int64]:
