@@ -21,6 +21,11 @@ Answer = RecordDict | Error | tuple[Tally, int]
 """What a worker sends back: a reply as it is, or what counts of one that it has added, and its bytes."""
 
 
+def as_it_is(reply: Message) -> Answer:
+    """The answer where nothing is added up."""
+    return reply.error if reply.has_error() else reply.content
+
+
 class Folded(Message):
     """The reply of a client whose update is in the sum of a slot already; it had `size` bytes."""
 
@@ -33,29 +38,27 @@ class Fold:
     """One exact sum a worker, in anonymous memory made before the workers are forked: it ends with them."""
 
     def __init__(self, read: Reader, weights: ArrayRecord, slots: int) -> None:
-        self._read, self._weights = read, weights
+        self._read = read
         size = RunningSum(weights).size
         memory = np.frombuffer(mmap.mmap(-1, 8 * slots * (1 + 2 * size)), np.int64).reshape(slots, -1)
         self._adding, self._limbs = memory[:, 0], memory[:, 1:].reshape(slots, 2, size)
+        self._sums = [RunningSum(weights, ExactSum(size, limbs)) for limbs in self._limbs]
         self._spoiled = set[int]()
+        ExactSum(size).add(np.zeros(size, np.float32), 1)  # compiled once, for all workers
 
     @AGGREGATE
     def add(self, slot: int, message: Message, reply: Message) -> Answer:
         """A worker's end: add a train reply to the sum of this slot; one that does not decode is an error."""
-        if reply.has_error():
-            return reply.error
-        if message.metadata.message_type != MessageType.TRAIN or ARRAYS not in reply.content.array_records:
-            return reply.content
+        train = message.metadata.message_type == MessageType.TRAIN
+        if reply.has_error() or not train or ARRAYS not in reply.content.array_records:
+            return as_it_is(reply)
         with TRANSFER:
             size = size_of(reply.content)
-        exact = ExactSum(self._limbs.shape[-1], self._limbs[slot])
-        received, terms = (
-            message.content.array_records[ARRAYS],
-            terms_in(message.content.config_records[CONFIG]),
-        )
+        received = message.content.array_records[ARRAYS]
+        terms = terms_in(message.content.config_records[CONFIG])
         self._adding[slot] = 1  # until the answer has arrived: see `lost`
         try:
-            return RunningSum(self._weights, exact).take(reply, self._read, received, terms), size
+            return self._sums[slot].take(reply, self._read, received, terms), size
         except Exception as error:
             return Error(ErrorCode.MOD_FAILED_PRECONDITION, str(error))
 

@@ -30,7 +30,7 @@ from fedapp.engine.channel import Channel
 from fedapp.engine.grid import stream
 from fedapp.engine.states import States
 from fedapp.exact_sum import ExactSum
-from fedapp.fold import Fold, Folded
+from fedapp.fold import Fold, Folded, as_it_is
 from fedapp.stages import CLOCK, OTHER, TRANSFER
 
 _WAIT = 0.05  # seconds that a pull waits for a reply before it returns with none
@@ -263,8 +263,5 @@ def _work(pipe: Connection, parents: Connection, app: ClientApp, fold: Fold | No
                 traceback.print_exc()
                 error = Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, "see the log")
                 reply = Message(error, reply_to=message)
-        answer = (
-            fold.add(slot, message, reply) if fold else reply.error if reply.has_error() else reply.content
-        )
-        channel.send((answer, context))
+        channel.send((fold.add(slot, message, reply) if fold else as_it_is(reply), context))
         pipe.send_bytes(pickle.dumps(CLOCK.tell()))
