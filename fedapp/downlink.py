@@ -1,9 +1,9 @@
 """The downlink: what the server sends for its weights, and what a node makes of it.
 
 All versions of the weights that nodes ever hold lie on one lattice around the initial model, which both ends
-make from the seed: initial + 2**exponent * integers. So any two of them differ by integers, which are coded
-without loss: a node is sent the difference to the version that it holds, a newcomer the difference to the
-initial model, and all end bit-identical.
+make from the seed (`fedapp.lattice`). So any two of them differ by integers, which are coded without loss: a
+node is sent the difference to the version that it holds, a newcomer the difference to the initial model, and
+all end bit-identical.
 
 server:  weights - version now -> quantize -> next version -> difference to what a node holds -> entropy-code
 client:  decode -> levels it holds + difference -> initial + step * levels   (`receive`, a Flower client mod)
@@ -30,6 +30,7 @@ from fedapp.codec import context as coder
 from fedapp.codec.rate_distortion import LAMBDA, edges, shapes
 from fedapp.codec.varint import Reader, varint
 from fedapp.errors import DecodeError
+from fedapp.lattice import COARSEST, Version, first
 from fedapp.records import ARRAYS, CONFIG
 from fedapp.vector import buffers_of, layout_of, ravel, unravel, values
 
@@ -39,8 +40,7 @@ DOWNLINK, AT, LEVELS = "downlink", "at", "levels"  # what a node keeps, beside a
 NOTHING = -1  # what a node holds where another initial model grew from the seed
 _FORMAT, _NEWEST = 1, 2**31
 _HEADER = struct.Struct("<BIh")  # format, CRC-32 of the weights that come out, exponent
-_BOUND = 2**23  # of levels: so far float32 holds them, and halves, which the coder adds
-_FINEST, _LEAST, _COARSEST = -20, -140, 127  # exponents: below the longest way; the least; of no way
+_FINEST, _LEAST = -20, -140  # exponents: below the longest way; the least
 _NEAREST = edges(0.0)
 _NEAR = 0.02  # of the rate
 
@@ -62,58 +62,6 @@ class Coded:
 
     def __post_init__(self) -> None:
         check.real("downlink.rate", self.rate, above=0.0, high=12.0)
-
-
-@dataclass(frozen=True)
-class Version:
-    """Weights on the lattice: initial + 2**exponent * levels, levels int32 (size,) below 2**23."""
-
-    number: int
-    exponent: int
-    levels: NDArray[np.int32]
-
-    def weights(self, initial: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Float32 (size,). The product is exact: one rounding, which fused arithmetic would not change."""
-        moved: NDArray[np.float32] = np.ldexp(self.levels.astype(np.float32), self.exponent)
-        return initial + moved
-
-    def plus(self, number: int, exponent: int, levels: NDArray[np.int32]) -> "Version":
-        """The version so many steps of 2**exponent away. Raises OverflowError at the bound of levels."""
-        finer = min(exponent, self.exponent)
-        mine, more = self.exponent - finer, exponent - finer
-        _require_exact((_peak(self.levels) << mine) + (_peak(levels) << more))
-        return Version(number, finer, _refined(self.levels, mine) + _refined(levels, more))
-
-    def minus(self, other: "Version") -> tuple[int, NDArray[np.int32]]:
-        """The way from `other`, which `plus` will go: an exponent, as coarse as can be, and levels.
-
-        Raises OverflowError where it would.
-        """
-        finer = min(self.exponent, other.exponent)
-        mine, theirs = self.exponent - finer, other.exponent - finer
-        _require_exact((_peak(self.levels) << mine) + 2 * (_peak(other.levels) << theirs))
-        way = _refined(self.levels, mine) - _refined(other.levels, theirs)
-        bits = int(np.bitwise_or.reduce(way))
-        spare = (bits & -bits).bit_length() - 1 if bits else 0
-        return finer + spare, way >> spare
-
-
-def first(layout: Layout) -> Version:
-    """Version 0: the initial model itself."""
-    return Version(0, _COARSEST, np.zeros(layout.size, np.int32))
-
-
-def _peak(levels: NDArray[np.int32]) -> int:
-    return max(int(levels.max(initial=0)), -int(levels.min(initial=0)))
-
-
-def _refined(levels: NDArray[np.int32], halvings: int) -> NDArray[np.int32]:
-    return levels << min(halvings, 31) if halvings else levels  # beyond the bound all are 0
-
-
-def _require_exact(reach: int) -> None:
-    if reach >= _BOUND:
-        raise OverflowError(f"levels may reach {_BOUND}, where float32 is no longer exact")
 
 
 # --- the server's end --------------------------------------------------------------------------------------
@@ -325,7 +273,7 @@ def _decode(array: Array, held: Version, layout: Layout) -> tuple[Version | None
     form, crc, exponent = _HEADER.unpack(reader.take(_HEADER.size))
     if form != _FORMAT:
         raise DecodeError(f"the weights have format {form}, this fedapp reads {_FORMAT}")
-    if not _LEAST <= exponent <= _COARSEST:
+    if not _LEAST <= exponent <= COARSEST:
         raise DecodeError(f"the weights name a step of 2^{exponent}")
     based_on, number = reader.varint(_NEWEST), reader.varint(_NEWEST)
     if based_on not in (0, held.number):

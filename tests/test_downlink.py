@@ -25,14 +25,13 @@ from fedapp.downlink import (
     VERSION,
     Coded,
     Downlink,
-    Version,
     _decode,
     _encode,
-    first,
     receive,
 )
 from fedapp.engine.local import LocalGrid
 from fedapp.errors import ConfigError, DecodeError
+from fedapp.lattice import Version, first
 from fedapp.records import ARRAYS, CONFIG
 from fedapp.vector import layout_of, ravel
 
