@@ -188,8 +188,7 @@ def differences(
     was, now = _leaves(stored), _leaves(given)
     keys = {*was, *now}
     if overrides is not None:
-        named = [override.lstrip("+~").partition("=")[0] for override in overrides]
-        named = [f"choices.{name}" if name in _GROUPS else name for name in named]
+        named = [f"choices.{name}" if name in _GROUPS else name for name in _named(overrides)]
         keys = {key for key in keys for name in named if key == name or key.startswith(f"{name}.")}
     found = {key: (was.get(key), now.get(key)) for key in sorted(keys) if key not in _WITHOUT_EFFECT}
     return {key.removeprefix("choices."): pair for key, pair in found.items() if pair[0] != pair[1]}
@@ -198,12 +197,17 @@ def differences(
 def follow(stored: DictConfig, given: DictConfig, overrides: Iterable[str] | None = None) -> DictConfig:
     """The stored settings, with those given that change no result."""
     tree, now = stored.copy(), _leaves(given)
-    named = None if overrides is None else [override.partition("=")[0] for override in overrides]
+    named = now if overrides is None else _named(overrides)
     for key in _WITHOUT_EFFECT:
-        if key in now and (named is None or key in named):
+        if key in now and key in named:
             OmegaConf.update(tree, key, now[key], force_add=True)
     tree.resume = None
     return tree
+
+
+def _named(overrides: Iterable[str]) -> list[str]:
+    """The keys that overrides set."""
+    return [override.lstrip("+~").partition("=")[0] for override in overrides]
 
 
 def _leaves(config: DictConfig) -> dict[str, Any]:
