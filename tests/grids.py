@@ -3,13 +3,15 @@
 import io
 import os
 from collections.abc import Iterable
+from typing import Any
 
-from flwr.app import Context, Message, RecordDict
+from flwr.app import ArrayRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from rich.console import Console
 
+from fedapp.client_app import client_app
 from fedapp.engine.local import LocalGrid
 from fedapp.job import Job
 from fedapp.report.folder import Round
@@ -68,3 +70,16 @@ def rounds_on(job: Job, grid: Grid) -> tuple[Federation, list[Round]]:
     """All rounds of a job, told to nobody."""
     federation = Federation(job, grid)
     return federation, list(federation.run(Progress(Console(file=io.StringIO()), job.rounds)))
+
+
+def rounds_here(job: Job, app: Any = None, fold: bool = True) -> tuple[Federation, list[Round]]:
+    """The same on the local engine; where `fold`, workers add up what they can, as in a run."""
+    job.prepare()
+    sizes, app = [len(part) for part in job.task.partitions()], app or client_app(lambda _: job)
+    with job.engine.grid(app, sizes, job.in_round, job.fold if fold else None) as grid:
+        return rounds_on(job, grid)
+
+
+def bits(arrays: ArrayRecord) -> bytes:
+    """All values of a model."""
+    return b"".join(array.data for array in arrays.values())

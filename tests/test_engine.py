@@ -20,7 +20,8 @@ import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.common.constant import ErrorCode
-from grids import Elsewhere, rounds_on
+from grids import Elsewhere, bits, rounds_on
+from grids import rounds_here as run
 from torch import nn
 
 from fedapp import config
@@ -31,7 +32,6 @@ from fedapp.engine.local import Local, LocalGrid
 from fedapp.errors import ConfigError, FedappError
 from fedapp.job import Job
 from fedapp.records import CONFIG, METRICS, WEIGHT
-from fedapp.report.folder import Round
 from fedapp.rounds import Federation
 from fedapp.tasks import Data, Task
 
@@ -45,17 +45,6 @@ def _one_thread() -> None:
 
 def job_of(overrides: str = "") -> Job:
     return config.job(config.compose(f"{FAST} {overrides}"))
-
-
-def run(job: Job) -> tuple[Federation, list[Round]]:
-    sizes = [len(part) for part in job.task.partitions()]
-    job.prepare()
-    with job.engine.grid(client_app(lambda _: job), sizes, job.in_round, job.fold) as grid:
-        return rounds_on(job, grid)
-
-
-def bits(arrays: ArrayRecord) -> bytes:
-    return b"".join(array.data for array in arrays.values())
 
 
 @cache

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 from flwr.app import ConfigRecord, Context, Message, RecordDict
-from grids import Elsewhere, rounds_on
+from grids import Elsewhere, bits, rounds_on
+from grids import rounds_here as run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -23,8 +24,6 @@ from fedapp.engine.channel import Channel
 from fedapp.exact_sum import ExactSum
 from fedapp.fold import Folded
 from fedapp.job import Job
-from fedapp.report.folder import Round
-from fedapp.rounds import Federation
 from fedapp.running_sum import RunningSum
 
 FAST = "task=digits privacy=none model=logistic clients=5 rounds=2 engine.workers=2"
@@ -32,18 +31,6 @@ FAST = "task=digits privacy=none model=logistic clients=5 rounds=2 engine.worker
 
 def job_of(overrides: str = "") -> Job:
     return config.job(config.compose(f"{FAST} {overrides}"))
-
-
-def run(job: Job, app: Any = None, fold: bool = True) -> tuple[Federation, list[Round]]:
-    sizes = [len(part) for part in job.task.partitions()]
-    job.prepare()
-    app = app or client_app(lambda _: job)
-    with job.engine.grid(app, sizes, job.in_round, job.fold if fold else None) as grid:
-        return rounds_on(job, grid)
-
-
-def bits(federation: Federation) -> bytes:
-    return b"".join(array.data for array in federation.arrays.values())
 
 
 # Exact sums
@@ -83,7 +70,7 @@ def test_workers_add_up_what_the_server_would(setting: str) -> None:
     folded, rounds = run(job_of(setting))
     assert job_of(setting).fold is not None
     plain, same = run(job_of(setting), fold=False)
-    assert bits(folded) == bits(plain)
+    assert bits(folded.arrays) == bits(plain.arrays)
     for a, b in zip(rounds, same, strict=True):
         assert (a.accuracy, a.uplink_bytes, a.downlink_bytes, a.replies) == (
             b.accuracy, b.uplink_bytes, b.downlink_bytes, b.replies,
@@ -106,7 +93,7 @@ def test_buffers_are_added_up_too() -> None:
     job = replace(job, task=replace(job.task, build=build))  # type: ignore[type-var]
     folded, plain = (run(job, fold=fold)[0] for fold in (True, False))
     assert folded.arrays["2.num_batches_tracked"].numpy() > 1
-    assert bits(folded) == bits(plain)
+    assert bits(folded.arrays) == bits(plain.arrays)
 
 
 def test_a_client_elsewhere_cannot_say_that_it_was_added() -> None:
@@ -134,7 +121,7 @@ def without(job: Job, lost: set[int]) -> bytes:
             raise RuntimeError("no")
         return app(message, context)
 
-    return bits(run(job, fails)[0])
+    return bits(run(job, fails)[0].arrays)
 
 
 def test_a_worker_killed_while_it_trains_keeps_what_it_added() -> None:
@@ -148,7 +135,7 @@ def test_a_worker_killed_while_it_trains_keeps_what_it_added() -> None:
 
     federation, rounds = run(job, dies)
     assert [(r.replies, r.failures) for r in rounds] == [(4, 1)]
-    assert bits(federation) == without(job_of("engine.workers=1 rounds=1"), {2})
+    assert bits(federation.arrays) == without(job_of("engine.workers=1 rounds=1"), {2})
 
 
 def test_a_worker_killed_while_it_adds_spoils_its_own_sum_only(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -199,7 +186,7 @@ def test_who_is_late_is_ended_and_not_in_a_later_sum() -> None:
     federation, rounds = run(job, sleeps)
     assert [(r.replies, r.failures) for r in rounds] == [(4, 1), (4, 1)]
     assert time.monotonic() - began < 30
-    assert bits(federation) == without(job_of(setting), {1})
+    assert bits(federation.arrays) == without(job_of(setting), {1})
 
 
 def test_a_folded_reply_says_whom_it_answers() -> None:

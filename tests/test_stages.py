@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from grids import Elsewhere, rounds_on
+from grids import Elsewhere, rounds_here, rounds_on
 from rich.console import Console
 
 from fedapp import config, server_app, stages
 from fedapp.client_app import client_app
 from fedapp.job import Job
-from fedapp.report.folder import Round, RunFolder, read_rounds
+from fedapp.report.folder import RunFolder, read_rounds
 from fedapp.report.page import write_page
 from fedapp.report.summary import Summary
 from fedapp.rounds import Federation
@@ -35,13 +35,6 @@ def _one_thread() -> None:
 
 def job_of(overrides: str = "") -> Job:
     return config.job(config.compose(f"{FAST} {overrides}"))
-
-
-def run(job: Job) -> list[Round]:
-    job.prepare()
-    sizes = [len(part) for part in job.task.partitions()]
-    with job.engine.grid(client_app(lambda _: job), sizes, job.in_round, job.fold) as grid:
-        return rounds_on(job, grid)[1]
 
 
 def simulate(folder: Path, overrides: str = "", shown: Console | None = None) -> Summary:
@@ -154,7 +147,7 @@ def test_sums_are_null_where_a_round_does_not_know() -> None:
 @pytest.mark.parametrize("setting", ["", "codec=identity", "strategy=fedmedian"])
 def test_stages_add_up_to_what_the_processes_had(setting: str) -> None:
     job = replace(job_of(f"clients=3 {setting}"), trainer=Sleeps(0.3))
-    for record in run(job)[1:]:  # the first one imports
+    for record in rounds_here(job)[1][1:]:  # the first one imports
         found = record.stages
         assert found is not None
         assert added(found) == pytest.approx(3 * record.seconds, rel=0.02)
@@ -188,7 +181,7 @@ def test_every_path_knows_its_stages(path: str) -> None:
         pytest.importorskip("tenseal")
     setting, expected = PATHS[path]
     job = job_of(setting)
-    for record in run(job):
+    for record in rounds_here(job)[1]:
         assert record.stages is not None
         for name in expected.split():
             assert record.stages[name], name
@@ -208,7 +201,7 @@ def test_of_other_nodes_nothing_is_known() -> None:
 def test_no_time_is_in_a_reply() -> None:
     def sent(seconds: float) -> list[tuple[int, int]]:
         job = replace(job_of("clients=2"), trainer=Sleeps(seconds))
-        return [(record.uplink_bytes, record.downlink_bytes) for record in run(job)]
+        return [(record.uplink_bytes, record.downlink_bytes) for record in rounds_here(job)[1]]
 
     assert sent(0.0) == sent(0.1)
 
