@@ -57,9 +57,8 @@ SETTINGS = {
         "trainer.sampling_rate=0.13653333 trainer.examples_per_client=60000 trainer.steps=293 "
         "trainer.ghost_above=0"
     ),
-    "federated-anchor": Setting(
-        "experiment=federated_scattering"
-    ),  # the same by ten clients, who share its noise
+    # the same by ten clients, who share its noise
+    "federated-anchor": Setting("experiment=federated_scattering"),
 }
 
 
