@@ -18,6 +18,7 @@ from fedapp.job import Job
 from fedapp.privacy.consent import consent, data_of
 from fedapp.privacy.secret import BATCH, CLIENT, source
 from fedapp.records import ARRAYS, CONFIG, METRICS, UPDATE, WEIGHT, load_state, store_state
+from fedapp.scaffold import STEERED
 from fedapp.secagg import Client
 from fedapp.secagg.wire import answer, masked
 from fedapp.stages import DECODE, ENCODE, EVALUATE, TRAIN
@@ -55,7 +56,7 @@ def client_app(job_of: Callable[[Context], Job]) -> ClientApp:
         if job.wire_codec is None:
             return call_next(message, context)
         rng = job.public_rng(*at, use=1)
-        return compress(job.wire_codec, rng, job.mechanism, secret)(message, context, call_next)
+        return compress(job.wire_codec, rng, job.mechanism, secret, job.recall)(message, context, call_next)
 
     @app.train(mods=[guard, consent(job_of), downlink, uplink])
     @TRAIN
@@ -74,7 +75,12 @@ def client_app(job_of: Callable[[Context], Job]) -> ClientApp:
             total = Array(trainer.total(job.task, job.model, data, secret))
             return Message(RecordDict({ARRAYS: ArrayRecord({UPDATE: total})}), reply_to=message)
         state, progress = load_state(context, "trainer"), (_round(message) - 1) / max(1, job.rounds)
-        metrics, state = trainer.fit(job.task, job.model, data, state, rng, progress)
+        fit = trainer.fit
+        if job.recall and isinstance(trainer, Sgd):
+            steered = message.content.array_records[STEERED]
+            way = [torch.tensor(values(steered[name])) for name, _ in job.model.named_parameters()]
+            fit = partial(trainer.fit, way=[part.to(job.torch_device) for part in way])
+        metrics, state = fit(job.task, job.model, data, state, rng, progress)
         store_state(context, "trainer", state)
         trained = ArrayRecord(job.model.state_dict())
         return Message(RecordDict({ARRAYS: trained, METRICS: MetricRecord({**metrics})}), reply_to=message)

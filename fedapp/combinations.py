@@ -14,7 +14,7 @@ from fedapp.privacy.central import CentralGaussian
 from fedapp.privacy.distributed_example import DistributedExample
 from fedapp.privacy.example import ExamplePrivacy
 from fedapp.secagg.wire import Summed
-from fedapp.training import DpSgd
+from fedapp.training import DpSgd, Sgd
 from fedapp.wire import STREAMED
 
 if TYPE_CHECKING:
@@ -111,6 +111,27 @@ def check_aggregation(job: "Job") -> None:
             raise ConfigError(f"under aggregation=ckks the server reads sums alone; {reason}")
 
 
+def check_steering(job: "Job") -> None:
+    """Control variates are updates that both ends remember, of clients that train by plain SGD."""
+    if not job.steers:
+        return
+    refused = (
+        (job.privacy.unit is not None, f"privacy={job.choices['privacy']}: set privacy=none"),
+        (isinstance(job.aggregation, Ckks), "aggregation=ckks: set aggregation=open"),
+        (not isinstance(job.trainer, Sgd), f"trainer={job.choices['trainer']}: set trainer=sgd"),
+        (isinstance(job.trainer, Sgd) and not job.trainer.epochs, "trainer.epochs=0: set 1 or more"),
+        (
+            isinstance(job.codec, ErrorFeedback),
+            "error feedback, since what was lost is in the next news anyway: set codec.feedback=false",
+        ),
+    )
+    for holds, reason in refused:
+        if holds:
+            raise ConfigError(
+                f"strategy=scaffold steers training by what clients sent, and does not go with {reason}"
+            )
+
+
 def check_dropouts(job: "Job") -> None:
     assert isinstance(job.privacy, Summed)
     try:
@@ -129,11 +150,11 @@ def check_model(job: "Job", model: nn.Module) -> None:
     if isinstance(job.trainer, (DpSgd, DpStep)):
         _check_private_model(job, model)
     summed = job.privacy.unit == "client" or isinstance(job.privacy, Summed)
-    summed |= isinstance(job.aggregation, Ckks)
+    summed |= isinstance(job.aggregation, Ckks) or job.steers
     if summed and any(True for _ in model.buffers()):
         raise ConfigError(
-            f"privacy={job.choices['privacy']} aggregation={job.choices['aggregation']} adds up "
-            f"parameters, and this model has other state too "
+            f"privacy={job.choices['privacy']} aggregation={job.choices['aggregation']} "
+            f"strategy={job.choices['strategy']} deals in parameters, and this model has other state too "
             f"({next(name for name, _ in model.named_buffers())}): use model.norm=group for resnet18"
         )
 

@@ -34,11 +34,12 @@ from fedapp.privacy.local import LocalGaussian
 from fedapp.privacy.mechanism import Mechanism, Plan
 from fedapp.privacy.none import NoPrivacy
 from fedapp.privacy.secret import COHORT, Secret, source, uniform
+from fedapp.scaffold import Control, Controls, Scaffold
 from fedapp.secagg.wire import Summed
 from fedapp.tasks import Task
-from fedapp.training import DpSgd, Trainer
+from fedapp.training import DpSgd, Sgd, Trainer, scheduled
 from fedapp.vector import layout_of
-from fedapp.wire import Wire
+from fedapp.wire import Recall, Wire
 
 if TYPE_CHECKING:
     from fedapp.engine.local import Local
@@ -89,6 +90,7 @@ class Job:
             object.__setattr__(self, "sampling", "poisson" if central else "fixed")
         combinations.check_privacy(self)
         combinations.check_aggregation(self)
+        combinations.check_steering(self)
         self._tell_what_they_need()
         self._decide_codec()
 
@@ -135,7 +137,7 @@ class Job:
             object.__setattr__(self, "codec", Identity())
         elif isinstance(self.codec, AutoFeedback):
             privacy = f"privacy={self.choices['privacy']}" if self.privacy.unit else None
-            codec, said = self.codec.decide(self.in_round, self.clients, privacy)
+            codec, said = self.codec.decide(self.in_round, self.clients, privacy, self.steers)
             object.__setattr__(self, "codec", codec)
             object.__setattr__(self, "said", said)
 
@@ -189,12 +191,29 @@ class Job:
     @property
     def wire_codec(self) -> Codec | None:
         """None where weights come back as plain Flower sends them."""
-        plain = isinstance(self.codec, Identity) and isinstance(self.downlink, Plain) and not self.mechanism
-        return None if plain else self.codec
+        plain = isinstance(self.codec, Identity) and isinstance(self.downlink, Plain)
+        return None if plain and not self.mechanism and not self.steers else self.codec
+
+    @property
+    def steers(self) -> bool:
+        """Whether control variates steer the clients' training."""
+        return isinstance(self.strategy, Scaffold)
+
+    def pace(self, server_round: int) -> float:
+        """How far a round goes, of what the first one does."""
+        assert isinstance(self.trainer, Sgd)
+        return scheduled(1.0, self.trainer.schedule, (server_round - 1) / max(1, self.rounds))
+
+    @property
+    def recall(self) -> Recall | None:
+        """Brings what a client remembers of itself, where clients are steered."""
+        return partial(Control, codec=self.codec, pace=self.pace) if self.steers else None
 
     def wire(self) -> Wire:
         """The strategy behind the wire."""
-        return Wire(self.strategy, self.wire_codec, self.mechanism, uniform=self.privacy.unit is not None)
+        controls = Controls(self.clients, self.pace) if self.steers else None
+        uniform = self.privacy.unit is not None
+        return Wire(self.strategy, self.wire_codec, self.mechanism, uniform, controls)
 
     @property
     def fold(self) -> Callable[[int], Fold] | None:

@@ -93,6 +93,7 @@ class Federation:
             "finished": self.finished,
             "weights": arrays_in(self.arrays),
             "wire": self._wire.state(),
+            "controls": self._wire.controls and self._wire.controls.state(self._partitions),
             "downlink": self._downlink and self._downlink.state(self._partitions, self.arrays),
             "counts": [self.traffic.uplink, self.traffic.downlink, self.messages, self.accepted],
         }
@@ -101,9 +102,11 @@ class Federation:
         """Go on from what `state` returned; nodes that are not simulated here begin with nothing."""
         self.finished, self.arrays = state["finished"], record_of(state["weights"])
         self._wire.restore(state["wire"])
+        local = isinstance(self.grid, LocalGrid)
+        nodes = {partition: node for node, partition in self._partitions.items()} if local else {}
+        if self._wire.controls is not None:
+            self._wire.controls.restore(state["controls"], nodes)
         if self._downlink is not None:
-            local = isinstance(self.grid, LocalGrid)
-            nodes = {partition: node for node, partition in self._partitions.items()} if local else {}
             self._downlink.restore(state["downlink"], nodes, self.arrays)
         self.traffic.uplink, self.traffic.downlink, self.messages, self.accepted = state["counts"]
 

@@ -44,8 +44,9 @@ class Reader:
 
 @dataclass(frozen=True)
 class Tally:
-    """What counts of a reply beside its update: its weight, and what its mechanism says."""
+    """What counts of a reply beside its update: whose it is, its weight, and what its mechanism says."""
 
+    node: int
     weight: int
     side: Numbers
 
@@ -69,7 +70,7 @@ class RunningSum:
             moved = [trained[name] - values(received[name]) for name in self.buffers]
             update = np.concatenate([update, *(one.reshape(-1) for one in moved)])
         self.exact.add(update, weight)
-        return Tally(weight, side)
+        return Tally(reply.metadata.src_node_id, weight, side)
 
     def reply(self, mean: NDArray[np.float64], weights: ArrayRecord) -> Message:
         """A reply as of one client that trained the mean of all: weights, buffers, total weight."""

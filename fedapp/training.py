@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -86,9 +86,13 @@ class Sgd:
         state: State,
         rng: np.random.Generator,
         progress: float,
+        way: Sequence[torch.Tensor] = (),
     ) -> tuple[Metrics, State]:
+        """As `Trainer.fit`; all steps together also go this way, one tensor a parameter, in equal parts."""
         model.train()
         parameters: list[torch.Tensor] = [p for p in model.parameters() if p.requires_grad]
+        steps = max(1, self.epochs * -(-len(data) // self.batch_size))
+        pushes = [part / steps for part in way]
         received = [p.detach().clone() for p in parameters] if self.proximal_mu else []
         lr, velocity = scheduled(self.lr, self.schedule, progress), list[torch.Tensor]()
         shuffle = torch.Generator().manual_seed(_seeded(data.x.device, int(rng.integers(2**63))))
@@ -116,6 +120,8 @@ class Sgd:
                     elif self.momentum:
                         velocity = [g.clone() for g in gradients]
                     torch._foreach_add_(parameters, velocity or gradients, alpha=-lr)
+                    if pushes:
+                        torch._foreach_add_(parameters, pushes)
         mean_loss = float(torch.stack(losses).sum()) / seen if losses else 0.0
         return {"num-examples": len(data), "train_loss": mean_loss}, {}
 

@@ -14,8 +14,9 @@ from logging import WARNING
 from typing import Any
 
 import numpy as np
-from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
 from flwr.clientapp.typing import Mod
+from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 from flwr.supercore import log
@@ -29,23 +30,35 @@ from fedapp.privacy.secret import SERVER, Secret, source
 from fedapp.records import ARRAYS, CONFIG, LOSS, METRICS, STYPE, UPDATE, WEIGHT, load_state, store_state
 from fedapp.replies import metrics_of, refuse, values_of, weight_of
 from fedapp.running_sum import Reader, RunningSum, Tally, terms_in
+from fedapp.scaffold import Control, Controls, ForgottenError
 from fedapp.vector import arrays_in, buffers_of, layout_of, ravel, record_of, unravel, values
+
+Recall = Callable[[Message, Context], Control]
 
 # --- the client's end --------------------------------------------------------------------------------
 
 
 def compress(
-    codec: Codec, rng: np.random.Generator, mechanism: Mechanism | None = None, secret: Secret = os.urandom
+    codec: Codec,
+    rng: np.random.Generator,
+    mechanism: Mechanism | None = None,
+    secret: Secret = os.urandom,
+    recall: Recall | None = None,
 ) -> Mod:
     """The client mod: replaces the trained weights in a train reply by the encoded update.
 
     A mechanism of client-level privacy makes it private first, and nothing else of the reply then leaves the
     client. What codec and mechanism keep stays in `context.state`. Integer buffers go beside the packet,
-    unchanged, but never under a mechanism: they count batches.
+    unchanged, but never under a mechanism: they count batches. `recall` brings the client's control variate,
+    where clients are steered: then news of an update is encoded, not all of it.
     """
 
     def mod(message: Message, context: Context, call_next: Callable[[Message, Context], Message]) -> Message:
         received = message.content.array_records[ARRAYS]
+        try:
+            control = recall and recall(message, context)
+        except ForgottenError as error:
+            return Message(Error(ErrorCode.MOD_FAILED_PRECONDITION, str(error)), reply_to=message)
         reply = call_next(message, context)
         if reply.has_error():
             return reply
@@ -58,6 +71,7 @@ def compress(
             reply.content[METRICS] = MetricRecord({WEIGHT: 1, **side})
         else:
             require_finite(update)  # before error feedback could remember it
+            update = control.news(update) if control else update
         state = load_state(context, "codec")
         packet, state = codec.encode(update, layout, state, rng)
         store_state(context, "codec", state)
@@ -65,6 +79,8 @@ def compress(
         if mechanism is not None and mechanism.packet_bytes:
             nothing, _ = codec.encode(np.zeros_like(update), layout, {}, rng)
             data = padded(data, pack(nothing, codec, layout), mechanism.packet_bytes)
+        if control:
+            control.keep(context, data)
         sent = {UPDATE: Array("uint8", (len(data),), STYPE, data)}
         if mechanism is None:
             sent |= buffers_of(trained, layout)
@@ -90,7 +106,7 @@ def require_finite(update: NDArray[np.float32]) -> None:
 # --- the server's end --------------------------------------------------------------------------------
 
 
-STREAMED = frozenset({"FedAvg", "FedAvgM", "FedAdam", "FedYogi", "FedAdagrad", "FedProx"})
+STREAMED = frozenset({"FedAvg", "FedAvgM", "FedAdam", "FedYogi", "FedAdagrad", "FedProx", "Scaffold"})
 """Flower's linear strategies: the mean of the updates is all that they need of a round."""
 
 
@@ -115,7 +131,9 @@ class Wire(Strategy):
         codec: Codec | None,
         mechanism: Mechanism | None = None,
         uniform: bool = False,
+        controls: Controls | None = None,
     ) -> None:
+        self.controls = controls
         self.inner, self.codec, self.mechanism = inner, codec, mechanism
         self.reader = None if codec is None else Reader(codec, mechanism, uniform or mechanism is not None)
         self.streams = codec is not None and type(inner).__name__ in STREAMED
@@ -128,7 +146,9 @@ class Wire(Strategy):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         self._weights = arrays
-        return self.inner.configure_train(server_round, arrays, ConfigRecord({**config, **self._terms}), grid)
+        config = ConfigRecord({**config, **self._terms})
+        messages = self.inner.configure_train(server_round, arrays, config, grid)
+        return self.controls.tell(list(messages)) if self.controls else messages
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message], collect: Collect | None = None
@@ -141,38 +161,44 @@ class Wire(Strategy):
         if not self.streams:
             accepted = [one for reply in replies for one in self._read(reply)]
             return self._stepped(server_round, accepted) if accepted else (None, None)
-        total, sides = self._summed(replies, collect)
+        total, tallies = self._summed(replies, collect)
+        exact, sides = total.exact, Counter[str]()
+        for tally in tallies:
+            sides.update(tally.side)
         if self.mechanism is not None:
             secret = source(self.mechanism.test_seed, SERVER, server_round)
-            exact, counted = total.exact, total.exact.weight
-            mean, kept = self.mechanism.on_server(exact.total(), sides, counted, self._kept, secret)
+            mean, kept = self.mechanism.on_server(exact.total(), sides, exact.weight, self._kept, secret)
             self._kept = dict(kept)
-        elif total.exact.weight:
-            mean = total.exact.total() / total.exact.weight
-        else:
+        elif not exact.weight:
             return None, None
+        elif self.controls:
+            weights = {tally.node: tally.weight for tally in tallies}
+            mean = self.controls.mean(server_round, exact.total(), weights)
+        else:
+            mean = exact.total() / exact.weight
         return self._stepped(server_round, [total.reply(mean, self._weights)])
 
-    def _summed(self, replies: Iterable[Message], collect: Collect | None) -> tuple[RunningSum, Numbers]:
-        """The sum of all replies, and of the numbers beside them."""
+    def _summed(self, replies: Iterable[Message], collect: Collect | None) -> tuple[RunningSum, list[Tally]]:
+        """The sum of all replies, and what counts of each beside."""
         assert self.reader is not None
-        total, sides, tallies = RunningSum(self._weights), Counter[str](), defaultdict[int, list[Tally]](list)
+        total, tallies, folded = RunningSum(self._weights), list[Tally](), defaultdict[int, list[Tally]](list)
         for reply in replies:
+            if self.controls:
+                self.controls.hear(reply)
             with self._at_its_own_cost(reply):
                 if isinstance(reply, Folded):
-                    tallies[reply.slot].append(reply.tally)
+                    folded[reply.slot].append(reply.tally)
                 else:
-                    sides.update(total.take(reply, self.reader, self._weights, self._terms).side)
+                    tallies.append(total.take(reply, self.reader, self._weights, self._terms))
         for slot, exact in enumerate(collect() if collect else ()):
             if exact is None:
-                log(WARNING, "%s replies are lost with the worker that died adding", len(tallies[slot]))
-                self.failures += len(tallies[slot])
+                log(WARNING, "%s replies are lost with the worker that died adding", len(folded[slot]))
+                self.failures += len(folded[slot])
                 continue
-            exact.weight = sum(tally.weight for tally in tallies[slot])
+            exact.weight = sum(tally.weight for tally in folded[slot])
             total.exact.merge(exact)
-            for tally in tallies[slot]:
-                sides.update(tally.side)
-        return total, sides
+            tallies += folded[slot]
+        return total, tallies
 
     def _read(self, reply: Message) -> list[Message]:
         """The reply with the weights that its client trained; none where it does not count."""

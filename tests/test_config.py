@@ -26,6 +26,7 @@ COMPANIONS = {  # what a choice cannot be without
     "model=cnn": "task.features=pixels",  # refuses maps of 7 x 7
     "strategy=qfedavg": "privacy=none",
     "strategy=fedprox": "privacy=none",
+    "strategy=scaffold": "privacy=none",
 }
 
 

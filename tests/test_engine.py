@@ -65,6 +65,7 @@ def model_after(overrides: str) -> bytes:
         "strategy=fedadam",
         "strategy=fedmedian",
         "strategy=fedprox trainer.momentum=0.9 cohort=null",
+        "strategy=scaffold codec.rate=0.3",
     ],
 )
 def test_any_number_of_workers_gives_the_same_bits(setting: str, workers: int) -> None:

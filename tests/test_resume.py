@@ -45,6 +45,7 @@ SETTINGS = {
     "feedback": "codec.rate=0.5 codec.feedback=true downlink=coded",
     "clients test": "codec.rate=0.5 codec.feedback=true downlink=coded evaluate=clients",
     "fedadam": "strategy=fedadam codec=identity",
+    "scaffold": "strategy=scaffold codec.rate=0.5",
     "fedavgm": "strategy=fedavgm codec.step=0.5",
     "central": "privacy=central_gaussian privacy.test_seed=1 privacy.quantile=0.5",
     "example": "privacy=example privacy.test_seed=1 trainer.steps=2",

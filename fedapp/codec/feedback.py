@@ -34,16 +34,19 @@ class AutoFeedback:
 
     codec: RateDistortion
 
-    def decide(self, cohort: int, clients: int, privacy: str | None) -> tuple[Codec, str]:
+    def decide(self, cohort: int, clients: int, privacy: str | None, steers: bool) -> tuple[Codec, str]:
         """The codec with or without error feedback, and one sentence that says which and why.
 
-        privacy: what the run calls its differential privacy, None where nothing is private.
+        privacy: what the run calls its differential privacy, None where nothing is private. steers: whether
+        control variates do, which remember what was lost.
         """
         aim, low = self._aim
         share = cohort / clients
         often = "every round" if share == 1 else f"{100 * share:.3g} % of the rounds"
         if privacy is not None:
             reason = f"under {privacy} what it brings back is mostly noise"
+        elif steers:
+            reason = "what a client's packet lost is in what it sends next, under control variates"
         elif not low:
             reason = f"it pays below 1 bit per parameter, and {aim} is not below"
         elif share < OFTEN:

@@ -1,0 +1,148 @@
+"""Control variates: clients whose data differ are steered to where all of them go, and send only what is new.
+
+Part of a client's update is its own and comes again each round, since its data pull elsewhere than others'
+do. Both ends remember what the client last said of its update: the client's control. In training the client
+is steered: by the way that all went, less its control. What it then sends is its update, less the steering
+and less its control: its news, which takes fewer bits than an update.
+
+server:  sum of controls + sum of news -> mean; tells a client in which round its news last counted
+client:  control as of that round -> steered training -> update - steering - control = news -> codec
+
+Sources: Karimireddy et al. 2020, "SCAFFOLD: Stochastic controlled averaging for federated learning",
+Algorithm 1, option II; that news alone are sent, compressed: Huang, Li and Li 2023, "Stochastic controlled
+averaging for federated learning with communication compression" (SCALLION). Two things are otherwise here.
+The way of all is that from the weights which a client received last to those of now, so it costs no bytes.
+And controls are per unit of learning rate, which changes from round to round.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
+from flwr.serverapp.strategy import FedAvg
+from numpy.typing import NDArray
+
+from fedapp.codec import Codec
+from fedapp.codec.packet import decode_update
+from fedapp.errors import FedappError
+from fedapp.records import ARRAYS, CONFIG, load_state, store_state
+from fedapp.vector import layout_of, ravel, unravel
+
+COUNTED = "counted"  # the round in which a client's news last counted, 0 for none
+STEERED = "steered"  # what training shall add to the weights on its way
+KEPT = "control"
+FORGOTTEN = "this node does not remember what it sent in the round that the server counted last"
+Pace = Callable[[int], float]
+"""How far a round goes, of what the first one does: the course of the learning rate, known at both ends."""
+
+
+class Scaffold(FedAvg):
+    """Flower's FedAvg, of clients that are steered by control variates."""
+
+
+# --- the client's end --------------------------------------------------------------------------------------
+
+
+class ForgottenError(FedappError):
+    """A node was restarted, and lost what it kept."""
+
+
+class Control:
+    """One client's control variate in one round, and how training is steered by it."""
+
+    def __init__(self, message: Message, context: Context, codec: Codec, pace: Pace) -> None:
+        """What the node remembers; tells training how it is steered. Raises ForgottenError."""
+        config, arrays = message.content.config_records[CONFIG], message.content.array_records[ARRAYS]
+        self._round, counted = int(str(config["server-round"])), int(str(config[COUNTED]))
+        self._layout, pace_now = layout_of(arrays), pace(self._round)
+        self._received, self._counted, self._pace = ravel(arrays, self._layout), counted, pace_now
+        self._steered = self._control = np.zeros(self._layout.size, np.float32)
+        if counted:
+            kept = load_state(context, KEPT)
+            settled, last = kept["rounds"].tolist() if kept else (0, 0)
+            if counted not in (settled, last):
+                raise ForgottenError(FORGOTTEN)
+            self._control = kept["control"]
+            if counted == last:
+                news = decode_update(kept["news"].tobytes(), codec, self._layout)
+                self._control = self._control + news / np.float32(pace(last))
+            way = (self._received - kept["received"]) * np.float32(
+                pace_now / sum(map(pace, range(last, self._round)))
+            )
+            self._steered = way - np.float32(pace_now) * self._control
+        steered = unravel(self._steered, self._layout, arrays)
+        message.content[STEERED] = ArrayRecord({name: Array(part) for name, part in steered.items()})
+
+    def news(self, update: NDArray[np.float32]) -> NDArray[np.float32]:
+        """What of an update the server does not expect."""
+        return update - self._steered - np.float32(self._pace) * self._control
+
+    def keep(self, context: Context, news: bytes) -> None:
+        """Remember the packet; the control moves once the server says that it counted."""
+        rounds = np.array([self._counted, self._round])
+        state = {"rounds": rounds, "control": self._control, "received": self._received}
+        store_state(context, KEPT, {**state, "news": np.frombuffer(news, np.uint8)})
+
+
+# --- the server's end --------------------------------------------------------------------------------------
+
+
+class Controls:
+    """What the server remembers of its clients' controls: their sum, and whose news are in it since when.
+
+    That is one model and two numbers a client, since a mean is all that is asked of controls. All begin anew
+    where the sum cannot be right any more: a node forgot what it sent, or weighs other than before.
+    """
+
+    def __init__(self, clients: int, pace: Pace) -> None:
+        self._clients, self._pace = clients, pace
+        self._forget()
+
+    def _forget(self) -> None:
+        self._wrong = False
+        self._sum: NDArray[np.float64] = np.zeros(1)  # weight times control, in paces
+        self._counted: dict[int, tuple[int, int]] = {}  # by node: when it last counted, and its weight
+
+    def tell(self, messages: list[Message]) -> list[Message]:
+        """The messages, each of which says when its node last counted; those that say the same share it."""
+        if self._wrong:
+            self._forget()
+        told: dict[tuple[int, int], RecordDict] = {}
+        for message in messages:
+            counted, _ = self._counted.get(message.metadata.dst_node_id, (0, 0))
+            config = ConfigRecord({**message.content.config_records[CONFIG], COUNTED: counted})
+            content = RecordDict({**message.content, CONFIG: config})
+            message.content = told.setdefault((id(message.content), counted), content)
+        return messages
+
+    def hear(self, reply: Message) -> None:
+        """Take note of a node that forgot."""
+        self._wrong |= reply.has_error() and reply.error.reason == FORGOTTEN
+
+    def mean(self, server_round: int, news: NDArray[np.float64], weights: Mapping[int, int]) -> Any:
+        """The mean update, float64 like `news`, the sum of what came from nodes of these weights.
+
+        It takes the news of those who are here and the controls of all, who may be more: unbiased, as SAGA's
+        mean is (Defazio, Bach and Lacoste-Julien 2014). Clients not seen yet have controls of zero, and weigh
+        as others do in the mean.
+        """
+        here, pace = sum(weights.values()), self._pace(server_round)
+        known = {node: weight for node, (_, weight) in self._counted.items()}
+        everybody = self._clients * sum(known.values()) / max(1, len(known))
+        mean = news / here + (pace * self._sum / everybody if known else 0.0)
+        self._wrong |= any(known.get(node, weight) != weight for node, weight in weights.items())
+        self._sum = self._sum + news / pace
+        self._counted |= {node: (server_round, weight) for node, weight in weights.items()}
+        return mean
+
+    def state(self, partitions: Mapping[int, int]) -> dict[str, Any]:
+        """All that the next mean depends on, by partition."""
+        counted = [[partitions[node], *told] for node, told in self._counted.items() if node in partitions]
+        return {"sum": self._sum, "counted": counted, "wrong": self._wrong}
+
+    def restore(self, state: Mapping[str, Any], nodes: Mapping[int, int]) -> None:
+        """Go on from what `state` returned; `nodes` by partition, without those that remember nothing."""
+        self._sum, self._wrong = state["sum"], state["wrong"]
+        self._counted = {nodes[p]: (at, weight) for p, at, weight in state["counted"] if p in nodes}
+        self._wrong |= len(self._counted) < len(state["counted"])
