@@ -567,7 +567,8 @@ def flat(tree: Any, name: str = "") -> dict[str, Any]:
 STRATEGIES = sorted(path.stem for path in (config.CONF / "strategy").glob("*.yaml"))
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+# strategy=scaffold never takes weights as they are: it is among SETTINGS.
+@pytest.mark.parametrize("strategy", [name for name in STRATEGIES if name != "scaffold"])
 def test_every_strategy_goes_on_with_what_it_kept(strategy: str, tmp_path: Path) -> None:
     """Weights of any shape and dtype: three rounds, or two, and one after a restart."""
     many = 2 if strategy == "qfedavg" else 7  # it collects garbage after each reply; bulyan needs seven
