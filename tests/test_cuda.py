@@ -56,14 +56,14 @@ everywhere = pytest.mark.parametrize("device", ["cpu", on_cuda], indirect=True) 
 def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Where models train. On a CPU, too, a worker tests the server's model."""
     torch.set_num_threads(1)
-    begin = Federation.__post_init__
+    begin, name = Federation.__post_init__, str(request.param)
 
     def aside(self: Federation) -> None:
         begin(self)
         self._aside = True
 
-    monkeypatch.setattr(Federation, "__post_init__", aside)
-    name: str = request.param
+    if name == "cpu":
+        monkeypatch.setattr(Federation, "__post_init__", aside)
     return name
 
 
