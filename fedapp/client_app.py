@@ -117,6 +117,27 @@ def client_app(job_of: Callable[[Context], Job]) -> ClientApp:
     return app
 
 
+def local_app(job: Job) -> ClientApp:
+    """The app of the local engine's workers: the clients', and a test of the server's model.
+
+    A process that has touched CUDA forks no more workers that could. So the server never does, and has one of
+    them test its model.
+    """
+    app = client_app(lambda _: job)
+
+    @app.query("test", mods=[guard])
+    @EVALUATE
+    def test(message: Message, context: Context) -> Message:
+        """Test the weights on the server's test set."""
+        data = job.task.test_data()
+        assert data is not None
+        load(job, message.content.array_records[ARRAYS])
+        metrics = job.task.evaluate(job.model, data)
+        return Message(RecordDict({METRICS: MetricRecord({**metrics})}), reply_to=message)
+
+    return app
+
+
 def _secure(job: Job) -> Client:
     """This node's end of secure aggregation; FedappError where the run has none."""
     if job.terms is None:
@@ -152,7 +173,11 @@ def _round(message: Message) -> int:
 
 
 def _on(job: Job, data: Data) -> Data:
-    return Data(data.x.to(job.torch_device), data.y.to(job.torch_device))
+    """The data where the model is; to CUDA from pinned memory, while this process goes on."""
+    if job.torch_device.type == "cuda":
+        data = Data(data.x.pin_memory(), data.y.pin_memory())
+    x, y = (part.to(job.torch_device, non_blocking=True) for part in (data.x, data.y))
+    return Data(x, y)
 
 
 def _job_of(context: Context) -> Job:

@@ -21,7 +21,7 @@ from fedapp.fold import Folded
 from fedapp.job import Job
 from fedapp.privacy.accounting import Spent
 from fedapp.privacy.begun import Begun
-from fedapp.records import CONFIG, size_of
+from fedapp.records import ARRAYS, CONFIG, METRICS, size_of
 from fedapp.report.folder import Round
 from fedapp.report.progress import Progress
 from fedapp.secagg import Server
@@ -82,6 +82,8 @@ class Federation:
         self._downlink = Downlink(coded, self.arrays) if isinstance(coded, Coded) else None
         self._partitions = partitions(self.grid, self.job.clients, self.job.round_timeout)
         self._test = self.job.task.test_data() if self.job.evaluate == "server" else None
+        # Workers that are forked after this process has touched CUDA could not.
+        self._aside = isinstance(self.grid, LocalGrid) and self.job.torch_device.type == "cuda"
         if self.job.evaluate == "server" and self._test is None:
             raise DataError(
                 "evaluate=server needs a test set and the task has none: set evaluate=clients or none"
@@ -252,6 +254,8 @@ class Federation:
     @EVALUATE
     def _evaluate(self, number: int) -> tuple[float | None, float | None]:
         """Accuracy and loss of the weights, on the server's test set or on the clients' own data."""
+        if self._test is not None and self._aside:
+            return self._tested_aside(number)
         if self._test is not None:
             load(self.job, self.arrays)
             metrics = self.job.task.evaluate(self.job.model, self._test)
@@ -263,6 +267,16 @@ class Federation:
         replies = sorted(self._exchange(messages), key=self._partition)
         means = self._wire.aggregate_evaluate(number, replies)
         return (float(means["accuracy"]), float(means["loss"])) if means else (None, None)  # type: ignore[arg-type]
+
+    def _tested_aside(self, number: int) -> tuple[float, float]:
+        """The same on the server's test set by a worker, and by another where that one dies."""
+        for _ in range(2):
+            message = Message(RecordDict({ARRAYS: self.arrays}), next(iter(self._partitions)), "query.test")
+            for reply in stream(self.grid, [message], self.job.round_timeout):
+                if reply.has_content():
+                    metrics = reply.content.metric_records[METRICS]
+                    return float(metrics["accuracy"]), float(metrics["loss"])  # type: ignore[arg-type]
+        raise FedappError(f"round {number}: the model could not be tested; the log says why")
 
 
 def partitions(grid: Grid, clients: int, timeout: float) -> dict[int, int]:

@@ -16,7 +16,7 @@ from rich.console import Console
 
 from fedapp import __version__, config
 from fedapp.checkpoint import BEGUN, CLIENTS, Checkpoints
-from fedapp.client_app import client_app
+from fedapp.client_app import local_app
 from fedapp.codec.chain import ErrorFeedback
 from fedapp.engine.local import LocalGrid
 from fedapp.errors import ConfigError, FedappError
@@ -65,13 +65,13 @@ def simulate(
             )
         sizes = [len(part) for part in job.task.partitions()]  # loads the data, for all workers
         job.prepare()
+        if job.evaluate == "server" and job.torch_device.type == "cuda":
+            job.task.test_data()  # which a worker is to test on
         folder = RunFolder(begin.path, begin.again)
         lasting = job.checkpointed is not None or begin.state is not None
         file = folder.checkpoint / CLIENTS if lasting else None
         CLOCK.begin(job.profile)  # workers, which are forked now, do as this process
-        with job.engine.grid(
-            client_app(lambda _: job), sizes, job.in_round, job.fold, file, begin.finished
-        ) as grid:
+        with job.engine.grid(local_app(job), sizes, job.in_round, job.fold, file, begin.finished) as grid:
             summary = run(job, begin.tree, grid, folder, console, started, begin)
         folder.clear()
     return summary

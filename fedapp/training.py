@@ -100,7 +100,8 @@ class Sgd:
         smallest = 2 if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules()) else 1
         losses, seen = [], 0
         for _ in range(self.epochs):
-            for batch in torch.randperm(len(data), generator=shuffle).split(self.batch_size):
+            order = torch.randperm(len(data), generator=shuffle).to(data.x.device)
+            for batch in order.split(self.batch_size):
                 if len(batch) < smallest:
                     continue
                 loss = task.loss(model(data.x[batch]), data.y[batch])

@@ -1,6 +1,7 @@
 """Seconds a round: the local engine beside a bare loop on the same work; reprints the README's table.
 
 usage: .venv/bin/python scripts/bench_engine.py [--only lr cnn noop] [--repeats 3] [--peers FOLDER]
+       [--device cpu|cuda]
 
 lr: logistic regression (7,850 parameters), 10 of 1000 clients a round. cnn: 1.2 million parameters, 50 of
 1000. noop: the same, and nobody trains. All on Fashion-MNIST, an equal random split, batches of 10, one local
@@ -62,19 +63,21 @@ RUNS: dict[str, list[str]] = {
 }
 
 
-def bare(name: str) -> None:
+def bare(name: str, device: str) -> None:
     """The floor, in a process of its own; prints the seconds of each round."""
     import torch
     from torch.nn.functional import cross_entropy
 
     from fedapp import config
+    from fedapp.tasks import Data
 
     torch.set_num_threads(1)
     setting = SETTINGS[name]
     job = config.job_of(" ".join(setting.overrides))
     ids = range(setting.clients)
     data = [job.task.client_data({"partition-id": i, "num-partitions": setting.clients}) for i in ids]
-    model = job.task.model(0)
+    data = [Data(one.x.to(device), one.y.to(device)) for one in data]
+    model = job.task.model(0).to(device)
     weights = [p.detach().clone() for p in model.parameters()]
     for _ in range(setting.rounds + 1):
         start = time.perf_counter()
@@ -94,10 +97,11 @@ def bare(name: str) -> None:
                 for t, p in zip(total, model.parameters(), strict=True):
                     t.add_(p)
         weights = [t / setting.cohort for t in total]
+        weights[0].cpu()  # waits for a GPU
         print(time.perf_counter() - start, flush=True)
 
 
-def seconds_of(name: str, run: str, peers: Path | None) -> list[float]:
+def seconds_of(name: str, run: str, device: str, peers: Path | None) -> list[float]:
     """Seconds of the rounds of one process; none of a peer that is not there."""
     setting = SETTINGS[name]
     if run in PEERS:
@@ -108,11 +112,11 @@ def seconds_of(name: str, run: str, peers: Path | None) -> list[float]:
         found = re.search(r"min ([0-9.]+) median ([0-9.]+)", done.stdout)
         return [] if found is None else [float(found[1]), float(found[2])]
     if run == "bare loop":
-        command = [sys.executable, __file__, "--bare", name]
+        command = [sys.executable, __file__, "--bare", name, "--device", device]
         printed = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
         return [float(line) for line in printed.split()[1:]]
     with tempfile.TemporaryDirectory() as folder:
-        chosen = [*setting.overrides, *RUNS[run], f"run_dir={folder}/run"]
+        chosen = [*setting.overrides, *RUNS[run], f"device={device}", f"run_dir={folder}/run"]
         command = [sys.executable, "-m", "fedapp.cli", "simulate", *chosen]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         lines = Path(folder, "run", "rounds.jsonl").read_text().splitlines()
@@ -124,11 +128,12 @@ def main() -> None:
     parser.add_argument("--only", choices=list(SETTINGS), nargs="+", default=list(SETTINGS))
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--peers", type=Path)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--bare", choices=list(SETTINGS), help=argparse.SUPPRESS)
     options = parser.parse_args()
     os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     if options.bare:
-        bare(options.bare)
+        bare(options.bare, options.device)
         return
     print("| setting | run | s a round, least | median | least, of the bare loop's |")
     print("|---|---|---|---|---|")
@@ -136,7 +141,7 @@ def main() -> None:
         found: dict[str, list[float]] = {run: [] for run in (*RUNS, *PEERS)}
         for _ in range(options.repeats):
             for run, seconds in found.items():
-                seconds += seconds_of(name, run, options.peers)
+                seconds += seconds_of(name, run, options.device, options.peers)
         floor = min(found["bare loop"])
         for run, seconds in found.items():
             if seconds:

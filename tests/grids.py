@@ -11,7 +11,7 @@ from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from rich.console import Console
 
-from fedapp.client_app import client_app
+from fedapp.client_app import local_app
 from fedapp.engine.local import LocalGrid
 from fedapp.job import Job
 from fedapp.report.folder import Round
@@ -75,7 +75,7 @@ def rounds_on(job: Job, grid: Grid) -> tuple[Federation, list[Round]]:
 def rounds_here(job: Job, app: Any = None, fold: bool = True) -> tuple[Federation, list[Round]]:
     """The same on the local engine; where `fold`, workers add up what they can, as in a run."""
     job.prepare()
-    sizes, app = [len(part) for part in job.task.partitions()], app or client_app(lambda _: job)
+    sizes, app = [len(part) for part in job.task.partitions()], app or local_app(job)
     with job.engine.grid(app, sizes, job.in_round, job.fold if fold else None) as grid:
         return rounds_on(job, grid)
 

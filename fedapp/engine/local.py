@@ -76,8 +76,8 @@ class _Worker:
     """One resident process and the message it works on."""
 
     def __init__(self, app: ClientApp, fold: Fold | None, slot: int) -> None:
-        # Forked, so that modules and data are shared pages. CUDA does not survive a fork: the parent
-        # touches it only after the workers are there.
+        # Forked, so that modules and data are shared pages. CUDA does not survive a fork, and workers are
+        # replaced at any time: the parent never touches it.
         context = multiprocessing.get_context("fork")
         ours, theirs = context.Pipe()
         arguments = (theirs, ours, app, fold, slot)

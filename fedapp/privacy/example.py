@@ -28,8 +28,8 @@ class ExamplePrivacy:
     amplification holds against the server, observers of the models and other clients alike. Clients hold
     disjoint data, so the loss is that of one client (the largest), not their sum. Not covered: the choice
     of hyper-parameters on private data, the floating-point Gaussian noise (exact DP needs discrete noise;
-    the generator is a Mersenne Twister seeded by the operating system, not a cryptographic one), timing,
-    and statistics that a task takes from the data before training.
+    the generator is a Mersenne Twister, on CUDA Philox, seeded by the operating system, not a cryptographic
+    one), timing, and statistics that a task takes from the data before training.
 
     `epsilon` is the budget of the planned run and sets the noise; a `noise_multiplier` given instead sets
     the noise, and epsilon is what follows. `test_seed` fixes noise and sampling: then nothing is private.
