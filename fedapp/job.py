@@ -34,7 +34,7 @@ from fedapp.privacy.local import LocalGaussian
 from fedapp.privacy.mechanism import Mechanism, Plan
 from fedapp.privacy.none import NoPrivacy
 from fedapp.privacy.secret import COHORT, Secret, source, uniform
-from fedapp.scaffold import Control, Controls, Scaffold
+from fedapp.scaffold import Control, Controls, Course, Scaffold
 from fedapp.secagg.wire import Summed
 from fedapp.tasks import Task
 from fedapp.training import DpSgd, Sgd, Trainer, scheduled
@@ -199,19 +199,21 @@ class Job:
         """Whether control variates steer the clients' training."""
         return isinstance(self.strategy, Scaffold)
 
-    def pace(self, server_round: int) -> float:
-        """How far a round goes, of what the first one does."""
+    @property
+    def course(self) -> Course:
+        """What control variates count on, of all rounds."""
         assert isinstance(self.trainer, Sgd)
-        return scheduled(1.0, self.trainer.schedule, (server_round - 1) / max(1, self.rounds))
+        schedule, rounds = self.trainer.schedule, max(1, self.rounds)
+        return Course(lambda now: scheduled(1.0, schedule, (now - 1) / rounds), self.in_round / self.clients)
 
     @property
     def recall(self) -> Recall | None:
         """Brings what a client remembers of itself, where clients are steered."""
-        return partial(Control, codec=self.codec, pace=self.pace) if self.steers else None
+        return partial(Control, codec=self.codec, course=self.course) if self.steers else None
 
     def wire(self) -> Wire:
         """The strategy behind the wire."""
-        controls = Controls(self.clients, self.pace) if self.steers else None
+        controls = Controls(self.clients, self.course) if self.steers else None
         uniform = self.privacy.unit is not None
         return Wire(self.strategy, self.wire_codec, self.mechanism, uniform, controls)
 

@@ -12,10 +12,12 @@ Sources: Karimireddy et al. 2020, "SCAFFOLD: Stochastic controlled averaging for
 Algorithm 1, option II; that news alone are sent, compressed: Huang, Li and Li 2023, "Stochastic controlled
 averaging for federated learning with communication compression" (SCALLION). Two things are otherwise here.
 The way of all is that from the weights which a client received last to those of now, so it costs no bytes.
-And controls are per unit of learning rate, which changes from round to round.
+And controls are per unit of learning rate, which changes from round to round. Where packets are small, two
+things more help: half of what a packet lost is in the news after it, and controls fade by a tenth.
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -23,7 +25,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordD
 from flwr.serverapp.strategy import FedAvg
 from numpy.typing import NDArray
 
-from fedapp.codec import Codec
+from fedapp.codec import Codec, Layout
 from fedapp.codec.packet import decode_update
 from fedapp.errors import FedappError
 from fedapp.records import ARRAYS, CONFIG, load_state, store_state
@@ -33,8 +35,24 @@ COUNTED = "counted"  # the round in which a client's news last counted, 0 for no
 STEERED = "steered"  # what training shall add to the weights on its way
 KEPT = "control"
 FORGOTTEN = "this node does not remember what it sent in the round that the server counted last"
-Pace = Callable[[int], float]
-"""How far a round goes, of what the first one does: the course of the learning rate, known at both ends."""
+LOST, FADE = np.float32(0.5), 0.9
+"""How much of what a packet lost comes again, and what is left of a control from one packet to the next."""
+
+
+@dataclass(frozen=True)
+class Course:
+    """What both ends know of all rounds: how far each goes, and how controls fade.
+
+    pace: the learning rate, as a share of the first one. share: of the clients, those in a cohort. A control
+    fades by a tenth from one time that its client takes part to the next, on average.
+    """
+
+    pace: Callable[[int], float]
+    share: float = 1.0
+
+    def faded(self, since: int, now: int) -> float:
+        """What is left of a control."""
+        return float(FADE ** (self.share * (now - since)))
 
 
 class Scaffold(FedAvg):
@@ -51,38 +69,45 @@ class ForgottenError(FedappError):
 class Control:
     """One client's control variate in one round, and how training is steered by it."""
 
-    def __init__(self, message: Message, context: Context, codec: Codec, pace: Pace) -> None:
+    def __init__(self, message: Message, context: Context, codec: Codec, course: Course) -> None:
         """What the node remembers; tells training how it is steered. Raises ForgottenError."""
         config, arrays = message.content.config_records[CONFIG], message.content.array_records[ARRAYS]
-        self._round, counted = int(str(config["server-round"])), int(str(config[COUNTED]))
-        self._layout, pace_now = layout_of(arrays), pace(self._round)
-        self._received, self._counted, self._pace = ravel(arrays, self._layout), counted, pace_now
-        self._steered = self._control = np.zeros(self._layout.size, np.float32)
-        if counted:
-            kept = load_state(context, KEPT)
-            settled, last = kept["rounds"].tolist() if kept else (0, 0)
-            if counted not in (settled, last):
-                raise ForgottenError(FORGOTTEN)
-            self._control = kept["control"]
-            if counted == last:
-                news = decode_update(kept["news"].tobytes(), codec, self._layout)
-                self._control = self._control + news / np.float32(pace(last))
-            way = (self._received - kept["received"]) * np.float32(
-                pace_now / sum(map(pace, range(last, self._round)))
-            )
-            self._steered = way - np.float32(pace_now) * self._control
-        steered = unravel(self._steered, self._layout, arrays)
+        self._round, self._counted = int(str(config["server-round"])), int(str(config[COUNTED]))
+        layout = layout_of(arrays)
+        self._received = ravel(arrays, layout)
+        self._control = self._steered = self._expected = np.zeros(layout.size, np.float32)
+        if self._counted:
+            self._recall(load_state(context, KEPT), codec, layout, course)
+        steered = unravel(self._steered, layout, arrays)
         message.content[STEERED] = ArrayRecord({name: Array(part) for name, part in steered.items()})
 
-    def news(self, update: NDArray[np.float32]) -> NDArray[np.float32]:
-        """What of an update the server does not expect."""
-        return update - self._steered - np.float32(self._pace) * self._control
+    def _recall(self, kept: Mapping[str, NDArray[Any]], codec: Codec, layout: Layout, course: Course) -> None:
+        settled, last = kept["rounds"].tolist() if kept else (0, 0)
+        if self._counted not in (settled, last):
+            raise ForgottenError(FORGOTTEN)
+        now, pace = self._round, course.pace
+        self._control = kept["control"]
+        if self._counted == last:
+            arrived = decode_update(kept["packet"].tobytes(), codec, layout)
+            fresh = arrived / np.float32(pace(last))
+            self._control = np.float32(course.faded(settled, last)) * self._control + fresh
+        way = np.float32(pace(now) / sum(map(pace, range(last, now)))) * (self._received - kept["received"])
+        own = np.float32(pace(now)) * self._control
+        self._steered = way - own
+        self._expected = np.float32(course.faded(self._counted, now)) * own
+        if self._counted == last:
+            self._expected = self._expected - LOST * (kept["news"] - arrived)
 
-    def keep(self, context: Context, news: bytes) -> None:
-        """Remember the packet; the control moves once the server says that it counted."""
+    def news(self, update: NDArray[np.float32]) -> NDArray[np.float32]:
+        """What of an update the server does not expect, and of the one before has not been told."""
+        self._news = update - self._steered - self._expected
+        return self._news
+
+    def keep(self, context: Context, packet: bytes) -> None:
+        """Remember what the packet says of the news; it matters once the server tells that it counted."""
         rounds = np.array([self._counted, self._round])
-        state = {"rounds": rounds, "control": self._control, "received": self._received}
-        store_state(context, KEPT, {**state, "news": np.frombuffer(news, np.uint8)})
+        state = {"rounds": rounds, "control": self._control, "received": self._received, "news": self._news}
+        store_state(context, KEPT, {**state, "packet": np.frombuffer(packet, np.uint8)})
 
 
 # --- the server's end --------------------------------------------------------------------------------------
@@ -95,12 +120,12 @@ class Controls:
     where the sum cannot be right any more: a node forgot what it sent, or weighs other than before.
     """
 
-    def __init__(self, clients: int, pace: Pace) -> None:
-        self._clients, self._pace = clients, pace
+    def __init__(self, clients: int, course: Course) -> None:
+        self._clients, self._course = clients, course
         self._forget()
 
     def _forget(self) -> None:
-        self._wrong = False
+        self._wrong, self._at = False, 0
         self._sum: NDArray[np.float64] = np.zeros(1)  # weight times control, in paces
         self._counted: dict[int, tuple[int, int]] = {}  # by node: when it last counted, and its weight
 
@@ -127,22 +152,23 @@ class Controls:
         mean is (Defazio, Bach and Lacoste-Julien 2014). Clients not seen yet have controls of zero, and weigh
         as others do in the mean.
         """
-        here, pace = sum(weights.values()), self._pace(server_round)
+        here, pace = sum(weights.values()), self._course.pace(server_round)
+        self._sum = self._course.faded(self._at, server_round) * self._sum
         known = {node: weight for node, (_, weight) in self._counted.items()}
         everybody = self._clients * sum(known.values()) / max(1, len(known))
         mean = news / here + (pace * self._sum / everybody if known else 0.0)
         self._wrong |= any(known.get(node, weight) != weight for node, weight in weights.items())
-        self._sum = self._sum + news / pace
+        self._sum, self._at = self._sum + news / pace, server_round
         self._counted |= {node: (server_round, weight) for node, weight in weights.items()}
         return mean
 
     def state(self, partitions: Mapping[int, int]) -> dict[str, Any]:
         """All that the next mean depends on, by partition."""
         counted = [[partitions[node], *told] for node, told in self._counted.items() if node in partitions]
-        return {"sum": self._sum, "counted": counted, "wrong": self._wrong}
+        return {"sum": self._sum, "at": self._at, "counted": counted, "wrong": self._wrong}
 
     def restore(self, state: Mapping[str, Any], nodes: Mapping[int, int]) -> None:
         """Go on from what `state` returned; `nodes` by partition, without those that remember nothing."""
-        self._sum, self._wrong = state["sum"], state["wrong"]
+        self._sum, self._at, self._wrong = state["sum"], state["at"], state["wrong"]
         self._counted = {nodes[p]: (at, weight) for p, at, weight in state["counted"] if p in nodes}
         self._wrong |= len(self._counted) < len(state["counted"])

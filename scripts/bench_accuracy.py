@@ -1,9 +1,9 @@
 """Accuracy against bytes, up and down together, of codecs on Fashion-MNIST; reprints the README's tables.
 
-usage: .venv/bin/python scripts/bench_accuracy.py [--seeds 0 1 2] [--only full long partial] [--folder F]
-                                                  [--plots F] [KEY=VALUE ...]
+usage: .venv/bin/python scripts/bench_accuracy.py [--seeds 0 1 2] [--only full long partial] [--rows NAME ...]
+                                                  [--folder F] [--plots F] [KEY=VALUE ...]
 
-full: all of 10 clients in each of 15 rounds. long: in each of 60, two codecs only. partial: 10 of 100 clients
+full: all of 10 clients in each of 15 rounds. long: in each of 60, some rows only. partial: 10 of 100 clients
 in each of 100 rounds. Labels are Dirichlet(0.5), nothing is private. All but `none` share one coded downlink,
 so that they differ in the uplink alone. Each run is a `fedapp simulate` of its own, kept under `--folder`; a
 run whose summary is there already is not repeated, so that an interrupted series goes on where it stopped.
@@ -31,8 +31,12 @@ CODECS = {
     "QSGD": ["codec=qsgd"],
     "STC, 1 %": ["codec=stc"],
     "top-k, 1 %": ["codec=topk", "codec.keep=0.01"],
+    "scaffold, none": ["strategy=scaffold", "codec=identity", "downlink=coded"],
+    "scaffold, 1 bit": ["strategy=scaffold", "codec.rate=1"],
+    "scaffold, 0.28 bit": ["strategy=scaffold", "codec.rate=0.28"],
+    "scaffold, 0.1 bit": ["strategy=scaffold", "codec.rate=0.1"],
 }
-IN_LONG = ("none", "default, 0.28 bit")
+IN_LONG = ("none", "default, 0.28 bit", "scaffold, none", "scaffold, 0.28 bit")
 
 
 def table(setting: str, runs: dict[str, list[dict[str, Any]]]) -> None:
@@ -68,13 +72,14 @@ def plot(settings: dict[str, dict[str, list[dict[str, Any]]]], path: Path) -> No
 
     figure, axes = pyplot.subplots(1, len(settings), figsize=(5.6 * len(settings), 4.4), squeeze=False)
     for axis, (setting, runs) in zip(axes[0], settings.items(), strict=True):
-        for index, (name, mark) in enumerate(zip(CODECS, "sooo^vDP", strict=True)):
+        for index, (name, mark) in enumerate(zip(CODECS, "sooo^vDPs***", strict=True)):
+            color = pyplot.get_cmap("tab20")(index)
             if name not in runs:
                 continue
             accuracy = [100 * r["accuracy"] for r in runs[name]]
             total = statistics.mean(mb(r, *WAYS) for r in runs[name])
             error = statistics.stdev(accuracy) / len(accuracy) ** 0.5 if len(accuracy) > 1 else 0
-            look = {"fmt": mark, "color": f"C{index}", "label": name, "capsize": 3}
+            look = {"fmt": mark, "color": color, "label": name, "capsize": 3}
             axis.errorbar(total, statistics.mean(accuracy), error, **look)
         axis.set(title=" ".join(SETTINGS[setting][:2]), xlabel="MB sent, both ways", xscale="log")
         axis.grid(alpha=0.3, which="both")
@@ -89,6 +94,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--only", choices=list(SETTINGS), nargs="+", default=list(SETTINGS))
+    parser.add_argument("--rows", choices=list(CODECS), nargs="+", default=list(CODECS), metavar="NAME")
     parser.add_argument("--folder", type=Path, default=Path("bench/accuracy"))
     parser.add_argument("--plots", type=Path, default=Path(__file__).parent / "plots")
     options, overrides = parser.parse_known_args()
@@ -107,7 +113,7 @@ def main() -> None:
                 for seed in options.seeds
             ]
             for name, chosen in CODECS.items()
-            if setting != "long" or name in IN_LONG
+            if name in options.rows and (setting != "long" or name in IN_LONG)
         }
         table(setting, settings[setting])
     options.plots.mkdir(parents=True, exist_ok=True)

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from fedapp import config
+from fedapp import config, scaffold
 from fedapp.codec import Codec
 from fedapp.codec.chain import Identity
 from fedapp.codec.prune import TopK
@@ -23,7 +23,7 @@ from fedapp.engine.local import LocalGrid
 from fedapp.errors import ConfigError
 from fedapp.records import ARRAYS, CONFIG, METRICS, WEIGHT, load_state
 from fedapp.rounds import Cohort
-from fedapp.scaffold import COUNTED, FORGOTTEN, KEPT, STEERED, Control, Controls, Scaffold
+from fedapp.scaffold import COUNTED, FORGOTTEN, KEPT, STEERED, Control, Controls, Course, Scaffold
 from fedapp.tasks import Data
 from fedapp.training import Sgd
 from fedapp.wire import Wire, compress
@@ -45,9 +45,12 @@ def pace(server_round: int) -> float:
 class World:
     """A server and clients of set weights that answer by `train(client, received, steering, round)`."""
 
-    def __init__(self, weights: list[int], size: int, train: Any, codec: Codec | None = None) -> None:
+    def __init__(
+        self, weights: list[int], size: int, train: Any, codec: Codec | None = None, share: float = 1.0
+    ) -> None:
         self.codec, self.train, self.weights = codec or Identity(), train, weights
-        self.controls = Controls(len(weights), pace)
+        self.course = Course(pace, share)
+        self.controls = Controls(len(weights), self.course)
         self.wire = Wire(
             Scaffold(min_train_nodes=1, min_available_nodes=1), self.codec, controls=self.controls
         )
@@ -67,7 +70,7 @@ class World:
             return Message(RecordDict({ARRAYS: arrays, METRICS: metrics}), reply_to=message)
 
         def recall(message: Message, context: Context) -> Control:
-            return Control(message, context, self.codec, pace)
+            return Control(message, context, self.codec, self.course)
 
         mod = compress(self.codec, np.random.default_rng(0), recall=recall)
         return mod(message, self.contexts[node], handler)
@@ -92,7 +95,8 @@ class World:
         """What the client will take for its control when it hears what counted."""
         message = next(m for m in self.ask() if m.metadata.dst_node_id == node)
         self.round -= 1
-        return Control(message, self.contexts[node], self.codec, pace)._control
+        control = Control(message, self.contexts[node], self.codec, self.course)
+        return self.course.faded(control._counted, self.controls._at) * control._control
 
 
 def noise(node: int, received: Vector, steering: Vector, server_round: int) -> Vector:
@@ -137,8 +141,9 @@ def test_the_mean_is_that_of_what_clients_trained(lost: frozenset[int]) -> None:
     np.testing.assert_allclose(world.step(), expected, atol=1e-6)
 
 
-def test_few_of_many_give_the_mean_of_all_in_the_mean() -> None:
-    """Of clients whose updates do not change, any few are enough once all are known; without controls not."""
+def test_few_give_the_mean_of_all_while_controls_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of clients whose updates do not change, any few are enough once all are known."""
+    monkeypatch.setattr(scaffold, "FADE", 1.0)
 
     def own(node: int, received: Vector, steering: Vector, server_round: int) -> Vector:
         return np.full(4, node * pace(server_round), np.float32)
@@ -179,7 +184,7 @@ def test_clients_that_differ_find_the_optimum_of_all(codec: Codec) -> None:
 
 
 def test_news_become_few_where_updates_come_again() -> None:
-    """The same update each round takes next to nothing from the second on."""
+    """Of the same update each round ever less is lost."""
     rng = np.random.default_rng(0)
     always = rng.standard_normal((2, 2000)).astype(np.float32)
 
@@ -193,7 +198,7 @@ def test_news_become_few_where_updates_come_again() -> None:
         step = world.step() / pace(world.round)
         missed.append(float(np.sum((step - expected) ** 2) / np.sum(expected**2)))
     assert missed[0] > 0.1  # one bit a value of noise
-    assert missed[7] < 1e-2 * missed[0]
+    assert missed[7] < 0.2 * missed[0]
 
 
 def test_a_node_that_forgot_costs_one_round_and_all_begin_anew() -> None:
@@ -238,6 +243,30 @@ def test_a_failed_training_changes_nothing_that_a_client_keeps() -> None:
     with pytest.raises(ValueError, match="not finite"):
         world.answer(world.ask()[0])
     assert {name: value.tolist() for name, value in load_state(world.contexts[0], KEPT).items()} == before
+
+
+def test_a_control_fades_by_a_tenth_from_cohort_to_cohort() -> None:
+    """A client that takes part in a quarter of the rounds: after four."""
+    course = Course(pace, share=0.25)
+    assert course.faded(3, 3) == 1
+    assert course.faded(3, 7) == pytest.approx(0.9)
+
+
+def test_half_of_what_was_lost_comes_again_and_only_where_it_counted() -> None:
+    """One of two values is sent a round; the first round's is the first."""
+    updates = iter(([4.0, 2.0], [0.0, 0.0], [0.0, 0.0]))
+
+    def train(node: int, received: Vector, steering: Vector, server_round: int) -> Vector:
+        return np.array(next(updates), np.float32)
+
+    for lost, expected in ((frozenset[int](), [[-3.6, 1.0], [0.0, 1.0]]), (frozenset({0}), [[0.0, 0.0]])):
+        updates = iter(([4.0, 2.0], [0.0, 0.0], [0.0, 0.0]))
+        world = World([1], 2, train, TopK(0.5))
+        world.course = world.controls._course = Course(lambda now: 1.0)
+        np.testing.assert_allclose(world.step(lost=lost), [0, 0] if lost else [4, 0], atol=1e-6)
+        world.step()
+        news = load_state(world.contexts[0], KEPT)["news"]
+        np.testing.assert_allclose(news, expected[0], atol=1e-6)
 
 
 class Line:
