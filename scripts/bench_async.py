@@ -3,9 +3,9 @@
 usage: .venv/bin/python scripts/bench_async.py [--seeds 0 1 2] [--folder F] [--plots F] [KEY=VALUE ...]
 
 Logistic regression on Fashion-MNIST over 50 clients, labels Dirichlet(0.5), nothing private or coded; a fifth
-of the clients takes ten times as long. A step takes 10 updates everywhere: of 10 clients, of the first 10 of 13,
-or of a buffer while 13 train at any time. Time is simulated: it counts training only, a millisecond an example.
-Each run is a `fedapp simulate` of its own, kept under `--folder`; a run whose summary is there already is not
+of the clients takes ten times as long. A step takes 10 updates everywhere: of 10 clients, of the first 10 of
+13, or of a buffer while 13 train at any time. Time is simulated: it counts training only, a millisecond an
+example. Each run is a `fedapp simulate` of its own, kept under `--folder`; a run whose summary is there is not
 repeated. Needs the extra dev for the plot.
 """
 

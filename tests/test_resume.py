@@ -165,6 +165,25 @@ def test_killed_in_a_round_and_resumed_is_the_same_run(setting: str, tmp_path: P
     assert not (tmp_path / "checkpoint").exists()
 
 
+def test_private_asynchronous_rounds_go_on_within_their_budget(tmp_path: Path) -> None:
+    """Who was at work is not asked again, but others are, and all that were asked are charged."""
+
+    def run() -> None:
+        Federation._evaluate = at_call(4, Federation._evaluate)  # type: ignore[method-assign]
+        simulate(tmp_path, "strategy=fedbuff cohort=null strategy.buffer=2 privacy=example trainer.steps=2")
+
+    assert killed(run, never) == -9
+    begun = Begun(tmp_path / "checkpoint" / "begun.jsonl")
+    assert begun.rounds == 4
+    assert sum(begun.took_part.values()) > 5 + 3  # all, and at least one in each later round
+    assert max(begun.took_part.values()) <= 4
+    summary = resume(tmp_path)
+    assert summary.epsilon is not None
+    assert summary.epsilon <= 8
+    assert summary.note is not None
+    assert "1 round was begun and not finished" in summary.note
+
+
 MOMENTS: dict[str, tuple[Any, str, int]] = {  # who calls what, at which call the process dies
     "before the line of a round": (RunFolder, "append", 4),
     "before a checkpoint": (Checkpoints, "save", 4),
