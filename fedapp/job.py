@@ -174,11 +174,10 @@ class Job:
         None where time is not simulated. Asynchronous rounds need an order of answers: without speeds it is
         that of the messages.
         """
-        if isinstance(self.speeds, Untimed):
-            return (lambda partition, examples: 0.0) if isinstance(self.strategy, FedBuff) else None
-        speeds, epochs = self.speeds, int(getattr(self.trainer, "epochs", 1))
-        slow = speeds.slow(self.clients, self.public_rng(0, 0, use=5))
-        return lambda partition, examples: speeds.seconds(examples, epochs, partition in slow)
+        if isinstance(self.speeds, Stragglers):
+            epochs, rng = int(getattr(self.trainer, "epochs", 1)), self.public_rng(0, 0, use=5)
+            return self.speeds.times(self.clients, epochs, rng)
+        return (lambda partition, examples: 0.0) if isinstance(self.strategy, FedBuff) else None
 
     @property
     def checkpointed(self) -> float | None:

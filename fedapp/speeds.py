@@ -1,5 +1,6 @@
 """How long simulated clients take to train, in simulated seconds."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,10 +29,11 @@ class Stragglers:
         check.real("speeds.slowdown", self.slowdown, low=1.0, high=1e6)
         check.real("speeds.seconds_per_example", self.seconds_per_example, above=0.0, high=1e6)
 
-    def slow(self, clients: int, rng: np.random.Generator) -> frozenset[int]:
-        """The partitions that are slow: the share of so many, to the nearest whole client."""
-        return frozenset(int(i) for i in rng.permutation(clients)[: round(self.share * clients)])
+    def times(self, clients: int, epochs: int, rng: np.random.Generator) -> Callable[[int, int], float]:
+        """How long the client of a partition, with so many examples, trains; `rng` draws who is slow.
 
-    def seconds(self, examples: int, epochs: int, slow: bool) -> float:
-        """How long a client trains."""
-        return self.seconds_per_example * examples * epochs * (self.slowdown if slow else 1.0)
+        The share of so many clients is slow, to the nearest whole one.
+        """
+        slow = frozenset(rng.permutation(clients)[: round(self.share * clients)].tolist())
+        fast = self.seconds_per_example * epochs
+        return lambda partition, examples: fast * examples * (self.slowdown if partition in slow else 1.0)

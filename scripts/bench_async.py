@@ -5,7 +5,7 @@ usage: .venv/bin/python scripts/bench_async.py [--seeds 0 1 2] [--folder F] [--p
 Logistic regression on Fashion-MNIST over 50 clients, labels Dirichlet(0.5), nothing private or coded; a fifth
 of the clients takes ten times as long. A step takes 10 updates everywhere: of 10 clients, of the first 10 of
 13, or of a buffer while 13 train at any time. Time is simulated: it counts training only, a millisecond an
-example. Each run is a `fedapp simulate` of its own, kept under `--folder`; a run whose summary is there is not
+example. Each run is a `fedapp simulate` of its own, kept under `--folder`; one whose summary is there is not
 repeated. Needs the extra dev for the plot.
 """
 
@@ -60,7 +60,7 @@ def plot(curves: dict[str, list[Curve]], path: Path) -> None:
             axis.plot(
                 clocks, [100 * a for a in accuracies], color=f"C{index}", label=label, alpha=0.8, lw=1.3
             )
-    axis.set(xlabel="simulated seconds", ylabel="test accuracy, %", xscale="log", ylim=(40, None))
+    axis.set(xlabel="simulated seconds (log)", ylabel="test accuracy, %", xscale="log", ylim=(65, 90))
     axis.grid(alpha=0.3, which="both")
     axis.legend(loc="lower right")
     figure.tight_layout()

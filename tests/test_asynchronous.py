@@ -174,7 +174,12 @@ def test_versions_are_kept_for_those_at_work_only(monkeypatch: pytest.MonkeyPatc
     """Each node is sent the difference to the version that it holds, though others came out meanwhile."""
     helps: list[bool] = []
     again = Downlink.again
-    monkeypatch.setattr(Downlink, "again", lambda *of: helps.append(again(*of)) or helps[-1])
+
+    def noted(self: Downlink, reply: Message) -> bool:
+        helps.append(again(self, reply))
+        return helps[-1]
+
+    monkeypatch.setattr(Downlink, "again", noted)
     federation, records = run(job_of(f"{BUFFERED} rounds=40 codec.step=1 downlink=coded speeds=stragglers"))
     downlink = federation._downlink
     assert downlink is not None

@@ -1,22 +1,16 @@
 """The local engine: a Flower Grid whose nodes live in resident worker processes on this machine."""
 
-import multiprocessing
 import multiprocessing.connection
 import os
 import pickle
-import signal
-import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from copy import copy
 from dataclasses import dataclass
 from logging import ERROR
-from multiprocessing.connection import Connection
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from uuid import uuid4
 
-import torch
 from flwr.app import Context, Error, Message, MessageType, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.common.constant import SUPERLINK_NODE_ID, ErrorCode
@@ -26,13 +20,13 @@ from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
 from fedapp import check
-from fedapp.engine.channel import Channel
 from fedapp.engine.grid import stream
 from fedapp.engine.states import States
 from fedapp.engine.timeline import Answer, Timeline
+from fedapp.engine.worker import Worker
 from fedapp.exact_sum import ExactSum
-from fedapp.fold import Fold, Folded, as_it_is
-from fedapp.stages import CLOCK, OTHER, TRANSFER
+from fedapp.fold import Fold, Folded
+from fedapp.stages import CLOCK, TRANSFER
 
 _WAIT = 0.05  # seconds that a pull waits for a reply before it returns with none
 
@@ -75,29 +69,6 @@ class Local:
             grid.close()
 
 
-class _Worker:
-    """One resident process and the message it works on."""
-
-    def __init__(self, app: ClientApp, fold: Fold | None, slot: int) -> None:
-        # Forked, so that modules and data are shared pages. CUDA does not survive a fork: the parent
-        # touches it only after the workers are there.
-        context = multiprocessing.get_context("fork")
-        ours, theirs = context.Pipe()
-        arguments = (theirs, ours, app, fold, slot)
-        self.process: BaseProcess = context.Process(target=_work, args=arguments, daemon=True)
-        self.process.start()
-        theirs.close()
-        self.slot, self.channel = slot, Channel(ours)
-        self.message: Message | None = None
-        self.content: RecordDict | None = None  # what this worker received last, so that it is sent once
-
-    def end(self) -> None:
-        self.process.kill()
-        self.process.join()
-        self.process.close()
-        self.channel.pipe.close()
-
-
 class LocalGrid(Grid):
     """Pushes messages to idle workers, largest client first; each node's Context lives here."""
 
@@ -118,7 +89,7 @@ class LocalGrid(Grid):
         self.timeline = None if seconds is None else Timeline(self._seconds_of)
         self._contexts = States(self.partitions, self._context)
         self._queue: list[Message] = []
-        self._workers = [_Worker(app, fold, slot) for slot in range(workers)]
+        self._workers = [Worker(app, fold, slot) for slot in range(workers)]
 
     def _context(self, node: int) -> Context:
         config: dict[str, bool | float | int | str] = {
@@ -213,7 +184,7 @@ class LocalGrid(Grid):
                     worker.channel.send((envelope, None if known else content, context))
 
     @TRANSFER
-    def _receive(self, worker: _Worker) -> Answer:
+    def _receive(self, worker: Worker) -> Answer:
         asked, worker.message = worker.message, None
         assert asked is not None
         try:
@@ -234,11 +205,11 @@ class LocalGrid(Grid):
             return Folded(worker.slot, tally, size, asked), context
         return Message(answer, reply_to=asked), context
 
-    def _replace(self, worker: _Worker) -> _Worker:
+    def _replace(self, worker: Worker) -> Worker:
         worker.end()
         if self._fold:
             self._fold.lost(worker.slot)
-        self._workers[worker.slot] = _Worker(self._app, self._fold, worker.slot)
+        self._workers[worker.slot] = Worker(self._app, self._fold, worker.slot)
         return self._workers[worker.slot]
 
     def commit(self, finished: int, oldest: int) -> int:
@@ -283,32 +254,3 @@ class LocalGrid(Grid):
     @property
     def run(self) -> Run:
         return self._run
-
-
-def _work(pipe: Connection, parents: Connection, app: ClientApp, fold: Fold | None, slot: int) -> None:
-    """A worker's life: take a message, let the app answer it, send the reply with the node's Context.
-
-    What its stages took follows each answer.
-    """
-    parents.close()  # this process has a copy, which would keep the pipe open after the parent's death
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends us
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    torch.set_num_threads(1)
-    channel, content = Channel(pipe), RecordDict()
-    CLOCK.begin(CLOCK.traced)
-    while True:
-        try:
-            message, fresh, context = channel.receive()
-        except (EOFError, OSError):  # the parent is gone
-            return
-        content = content if fresh is None else fresh
-        message.content = content
-        with OTHER:
-            try:
-                reply = app(message, context)
-            except Exception:
-                traceback.print_exc()
-                error = Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, "see the log")
-                reply = Message(error, reply_to=message)
-        channel.send((fold.add(slot, message, reply) if fold else as_it_is(reply), context))
-        pipe.send_bytes(pickle.dumps(CLOCK.tell()))
