@@ -87,18 +87,19 @@ class Asynchronous:
         drawn = self._drawn(number, asked)
         self.begun.add(number, drawn)  # before anything is sent
         progress.reply(0, size)
-        while True:
-            self._send(number, arrays, drawn)
+        while accepted < size:
+            failed += self._send(number, arrays, drawn)
             asked.update(drawn)
-            if accepted == size or not self._flights:
+            if self._flights:
+                flight, reply = self._next()
+                if reply is not None and self._again(flight, reply):
+                    failed += self._send(number, arrays, [self._partition(flight)], flight.tries + 1)
+                elif reply is not None and self._taken(buffer, number, flight, reply):
+                    accepted += 1
+                else:
+                    failed += 1
+            elif not drawn:  # all were asked on these weights
                 break
-            flight, reply = self._next()
-            if reply is not None and self._again(flight, reply):
-                self._send(number, arrays, [self._partition(flight)], flight.tries + 1)
-            elif reply is not None and self._taken(buffer, number, flight, reply):
-                accepted += 1
-            else:
-                failed += 1
             progress.reply(accepted, size)
             drawn = [] if accepted == size else self._drawn(number, asked)  # the next ones get new weights
             if drawn:
@@ -117,10 +118,10 @@ class Asynchronous:
         rng = self.job.public_rng(number, len(asked), use=4)
         return sorted(int(i) for i in rng.permutation(free)[: max(0, wanted)])
 
-    def _send(self, number: int, arrays: ArrayRecord, partitions: list[int], tries: int = 0) -> None:
-        """Send the weights of now to the clients of these partitions."""
+    def _send(self, number: int, arrays: ArrayRecord, partitions: list[int], tries: int = 0) -> int:
+        """Send the weights of now to the clients of these partitions; returns how many the grid refused."""
         if not partitions:
-            return
+            return 0
         view = cast(Grid, Cohort([self._nodes[partition] for partition in partitions]))
         asked = self.wire.configure_train(number, arrays, ConfigRecord(), view)
         messages = sorted(asked, key=lambda message: self.partitions[message.metadata.dst_node_id])
@@ -128,14 +129,21 @@ class Asynchronous:
             with ENCODE:
                 messages = self.downlink.send(arrays, messages)
         self.traffic.sent(messages)
-        self._push(messages, number, tries)
+        return self._push(messages, number, tries)
 
-    def _push(self, messages: list[Message], number: int, tries: int) -> None:
+    def _push(self, messages: list[Message], number: int, tries: int) -> int:
         sent = now(self.grid)
         with TRANSFER:
-            names = self.grid.push_messages(messages)
-        for name, message in zip(names, messages, strict=True):
-            self._flights[name] = Flight(message, number, sent, tries)
+            names = list(
+                self.grid.push_messages(messages)
+            )  # empty ones, or none at all, of what is too large
+        flights = {
+            name: Flight(message, number, sent, tries)
+            for name, message in zip(names, messages, strict=False)
+            if name
+        }
+        self._flights |= flights
+        return len(messages) - len(flights)
 
     def _next(self) -> tuple[Flight, Message | None]:
         """The flight that ends next, and its reply; None where the client's time was over before one came."""

@@ -113,8 +113,9 @@ class Federation:
                 clock=self.clock if self.job.timed else None,
             )
             if answers and self.accepted == accepted:
+                early = "" if self.job.deadline is None else f", or deadline={self.job.deadline:g} is early"
                 raise FedappError(
-                    f"round {number}: none of {answers} clients returned an update; the log says why"
+                    f"round {number}: none of {answers} clients returned an update; the log says why{early}"
                 )
 
     @property

@@ -147,11 +147,12 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int, int]]:
     seen: list[tuple[int, int, int]] = []
     push = Asynchronous._push
 
-    def watched(self: Asynchronous, messages: list[Message], number: int, tries: int) -> None:
-        push(self, messages, number, tries)
+    def watched(self: Asynchronous, messages: list[Message], number: int, tries: int) -> int:
+        refused = push(self, messages, number, tries)
         if not tries:
             at_work = len(self._flights)
             seen.extend((number, self.partitions[m.metadata.dst_node_id], at_work) for m in messages)
+        return refused
 
     monkeypatch.setattr(Asynchronous, "_push", watched)
     return seen
@@ -265,6 +266,17 @@ def test_who_says_nothing_is_given_up() -> None:
     assert [(record.replies, record.failures) for record in records] == [(7, 1)] * 2
 
 
+def test_a_message_that_the_grid_refuses_is_a_failure() -> None:
+    class Refusing(Elsewhere):
+        def push_messages(self, messages: Iterable[Message]) -> Iterable[Any]:
+            queries = [m for m in messages if m.metadata.message_type == "query"]
+            return super().push_messages(queries) if queries else [None]  # and no more
+
+    job = job_of(BUFFERED)
+    with pytest.raises(FedappError, match="round 1: none of 8 clients returned an update"):
+        rounds_on(job, Refusing(client_app(lambda _: job), list(range(50, 58))))
+
+
 # Over-selection and deadlines
 
 
@@ -308,6 +320,11 @@ def test_the_first_are_taken_and_the_rest_leave_no_trace(
         clock += slowest if full or job.deadline is None else job.deadline
         assert record.clock == pytest.approx(clock)
         assert record.failures == (0 if full else len(job.draw(number, 8)) - len(cohorts[number]))
+
+
+def test_a_deadline_that_nobody_meets_is_named() -> None:
+    with pytest.raises(FedappError, match=r"none of 8 .*, or deadline=0.001 is early"):
+        run(job_of("deadline=0.001 speeds=stragglers"))
 
 
 def test_an_error_is_no_answer_that_counts() -> None:
