@@ -5,11 +5,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import nn
 
+from fedapp import check
 from fedapp.ckks import Ckks
 from fedapp.codec import Codec, Layout, Slot
 from fedapp.codec.chain import ErrorFeedback
 from fedapp.dp_step import DpStep
 from fedapp.errors import ConfigError
+from fedapp.fedbuff import FedBuff
 from fedapp.privacy.central import CentralGaussian
 from fedapp.privacy.distributed_example import DistributedExample
 from fedapp.privacy.example import ExamplePrivacy
@@ -21,6 +23,57 @@ if TYPE_CHECKING:
     from fedapp.job import Job
 
 LEAST = 3  # clients in a sum that hides them
+ROBUST = frozenset({"FedMedian", "FedTrimmedAvg", "Krum", "MultiKrum", "Bulyan"})
+
+
+def check_time(job: "Job") -> None:
+    """Where some of a cohort do not count, or there is none, refuse what counts on cohorts."""
+    buffered, robust = isinstance(job.strategy, FedBuff), type(job.strategy).__name__ in ROBUST
+    if not buffered and job.over_selection == 1 and job.deadline is None:
+        return
+    given = "strategy=fedbuff" if buffered else f"over_selection={job.over_selection:g}"
+    if not buffered and job.over_selection == 1:
+        given = f"deadline={job.deadline:g}"
+    privacy, strategy = f"privacy={job.choices['privacy']}", job.choices["strategy"]
+    refused = (
+        (
+            isinstance(job.privacy, (CentralGaussian, Summed)),
+            f"{privacy} is not accounted for where answers decide who takes part: "
+            f"choose privacy=none or example",
+        ),
+        (isinstance(job.aggregation, Ckks), "aggregation=ckks adds whole cohorts: choose aggregation=open"),
+        (job.sampling == "poisson", "sampling=poisson draws a cohort of no set size: set sampling=fixed"),
+        (robust, f"strategy={strategy} would weigh who is fast, attackers too: choose strategy=fedavg"),
+    )
+    refused_buffered = (
+        (job.cohort is not None, "there is no cohort: leave cohort out, and set strategy.concurrency"),
+        (job.over_selection > 1, "there is no cohort: leave over_selection out"),
+        (job.deadline is not None, "nothing waits for the slow: leave deadline out"),
+        (job.evaluate == "clients", "clients that test would not train: set evaluate=server or none"),
+        (
+            job.evaluate == "server" and job.torch_device.type == "cuda",
+            "on a GPU a worker tests the model, and all of them train: set device=cpu, or evaluate=none",
+        ),
+    )
+    for holds, reason in (*refused, *(refused_buffered if buffered else ())):
+        if holds:
+            raise ConfigError(f"with {given}, {reason}")
+    if isinstance(job.strategy, FedBuff):
+        check.whole("strategy.buffer", job.strategy.buffer, 1, job.clients)
+        check.whole("strategy.concurrency", job.at_once, 1, job.clients)
+
+
+def check_clock(job: "Job", simulated: bool) -> None:
+    """Speeds are simulated or real: refuse those that are not there, and rounds that would need them."""
+    if job.timed and not simulated:
+        raise ConfigError(
+            f"speeds={job.choices['speeds']} simulates time, and here it is real: set speeds=none"
+        )
+    if simulated and not job.timed and (job.over_selection > 1 or job.deadline is not None):
+        raise ConfigError(
+            f"over_selection={job.over_selection:g} deadline={job.deadline} ask who is late, and in a "
+            f"simulation without speeds nobody is: set speeds=stragglers"
+        )
 
 
 def check_privacy(job: "Job") -> None:
@@ -38,7 +91,7 @@ def check_privacy(job: "Job") -> None:
             "strategy=fedprox needs trainer=sgd: choose strategy=fedavg",
         ),
         (
-            strategy not in STREAMED and (summed or not example),
+            strategy not in (*STREAMED, "FedBuff") and (summed or not example),
             f"strategy={job.choices['strategy']} needs each update by itself, and what is private is "
             f"their mean: choose strategy=fedavg",
         ),

@@ -44,6 +44,7 @@ _NAMES = {  # group: where its classes live, and which
         "FedMedian FedTrimmedAvg Krum MultiKrum Bulyan",
     ),
     "engine": ("fedapp.engine.local", "Local"),
+    "speeds": ("fedapp.speeds", "Untimed Stragglers"),
     "aggregation": ("fedapp.ckks", "Open Ckks"),
     "privacy": (
         "fedapp.privacy",
@@ -52,6 +53,7 @@ _NAMES = {  # group: where its classes live, and which
     ),
 }
 TARGETS = {group: [f"{home}.{n}" for n in names.split()] for group, (home, names) in _NAMES.items()}
+TARGETS["strategy"].append("fedapp.fedbuff.FedBuff")
 """Everything a `_target_` of a group may name, exactly: an override string comes over the network."""
 TARGETS["strategy"].append("fedapp.scaffold.Scaffold")
 _POSITIVE, _SHARE = {"above": 0.0, "high": 1e6}, {"low": 0.0, "below": 1.0}
@@ -63,13 +65,13 @@ _STRATEGY_BOUNDS = {  # Flower checks few of these itself
 _STRATEGY_COUNTS = {"num_malicious_nodes": 0, "num_nodes_to_select": 1}
 
 _KEYS = (
-    "clients", "cohort", "rounds", "seed", "sampling", "evaluate", "device", "round_timeout", "checkpoint",
-    "profile",
+    "clients", "cohort", "rounds", "seed", "sampling", "over_selection", "deadline", "evaluate", "device",
+    "round_timeout", "checkpoint", "profile",
 )  # fmt: skip
 _WITHOUT_EFFECT = ("run_dir", "resume", "checkpoint", "profile", "engine.workers", "engine.state_mb")
 _GROUPS = (
     "task", "partition", "model", "trainer", "codec", "downlink", "strategy", "aggregation", "engine",
-    "privacy", "experiment",
+    "speeds", "privacy", "experiment",
 )  # fmt: skip
 
 
@@ -167,6 +169,7 @@ def job(config: DictConfig) -> Job:
         privacy=build(tree["privacy"], "privacy"),
         aggregation=build(tree["aggregation"], "aggregation"),
         engine=build(tree["engine"], "engine"),
+        speeds=build(tree["speeds"], "speeds"),
         choices=tree["choices"],
     )
 

@@ -77,39 +77,41 @@ class Downlink:
         self._now = first(self._layout)
         self._versions = {0: (self._now.exponent, b"")}  # those that some node may hold, coded
         self._held: dict[int, int] = {}  # by node; at first each holds version 0
-        self._weights, self._sent = initial, dict[int, Message]()
+        self._sent: dict[int, int] = {}  # by node, the version that it was sent and has not answered
+        self._weights = initial
 
     def send(self, weights: ArrayRecord, messages: Iterable[Message]) -> list[Message]:
         """The messages; instead of weights they hold what their nodes need to make this version of them."""
         if weights is not self._weights:
             self._weights = weights
             self._publish(ravel(weights, self._layout))
-        self._sent = {message.metadata.dst_node_id: message for message in messages}
+        messages = list(messages)
         arrays: dict[int, ArrayRecord] = {}  # one for all nodes that hold the same
         contents: dict[tuple[int, int], RecordDict] = {}  # and are told the same beside
-        for node, message in self._sent.items():
+        for message in messages:
+            node = message.metadata.dst_node_id
             held, told = self._held.get(node, 0), id(message.content)
+            self._sent[node] = self._now.number
             if held not in arrays:
                 arrays[held] = self._arrays(held)
             if (held, told) not in contents:
                 contents[held, told] = RecordDict({**message.content, ARRAYS: arrays[held]})
             message.content = contents[held, told]
-        return list(self._sent.values())
+        return messages
 
-    def again(self, reply: Message) -> Message | None:
-        """Note what the node holds; where it could make nothing of its message, the message that it needs."""
+    def again(self, reply: Message) -> bool:
+        """Note what the node holds; whether it could make nothing of its message, and another may help."""
         node, said = reply.metadata.src_node_id, _said(reply)
+        sent = self._sent.pop(node, 0)
         if said is None:
             if reply.has_content():
-                self._held[node] = self._now.number
-            return None
+                self._held[node] = sent
+            return False
         tried = self._held.get(node, 0)
         if tried == NOTHING:
-            return None
+            return False
         self._held[node] = NOTHING if tried == 0 else said if said in self._versions else 0
-        asked = self._sent[node]
-        content = RecordDict({**asked.content, ARRAYS: self._arrays(self._held[node])})
-        return Message(content, node, asked.metadata.message_type, group_id=asked.metadata.group_id)
+        return True
 
     def state(self, partitions: Mapping[int, int], weights: ArrayRecord) -> dict[str, Any]:
         """The version now, those that nodes hold, and which partition's node holds which."""
@@ -117,6 +119,7 @@ class Downlink:
             "now": [self._now.number, self._now.exponent, self._now.levels],
             "versions": [[v, e, np.frombuffer(code, np.uint8)] for v, (e, code) in self._versions.items()],
             "held": [[partitions[node], v] for node, v in self._held.items() if node in partitions],
+            "sent": [[partitions[node], v] for node, v in self._sent.items() if node in partitions],
             "published": weights is self._weights,
         }
 
@@ -128,6 +131,7 @@ class Downlink:
         self._now = Version(*state["now"])
         self._versions = {v: (exponent, code.tobytes()) for v, exponent, code in state["versions"]}
         self._held = {nodes[partition]: v for partition, v in state["held"] if partition in nodes}
+        self._sent = {nodes[partition]: v for partition, v in state["sent"] if partition in nodes}
         self._weights = weights if state["published"] else ArrayRecord()
 
     def _publish(self, weights: NDArray[np.float32]) -> None:
@@ -142,7 +146,8 @@ class Downlink:
         except OverflowError:  # after ever finer steps a long way: all nodes start anew
             self._now = first(self._layout).plus(number, *self._quantized(way, finest))
             self._held.clear()
-        kept = {0, *self._held.values()} & self._versions.keys()
+            self._sent.clear()
+        kept = {0, *self._held.values(), *self._sent.values()} & self._versions.keys()
         self._versions = {v: self._versions[v] for v in kept}
         self._versions[number] = self._now.exponent, _encode(self._now.levels, self._layout)
 

@@ -1,5 +1,6 @@
 """Everything one run is made of, checked before anything starts."""
 
+import math
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -22,6 +23,7 @@ from fedapp.codec.feedback import AutoFeedback
 from fedapp.downlink import Coded, Plain, receive
 from fedapp.dp_step import DpStep
 from fedapp.errors import ConfigError
+from fedapp.fedbuff import FedBuff
 from fedapp.fold import Fold
 from fedapp.privacy.accounting import Gaussian, Release, Sampling, Spent
 from fedapp.privacy.accounting import epsilon as epsilon_of
@@ -36,6 +38,7 @@ from fedapp.privacy.none import NoPrivacy
 from fedapp.privacy.secret import COHORT, Secret, source, uniform
 from fedapp.scaffold import Control, Controls, Course, Scaffold
 from fedapp.secagg.wire import Summed
+from fedapp.speeds import Stragglers, Untimed
 from fedapp.tasks import Task
 from fedapp.training import DpSgd, Sgd, Trainer, scheduled
 from fedapp.vector import layout_of
@@ -54,6 +57,8 @@ class Job:
     rounds: int
     seed: int
     sampling: str
+    over_selection: float
+    deadline: float | None
     evaluate: str
     device: str
     round_timeout: float
@@ -67,6 +72,7 @@ class Job:
     privacy: NoPrivacy | ExamplePrivacy | LocalGaussian | CentralGaussian | Summed
     aggregation: Open | Ckks
     engine: "Local"
+    speeds: Untimed | Stragglers
     choices: Mapping[str, str | None]
     said: str | None = field(init=False, default=None)  # how updates are coded, where that was left open
 
@@ -77,6 +83,9 @@ class Job:
         check.whole("rounds", self.rounds, 0)
         check.whole("seed", self.seed, 0, 2**32 - 1)
         check.choice("sampling", self.sampling, ("auto", "fixed", "poisson"))
+        check.real("over_selection", self.over_selection, low=1.0, high=100.0)
+        if self.deadline is not None:
+            check.real("deadline", self.deadline, above=0.0)
         check.choice("evaluate", self.evaluate, ("server", "clients", "none"))
         check.choice("device", self.device, ("auto", "cpu", "cuda"))
         check.real("round_timeout", self.round_timeout, above=0.0)
@@ -88,6 +97,7 @@ class Job:
         central = isinstance(self.privacy, CentralGaussian)
         if self.sampling == "auto":
             object.__setattr__(self, "sampling", "poisson" if central else "fixed")
+        combinations.check_time(self)
         combinations.check_privacy(self)
         combinations.check_aggregation(self)
         combinations.check_steering(self)
@@ -109,8 +119,9 @@ class Job:
 
     @cached_property
     def _most(self) -> int:
-        """Rounds that public draws give one client at most."""
-        if self.in_round == self.clients and self.sampling == "fixed":
+        """Rounds that public draws give one client at most; asynchronous ones, where answers decide, any."""
+        everyone = self.in_round == self.clients and self.sampling == "fixed"
+        if everyone or isinstance(self.strategy, FedBuff):
             return self.rounds
         drawn = Counter(i for r in range(1, self.rounds + 1) for i in self.draw(r, self.clients))
         return max(drawn.values(), default=0)
@@ -123,7 +134,7 @@ class Job:
         secret: Secret = self.public_rng(server_round, partition=0, use=2).bytes
         if isinstance(self.privacy, CentralGaussian):
             secret = source(self.privacy.test_seed, COHORT, server_round)
-        numbers, size = uniform(nodes, secret), min(self.in_round, nodes)
+        numbers, size = uniform(nodes, secret), min(self.at_once, nodes)
         chosen = numbers < size / nodes if self.sampling == "poisson" else numbers.argsort().argsort() < size
         return [int(i) for i in np.flatnonzero(chosen)]
 
@@ -143,8 +154,32 @@ class Job:
 
     @property
     def in_round(self) -> int:
-        """How many clients train in a round."""
-        return self.cohort or self.clients
+        """How many clients' updates make a round."""
+        return self.strategy.buffer if isinstance(self.strategy, FedBuff) else self.cohort or self.clients
+
+    @property
+    def at_once(self) -> int:
+        """How many clients train at one time, those among them that may come too late."""
+        if isinstance(self.strategy, FedBuff):
+            return self.strategy.concurrency or self.clients
+        return min(self.clients, math.ceil(round(self.in_round * self.over_selection, 6)))
+
+    @property
+    def timed(self) -> bool:
+        """Whether clients have simulated speeds."""
+        return isinstance(self.speeds, Stragglers)
+
+    @property
+    def seconds(self) -> Callable[[int, int], float] | None:
+        """Simulated seconds that the client of a partition, with so many examples, trains.
+
+        None where time is not simulated. Asynchronous rounds need an order of answers: without speeds it is
+        that of the messages.
+        """
+        if isinstance(self.speeds, Stragglers):
+            epochs, rng = int(getattr(self.trainer, "epochs", 1)), self.public_rng(0, 0, use=5)
+            return self.speeds.times(self.clients, epochs, rng)
+        return (lambda partition, examples: 0.0) if isinstance(self.strategy, FedBuff) else None
 
     @property
     def checkpointed(self) -> float | None:
@@ -191,8 +226,9 @@ class Job:
     @property
     def wire_codec(self) -> Codec | None:
         """None where weights come back as plain Flower sends them."""
-        plain = isinstance(self.codec, Identity) and isinstance(self.downlink, Plain)
-        return None if plain and not self.mechanism and not self.steers else self.codec
+        plain = isinstance(self.codec, Identity) and isinstance(self.downlink, Plain) and not self.mechanism
+        buffered = isinstance(self.strategy, FedBuff)  # which adds updates of different weights
+        return None if plain and not buffered and not self.steers else self.codec
 
     @property
     def steers(self) -> bool:
@@ -219,9 +255,13 @@ class Job:
 
     @property
     def fold(self) -> Callable[[int], Fold] | None:
-        """Makes sums for so many workers; None where a strategy needs more than sums, or others make them."""
-        wire = self.wire()
-        if wire.reader is None or not wire.streams or self.terms or isinstance(self.aggregation, Ckks):
+        """Makes sums for so many workers; None where a strategy needs more than sums, or others make them.
+
+        And where not all count that answer, which a worker does not know.
+        """
+        wire, sums = self.wire(), self.terms is not None or isinstance(self.aggregation, Ckks)
+        some = self.over_selection > 1 or self.deadline is not None or self.timed
+        if wire.reader is None or not wire.streams or sums or some:
             return None
         return partial(Fold, wire.reader, self.initial)
 

@@ -2,63 +2,32 @@
 
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from logging import WARNING
 from typing import Any, cast
 
-from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
-from flwr.supercore import log
 
+from fedapp.asynchronous import Asynchronous
 from fedapp.ckks import Ckks, CkksSum
 from fedapp.client_app import load
 from fedapp.downlink import Coded, Downlink
-from fedapp.engine.grid import stream
+from fedapp.engine.grid import now, stream
 from fedapp.engine.local import LocalGrid
 from fedapp.errors import DataError, FedappError
-from fedapp.fold import Folded
+from fedapp.fedbuff import FedBuff
 from fedapp.job import Job
+from fedapp.nodes import Cohort, Traffic, partitions
 from fedapp.privacy.accounting import Spent
 from fedapp.privacy.begun import Begun
-from fedapp.records import ARRAYS, CONFIG, METRICS, size_of
+from fedapp.records import ARRAYS, METRICS
 from fedapp.report.folder import Round
 from fedapp.report.progress import Progress
 from fedapp.secagg import Server
 from fedapp.secagg.wire import SecureSum
-from fedapp.stages import AGGREGATE, CLOCK, ENCODE, EVALUATE, TRANSFER
+from fedapp.stages import AGGREGATE, CLOCK, ENCODE, EVALUATE
 from fedapp.vector import arrays_in, layout_of, record_of
-
-
-class Cohort:
-    """What a strategy sees of the grid when it samples: the clients of this round, and no others."""
-
-    def __init__(self, nodes: list[int]) -> None:
-        self._nodes = nodes
-
-    def get_node_ids(self) -> Iterable[int]:
-        return self._nodes
-
-
-@dataclass
-class Traffic:
-    """Bytes that crossed the wire: the serialized content of each message and each reply."""
-
-    uplink: int = 0
-    downlink: int = 0
-
-    def exchange(self, grid: Grid, messages: list[Message], timeout: float) -> Iterator[Message]:
-        """Send the messages, yield the replies, count both."""
-        sizes = {id(m.content): 0 for m in messages}  # a broadcast's one content is measured once
-        with TRANSFER:
-            for message in messages:
-                sizes[id(message.content)] = sizes[id(message.content)] or size_of(message.content)
-                self.downlink += sizes[id(message.content)]
-        for reply in stream(grid, messages, timeout):
-            if reply.has_content():
-                with TRANSFER:
-                    self.uplink += reply.size if isinstance(reply, Folded) else size_of(reply.content)
-            yield reply
 
 
 @dataclass
@@ -81,6 +50,11 @@ class Federation:
         coded = self.job.downlink
         self._downlink = Downlink(coded, self.arrays) if isinstance(coded, Coded) else None
         self._partitions = partitions(self.grid, self.job.clients, self.job.round_timeout)
+        self._late = 0
+        self._asynchronous: Asynchronous | None = None
+        if isinstance(self.job.strategy, FedBuff):
+            parts = self._wire, self._downlink, self._partitions, self.traffic, self.begun
+            self._asynchronous = Asynchronous(self.job, self.grid, *parts)
         self._test = self.job.task.test_data() if self.job.evaluate == "server" else None
         # Workers that are forked after this process has touched CUDA could not.
         self._aside = isinstance(self.grid, LocalGrid) and self.job.torch_device.type == "cuda"
@@ -97,6 +71,8 @@ class Federation:
             "wire": self._wire.state(),
             "controls": self._wire.controls and self._wire.controls.state(self._partitions),
             "downlink": self._downlink and self._downlink.state(self._partitions, self.arrays),
+            "asynchronous": self._asynchronous and self._asynchronous.state(),
+            "clock": self.clock,
             "counts": [self.traffic.uplink, self.traffic.downlink, self.messages, self.accepted],
         }
 
@@ -110,6 +86,10 @@ class Federation:
             self._wire.controls.restore(state["controls"], nodes)
         if self._downlink is not None:
             self._downlink.restore(state["downlink"], nodes, self.arrays)
+        if isinstance(self.grid, LocalGrid) and self.grid.timeline is not None:
+            self.grid.timeline.now = state["clock"]
+        if self._asynchronous is not None:
+            self._asynchronous.restore(state["asynchronous"])
         self.traffic.uplink, self.traffic.downlink, self.messages, self.accepted = state["counts"]
 
     def run(self, progress: Progress) -> Iterator[Round]:
@@ -122,7 +102,7 @@ class Federation:
                 return
             CLOCK.begin_round(number)
             started, before, accepted = time.perf_counter(), replace(self.traffic), self.accepted
-            sent = self._train(number, progress)
+            answers = self._train(number, progress)
             accuracy, loss = self._evaluate(number)
             spent, self.finished = self.spent, number
             yield Round(
@@ -134,13 +114,21 @@ class Federation:
                 epsilon=None if spent is None else spent.epsilon,
                 seconds=time.perf_counter() - started,
                 replies=self.accepted - accepted,
-                failures=sent - (self.accepted - accepted),
+                failures=answers - (self.accepted - accepted),
                 stages=CLOCK.end_round(self.grid.workers if isinstance(self.grid, LocalGrid) else None),
+                clock=self.clock if self.job.timed else None,
             )
-            if sent and self.accepted == accepted:
+            if answers and self.accepted == accepted:
+                early = "" if self.job.deadline is None else f", or deadline={self.job.deadline:g} is early"
                 raise FedappError(
-                    f"round {number}: none of {sent} clients returned an update; the log says why"
+                    f"round {number}: none of {answers} clients returned an update; the log says why{early}"
                 )
+
+    @property
+    def clock(self) -> float | None:
+        """Simulated seconds since the run began; None where time is not simulated."""
+        timeline = self.grid.timeline if isinstance(self.grid, LocalGrid) else None
+        return None if timeline is None else timeline.now
 
     @property
     def spent(self) -> Spent | None:
@@ -163,13 +151,19 @@ class Federation:
         if as_planned or self.job.note or budget is None or self.finished == self.job.rounds:
             return False
         # Of cohorts that are drawn in secret, all cost the same.
-        cohort = self.job.draw(self.finished + 1, len(self._partitions))
+        nodes = len(self._partitions)
+        cohort = range(nodes) if self._asynchronous else self.job.draw(self.finished + 1, nodes)
         most = max((self.begun.took_part + Counter(cohort)).values(), default=0)
         would = self.job.spent(self.begun.rounds + 1, most)
         return would is not None and would.epsilon > budget
 
     def _train(self, number: int, progress: Progress) -> int:
-        """One round of training; returns how many clients were asked."""
+        """One round of training; returns how many answers were due, those that failed among them."""
+        if self._asynchronous is not None:
+            step = self._asynchronous.round(number, self.arrays, progress)
+            self.arrays, self.messages = step.arrays, self.messages + step.asked
+            self.accepted += step.accepted
+            return step.accepted + step.failed
         nodes = sorted(self._partitions, key=self._partitions.__getitem__)  # a node's id is random
         cohort = [nodes[i] for i in self.job.draw(number, len(nodes))]
         view = cast(Grid, Cohort(cohort or nodes))  # strategies wait for nodes, and keep what they configure
@@ -180,7 +174,8 @@ class Federation:
         if summed is not None:
             self._train_on_sums(number, messages, summed, progress)
             return len(messages)
-        replies = self._watched(self._exchange(messages), progress, len(messages))
+        until = now(self.grid) + (float("inf") if self.job.deadline is None else self.job.deadline)
+        replies = self._watched(self._in_time(messages, until), progress, len(messages))
         if not self._wire.streams:  # then the order of summation is the order of arrival
             replies = iter(sorted(replies, key=self._partition))
         collect = self.grid.collect if isinstance(self.grid, LocalGrid) else None
@@ -188,7 +183,7 @@ class Federation:
             arrays, _ = self._wire.aggregate_train(number, replies, collect)
         self.accepted -= self._wire.failures
         self.arrays = self.arrays if arrays is None else arrays
-        return len(messages)
+        return len(messages) - self._late
 
     def _summed(self, number: int, nodes: list[int]) -> SecureSum | CkksSum | None:
         """How the server comes by the sum of a round where it is to see nothing else."""
@@ -215,25 +210,34 @@ class Federation:
             summed.take(reply)
         self.accepted = before  # what came counts only in a sum that was opened
         mean, count = summed.mean()
-        self.arrays = self._wire.step(number, mean) or self.arrays
+        self.arrays = self._wire.step(number, mean, self.arrays) or self.arrays
         self.accepted += count
 
     def _ask(self, messages: list[Message]) -> Iterator[Message]:
         """Send messages as they are, yield the replies."""
         return self.traffic.exchange(self.grid, messages, self.job.round_timeout)
 
-    def _exchange(self, messages: list[Message]) -> Iterator[Message]:
+    def _in_time(self, messages: list[Message], until: float) -> Iterator[Message]:
+        """The replies that the round waits for: of an over-selected cohort those that come first."""
+        trained, self._late = 0, 0
+        for came, reply in enumerate(self._exchange(messages, until), 1):
+            yield reply
+            trained += reply.has_content()
+            if self.job.over_selection > 1 and trained == self.job.in_round:
+                self._late = len(messages) - came
+                return
+
+    def _exchange(self, messages: list[Message], until: float = float("inf")) -> Iterator[Message]:
         """Send the weights, yield the replies; a node that cannot decode is sent others, at most twice."""
         self.messages += len(messages)
-        if self._downlink is not None:
-            with ENCODE:
-                messages = self._downlink.send(self.arrays, messages)
         for tries_left in (2, 1, 0):
-            others = []
-            for reply in self._ask(messages):
-                other = None if self._downlink is None else self._downlink.again(reply)
-                if other is not None and tries_left:
-                    others.append(other)
+            if self._downlink is not None:
+                with ENCODE:
+                    messages = self._downlink.send(self.arrays, messages)
+            asked, others = {message.metadata.dst_node_id: message for message in messages}, []
+            for reply in self.traffic.exchange(self.grid, messages, self.job.round_timeout, until):
+                if self._downlink is not None and self._downlink.again(reply) and tries_left:
+                    others.append(_anew(asked[reply.metadata.src_node_id]))
                 else:
                     yield reply
             if not (messages := others):
@@ -274,49 +278,12 @@ class Federation:
             message = Message(RecordDict({ARRAYS: self.arrays}), next(iter(self._partitions)), "query.test")
             for reply in stream(self.grid, [message], self.job.round_timeout):
                 if reply.has_content():
-                    metrics = reply.content.metric_records[METRICS]
-                    return float(metrics["accuracy"]), float(metrics["loss"])  # type: ignore[arg-type]
+                    metrics = cast(Mapping[str, float], reply.content.metric_records[METRICS])
+                    return metrics["accuracy"], metrics["loss"]
         raise FedappError(f"round {number}: the model could not be tested; the log says why")
 
 
-def partitions(grid: Grid, clients: int, timeout: float) -> dict[int, int]:
-    """Which partition each node holds; waits until so many nodes are there, then asks them.
-
-    Nodes beyond `clients` are left out: noise and cohorts are set for so many.
-    """
-    if isinstance(grid, LocalGrid):
-        return grid.partitions
-    deadline, seen = time.monotonic() + timeout, -1
-    while len(nodes := sorted(grid.get_node_ids())) < clients:
-        if time.monotonic() > deadline:
-            raise FedappError(
-                f"{len(nodes)} of clients={clients} nodes came within round_timeout={timeout:g} s: "
-                f"start more nodes, or set clients={max(1, len(nodes))}"
-            )
-        if len(nodes) != seen:  # at the first look, and at each arrival
-            seen = len(nodes)
-            log(WARNING, "waiting up to %g s for nodes: %s of clients=%s are there", timeout, seen, clients)
-        time.sleep(0.2)
-    asked = [Message(RecordDict(), node, MessageType.QUERY) for node in nodes]
-    found: dict[int, int] = {}
-    for reply in stream(grid, asked, timeout):
-        config = reply.content.config_records.get(CONFIG) if reply.has_content() else None
-        said = None if config is None else config.get("partition-id")
-        if isinstance(said, int):  # of any other answer, as of none: it brings its own data
-            found[reply.metadata.src_node_id] = said
-    own = sorted(node for node in nodes if found.get(node, -1) < 0)  # they bring their own data
-    taken = [p for p in found.values() if p >= 0]
-    if len(set(taken)) < len(taken):
-        raise FedappError(
-            f"two nodes hold the same partition ({sorted(taken)}): give each its own partition-id"
-        )
-    if taken and max(taken) >= clients:
-        raise FedappError(
-            f"a node holds partition {max(taken)}, and clients={clients} hold 0 to {clients - 1}: "
-            f"set clients={max(taken) + 1}, or start fewer nodes"
-        )
-    free = (p for p in range(len(nodes)) if p not in taken)
-    held = {node: next(free) if node in own else found[node] for node in nodes}
-    if len(held) > clients:
-        log(WARNING, "%s nodes are there, and clients=%s of them take part", len(held), clients)
-    return {node: partition for node, partition in held.items() if partition < clients}
+def _anew(message: Message) -> Message:
+    """The same message, to be sent once more."""
+    kind, group = message.metadata.message_type, message.metadata.group_id
+    return Message(message.content, message.metadata.dst_node_id, kind, group_id=group)

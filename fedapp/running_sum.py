@@ -61,15 +61,17 @@ class RunningSum:
         self.size = self.layout.size + int(sum(sizes))
         self.exact = exact or ExactSum(self.size)
 
-    def take(self, reply: Message, read: Reader, received: ArrayRecord, terms: Numbers) -> Tally:
-        """Add a reply to these received weights; as a whole, or DecodeError and not at all."""
+    def take(
+        self, reply: Message, read: Reader, received: ArrayRecord, terms: Numbers, factor: float = 1.0
+    ) -> Tally:
+        """Add a reply to these received weights, its update times `factor`; whole, or DecodeError and not."""
         weight = weight_of(metrics_of(reply, (WEIGHT,)), read.uniform)
         update, side = read.update_in(reply, self.layout, terms)
         trained = values_of(reply.content.array_records[ARRAYS], self.buffers)
         if trained:
             moved = [trained[name] - values(received[name]) for name in self.buffers]
             update = np.concatenate([update, *(one.reshape(-1) for one in moved)])
-        self.exact.add(update, weight)
+        self.exact.add(update if factor == 1.0 else update * update.dtype.type(factor), weight)
         return Tally(reply.metadata.src_node_id, weight, side)
 
     def reply(self, mean: NDArray[np.float64], weights: ArrayRecord) -> Message:

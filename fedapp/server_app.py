@@ -14,7 +14,7 @@ from flwr.serverapp import Grid, ServerApp
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-from fedapp import __version__, config
+from fedapp import __version__, combinations, config
 from fedapp.checkpoint import BEGUN, CLIENTS, Checkpoints
 from fedapp.client_app import local_app
 from fedapp.codec.chain import ErrorFeedback
@@ -43,6 +43,7 @@ def main(grid: Grid, context: Context) -> None:
     tree.choices.engine = "flower"  # whatever was chosen, this grid is Flower's
     with start(tree, Path(tree.run_dir)) as begin:
         job = config.job(begin.tree)
+        combinations.check_clock(job, simulated=False)
         job.prepare()
         folder = RunFolder(begin.path, begin.again)
         CLOCK.begin(job.profile)
@@ -63,6 +64,7 @@ def simulate(
             raise ConfigError(
                 f"the run in {begin.path} was none on this machine: resume it as it was started"
             )
+        combinations.check_clock(job, simulated=True)
         sizes = [len(part) for part in job.task.partitions()]  # loads the data, for all workers
         job.prepare()
         if job.evaluate == "server" and job.torch_device.type == "cuda":
@@ -71,7 +73,9 @@ def simulate(
         lasting = job.checkpointed is not None or begin.state is not None
         file = folder.checkpoint / CLIENTS if lasting else None
         CLOCK.begin(job.profile)  # workers, which are forked now, do as this process
-        with job.engine.grid(local_app(job), sizes, job.in_round, job.fold, file, begin.finished) as grid:
+        with job.engine.grid(
+            local_app(job), sizes, job.at_once, job.fold, file, begin.finished, job.seconds
+        ) as grid:
             summary = run(job, begin.tree, grid, folder, console, started, begin)
         folder.clear()
     return summary

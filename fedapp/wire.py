@@ -224,8 +224,11 @@ class Wire(Strategy):
         """What clients are told beside the weights."""
         return {} if self.mechanism is None else self.mechanism.terms(self._kept)
 
-    def step(self, server_round: int, mean: NDArray[np.floating[Any]]) -> ArrayRecord | None:
-        """What the strategy makes of a mean that somebody else has summed."""
+    def step(
+        self, server_round: int, mean: NDArray[np.floating[Any]], weights: ArrayRecord
+    ) -> ArrayRecord | None:
+        """What the strategy makes of these weights, and a mean that somebody else has summed."""
+        self._weights = weights
         reply = RunningSum(self._weights).reply(mean.astype(np.float64), self._weights)
         return self._stepped(server_round, [reply])[0]
 

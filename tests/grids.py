@@ -34,10 +34,11 @@ class Elsewhere(Grid):
         return reversed(self._contexts)
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        for message in messages:
+        pushed = list(messages)
+        for message in pushed:
             message.metadata.__dict__["_message_id"] = os.urandom(8).hex()
-            self._waiting.append(message)
-        return [message.metadata.message_id for message in self._waiting]
+        self._waiting += pushed
+        return [message.metadata.message_id for message in pushed]
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         message = self._waiting.pop()
@@ -76,7 +77,8 @@ def rounds_here(job: Job, app: Any = None, fold: bool = True) -> tuple[Federatio
     """The same on the local engine; where `fold`, workers add up what they can, as in a run."""
     job.prepare()
     sizes, app = [len(part) for part in job.task.partitions()], app or local_app(job)
-    with job.engine.grid(app, sizes, job.in_round, job.fold if fold else None) as grid:
+    fold_of = job.fold if fold else None
+    with job.engine.grid(app, sizes, job.at_once, fold_of, seconds=job.seconds) as grid:
         return rounds_on(job, grid)
 
 

@@ -223,6 +223,20 @@ def test_secure_aggregation_in_a_deployment_gives_the_bits_of_the_local_engine(s
     assert models[0] == models[1]
 
 
+def test_asynchronous_rounds_in_a_deployment(shell: Shell) -> None:
+    """A step for each update: who answers is sent the next weights while the other one still trains."""
+    home = shell.home
+    app_in(home, marked=False)
+    deploy(shell, ["partition-id=0 num-partitions=2", "partition-id=1 num-partitions=2"])
+    chosen = "task=digits model=logistic privacy=none clients=2 rounds=4 strategy=fedbuff strategy.buffer=1"
+    (home / "run.toml").write_text(f'overrides = "{chosen} run_dir={home}/run"\n')
+    shell.run("flwr run app own --run-config run.toml --stream", timeout=240)
+    summary, rounds = records(home / "run")
+    assert [(r["replies"], r["failures"], r["clock"]) for r in rounds] == [(1, 0, None)] * 4
+    assert (summary["cohort"], summary["interrupted"]) == (1, False)
+    assert summary["accuracy"] > 0.3
+
+
 def test_a_node_declines_what_its_policy_or_its_ledger_does_not_allow(shell: Shell) -> None:
     """One pays for one round and declines the second; the other's policy takes no such run."""
     home = shell.home

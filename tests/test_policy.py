@@ -503,10 +503,11 @@ def test_a_node_that_makes_nothing_of_a_message_is_charged_nothing(tmp_path: Pat
             node.restarts()  # it forgets the version that the server believes it holds
         reply = client_app(lambda _: job)(message, node.context)
         assert (CONFIG in reply.content.config_records) == (step == 2)
-        following = server.again(reply)
+        helps = server.again(reply)
     assert HOLDS in reply.content.config_records[CONFIG]
     assert node.ledger.count("a") == 1
-    assert following is not None
+    assert helps
+    (following,) = server.send(weights, [Message(content, 2, "train")])
     assert METRICS in client_app(lambda _: job)(following, node.context).content.metric_records
     assert node.ledger.count("a") == 2
 

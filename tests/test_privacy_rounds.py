@@ -22,6 +22,7 @@ from fedapp.codec.chain import Identity
 from fedapp.codec.packet import decode_update
 from fedapp.engine.local import LocalGrid
 from fedapp.job import Job
+from fedapp.nodes import partitions
 from fedapp.privacy import accounting, consent, filter
 from fedapp.privacy.consent import releases
 from fedapp.privacy.ledger import Ledger
@@ -29,7 +30,7 @@ from fedapp.privacy.local import LocalGaussian
 from fedapp.privacy.mechanism import Plan
 from fedapp.records import ARRAYS, CONFIG, METRICS, UPDATE, WEIGHT
 from fedapp.report.progress import Progress
-from fedapp.rounds import Federation, partitions
+from fedapp.rounds import Federation
 from fedapp.secagg import client as secagg_client
 from fedapp.secagg import server as secagg_server
 from fedapp.secagg.residues import unpack

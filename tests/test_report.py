@@ -32,7 +32,9 @@ CONTRACT = (
     "uplink_bits_per_parameter uncompressed_bytes compression_ratio epsilon delta accountant privacy_unit "
     "startup_s seconds_per_round wall_s peak_rss_mb seed versions"
 )
-ROUND_CONTRACT = "round accuracy loss uplink_bytes downlink_bytes epsilon seconds replies failures stages"
+ROUND_CONTRACT = (
+    "round accuracy loss uplink_bytes downlink_bytes epsilon seconds replies failures stages clock"
+)
 
 SUMMARY = Summary(
     task="fashion_mnist",
@@ -286,6 +288,17 @@ def test_the_page_of_hardly_any_rounds(tmp_path: Path, rounds: int) -> None:
     page = Page(tmp_path)
     assert f"Interrupted; rounds finished: {rounds}." in page.html
     assert ("No round was finished" in page.html) == (rounds == 0)
+
+
+def test_simulated_time_has_a_chart_of_its_own(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    for number, clock in ((1, 3.25), (2, 17.5)):
+        folder.append(one_round(number, clock=clock))
+    folder.write_summary(SUMMARY)
+    page = Page(tmp_path)
+    assert page.charts() == ["Accuracy", "Accuracy over time", "Loss", "Traffic"]
+    assert "<title>simulated seconds 17.5: last 70.00 %</title>" in page.html
+    assert [float(tick) for tick in re.findall(r'<i class="x"[^>]*>([^<]*)<', page.html)][2:5] == [5, 10, 15]
 
 
 def test_a_task_without_accuracy_shows_its_loss(tmp_path: Path) -> None:

@@ -21,8 +21,8 @@ from fedapp.codec.prune import TopK
 from fedapp.codec.rate_distortion import RateDistortion
 from fedapp.engine.local import LocalGrid
 from fedapp.errors import ConfigError
+from fedapp.nodes import Cohort
 from fedapp.records import ARRAYS, CONFIG, METRICS, WEIGHT, load_state
-from fedapp.rounds import Cohort
 from fedapp.scaffold import COUNTED, FORGOTTEN, KEPT, STEERED, Control, Controls, Course, Scaffold
 from fedapp.tasks import Data
 from fedapp.training import Sgd

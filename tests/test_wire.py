@@ -41,8 +41,8 @@ from fedapp.codec.zstd import Zstd
 from fedapp.engine.local import LocalGrid
 from fedapp.errors import DecodeError
 from fedapp.exact_sum import ExactSum
+from fedapp.nodes import Cohort
 from fedapp.records import ARRAYS, METRICS, STYPE, UPDATE, WEIGHT
-from fedapp.rounds import Cohort
 from fedapp.wire import Wire, compress
 
 EVERYONE = {"min_train_nodes": 1, "min_evaluate_nodes": 1, "min_available_nodes": 1}

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from flwr.app import Message
 from flwr.serverapp import Grid
 
+from fedapp.engine.timeline import Timeline
 from fedapp.stages import TRANSFER, WAIT
 
 _SHORTEST, _LONGEST = 0.001, 0.5  # seconds between polls; doubles while nothing comes
@@ -16,22 +17,53 @@ def stream(grid: Grid, messages: Iterable[Message], timeout: float) -> Iterator[
 
     Flower's own `send_and_receive` returns one list at the end, and polls every 3 s in a deployment.
     """
-    longest = getattr(grid, "longest_pause", _LONGEST)
+    for replies in arrivals(grid, messages, timeout):
+        yield from replies
+
+
+def arrivals(
+    grid: Grid, messages: Iterable[Message], timeout: float, until: float = float("inf")
+) -> Iterator[list[Message]]:
+    """As `stream`, but those that arrive together.
+
+    timeout: in seconds that really pass. until: a time on the grid's clock (`now`), which may be simulated.
+    """
     with TRANSFER:
         waiting = set(grid.push_messages(messages))
     deadline = time.monotonic() + timeout
-    while waiting and time.monotonic() < deadline:
-        for reply in _next(grid, waiting, deadline, longest):
+    while waiting and time.monotonic() < deadline and now(grid) < until:
+        replies = []
+        for reply in next_replies(grid, waiting, deadline, until):
             if reply.metadata.reply_to_message_id in waiting:  # each message is answered once
                 waiting.discard(reply.metadata.reply_to_message_id)
-                yield reply
+                replies.append(reply)
+        yield replies
 
 
 @WAIT
-def _next(grid: Grid, waiting: set[str], deadline: float, longest: float) -> list[Message]:
-    """The replies that come first; none if time is up."""
-    pause = _SHORTEST
-    while not (replies := list(grid.pull_messages(waiting))) and time.monotonic() < deadline:
+def next_replies(
+    grid: Grid, waiting: set[str], deadline: float, until: float = float("inf")
+) -> list[Message]:
+    """The replies that come first; none if time is up, by `time.monotonic` or by the grid's clock."""
+    pause, longest = _SHORTEST, getattr(grid, "longest_pause", _LONGEST)
+    if (timeline := _timeline(grid)) is not None:
+        timeline.until = until
+    while (
+        not (replies := list(grid.pull_messages(waiting)))
+        and time.monotonic() < deadline
+        and now(grid) < until
+    ):
         pause = min(2 * pause, longest)
         time.sleep(pause)
     return replies
+
+
+def now(grid: Grid) -> float:
+    """Seconds on the grid's clock, which may be simulated."""
+    timeline = _timeline(grid)
+    return time.monotonic() if timeline is None else timeline.now
+
+
+def _timeline(grid: Grid) -> Timeline | None:
+    found = getattr(grid, "timeline", None)
+    return found if isinstance(found, Timeline) else None

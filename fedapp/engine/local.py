@@ -1,23 +1,17 @@
 """The local engine: a Flower Grid whose nodes live in resident worker processes on this machine."""
 
-import multiprocessing
 import multiprocessing.connection
 import os
 import pickle
-import signal
-import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from copy import copy
 from dataclasses import dataclass
 from logging import ERROR
-from multiprocessing.connection import Connection
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from uuid import uuid4
 
-import torch
-from flwr.app import Context, Error, Message, RecordDict
+from flwr.app import Context, Error, Message, MessageType, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.common.constant import SUPERLINK_NODE_ID, ErrorCode
 from flwr.serverapp import Grid
@@ -26,12 +20,13 @@ from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
 from fedapp import check
-from fedapp.engine.channel import Channel
 from fedapp.engine.grid import stream
 from fedapp.engine.states import States
+from fedapp.engine.timeline import Answer, Timeline
+from fedapp.engine.worker import Worker
 from fedapp.exact_sum import ExactSum
-from fedapp.fold import Fold, Folded, as_it_is
-from fedapp.stages import CLOCK, OTHER, TRANSFER
+from fedapp.fold import Fold, Folded
+from fedapp.stages import CLOCK, TRANSFER
 
 _WAIT = 0.05  # seconds that a pull waits for a reply before it returns with none
 
@@ -57,14 +52,16 @@ class Local:
         fold: Callable[[int], Fold] | None = None,
         file: Path | None = None,
         finished: int = 0,
+        seconds: Callable[[int, int], float] | None = None,
     ) -> Iterator["LocalGrid"]:
         """A running grid; node i + 2 holds partition i, of sizes[i] examples. Ends its processes.
 
         Where `fold` makes sums for so many workers, train replies come `Folded`. What nodes keep is as of the
-        end of round `finished`, by that file (`States`).
+        end of round `finished`, by that file (`States`). `seconds` is how long the client of a partition, and
+        so many examples, trains; given that, time is simulated (`Timeline`).
         """
         workers = min(self.workers or len(os.sched_getaffinity(0)), at_once)
-        grid = LocalGrid(app, sizes, workers, fold and fold(workers))
+        grid = LocalGrid(app, sizes, workers, fold and fold(workers), seconds)
         try:
             grid._contexts = States(grid.partitions, grid._context, self.state_mb * 1e6, file, finished)
             yield grid
@@ -72,42 +69,27 @@ class Local:
             grid.close()
 
 
-class _Worker:
-    """One resident process and the message it works on."""
-
-    def __init__(self, app: ClientApp, fold: Fold | None, slot: int) -> None:
-        # Forked, so that modules and data are shared pages. CUDA does not survive a fork, and workers are
-        # replaced at any time: the parent never touches it.
-        context = multiprocessing.get_context("fork")
-        ours, theirs = context.Pipe()
-        arguments = (theirs, ours, app, fold, slot)
-        self.process: BaseProcess = context.Process(target=_work, args=arguments, daemon=True)
-        self.process.start()
-        theirs.close()
-        self.slot, self.channel = slot, Channel(ours)
-        self.message: Message | None = None
-        self.content: RecordDict | None = None  # what this worker received last, so that it is sent once
-
-    def end(self) -> None:
-        self.process.kill()
-        self.process.join()
-        self.process.close()
-        self.channel.pipe.close()
-
-
 class LocalGrid(Grid):
     """Pushes messages to idle workers, largest client first; each node's Context lives here."""
 
     longest_pause = 0.0  # a pull waits for replies itself; a pause after it would leave workers idle
 
-    def __init__(self, app: ClientApp, sizes: Sequence[int], workers: int, fold: Fold | None = None) -> None:
+    def __init__(
+        self,
+        app: ClientApp,
+        sizes: Sequence[int],
+        workers: int,
+        fold: Fold | None = None,
+        seconds: Callable[[int, int], float] | None = None,
+    ) -> None:
         # Message() reads the run from here, process-wide, outside Flower's own runtimes.
         TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, SUPERLINK_NODE_ID, 1
         self.partitions = {SUPERLINK_NODE_ID + 1 + i: i for i in range(len(sizes))}
-        self._app, self._sizes, self._fold = app, sizes, fold
+        self._app, self._sizes, self._fold, self._seconds = app, sizes, fold, seconds
+        self.timeline = None if seconds is None else Timeline(self._seconds_of)
         self._contexts = States(self.partitions, self._context)
         self._queue: list[Message] = []
-        self._workers = [_Worker(app, fold, slot) for slot in range(workers)]
+        self._workers = [Worker(app, fold, slot) for slot in range(workers)]
 
     def _context(self, node: int) -> Context:
         config: dict[str, bool | float | int | str] = {
@@ -115,6 +97,13 @@ class LocalGrid(Grid):
             "num-partitions": len(self._sizes),
         }
         return Context(1, node, config, RecordDict(), {})
+
+    def _seconds_of(self, message: Message) -> float:
+        """How long a client takes to answer; all but training takes no time."""
+        assert self._seconds is not None
+        partition = self.partitions[message.metadata.dst_node_id]
+        train = message.metadata.message_type == MessageType.TRAIN
+        return self._seconds(partition, self._sizes[partition]) if train else 0.0
 
     def get_node_ids(self) -> Iterable[int]:
         return list(self.partitions)
@@ -125,7 +114,12 @@ class LocalGrid(Grid):
             ids.append(uuid4().hex)
             message.metadata.__dict__["_message_id"] = ids[-1]
             self._queue.append(message)
-        self._queue.sort(key=lambda m: -self._sizes[self.partitions[m.metadata.dst_node_id]])
+            if self.timeline is not None:
+                self.timeline.sent(message)
+        if self.timeline is not None:
+            self._queue.sort(key=self.timeline.due)
+        else:
+            self._queue.sort(key=lambda m: -self._sizes[self.partitions[m.metadata.dst_node_id]])
         return ids
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
@@ -135,12 +129,36 @@ class LocalGrid(Grid):
         """
         wanted = set(message_ids)
         self._queue = [message for message in self._queue if message.metadata.message_id in wanted]
-        self._dispatch()
-        busy = {worker.channel.pipe: worker for worker in self._workers if worker.message is not None}
-        ready = multiprocessing.connection.wait(list(busy), _WAIT)
-        replies = [self._receive(worker) for pipe, worker in busy.items() if pipe in ready]
+        if self.timeline is not None:
+            return self._pull_next(self.timeline, wanted)
+        replies = [self._delivered(answer) for answer in self._work_done(_WAIT)]
         self._dispatch()
         return [reply for reply in replies if reply.metadata.reply_to_message_id in wanted]
+
+    def _pull_next(self, timeline: Timeline, wanted: set[str]) -> list[Message]:
+        """The reply that is due next, if it is there."""
+        timeline.keep(wanted)
+        for pause in (0.0, _WAIT):
+            for answer in self._work_done(pause):
+                timeline.done(answer)
+            self._dispatch()
+            if (due := timeline.next()) is not None:
+                return [self._delivered(due)]
+        return []
+
+    def _work_done(self, pause: float) -> list[Answer]:
+        """Give idle workers work, and take what others have done; waits so many seconds for the first one."""
+        self._dispatch()
+        busy = {worker.channel.pipe: worker for worker in self._workers if worker.message is not None}
+        ready = multiprocessing.connection.wait(list(busy), pause)
+        return [self._receive(worker) for pipe, worker in busy.items() if pipe in ready]
+
+    def _delivered(self, answer: Answer) -> Message:
+        """The reply, now that its node has sent it."""
+        reply, context = answer
+        if context is not None:
+            self._contexts[reply.metadata.src_node_id] = context
+        return reply
 
     def collect(self) -> list[ExactSum | None]:
         """What all replies of a round add up to, by slot. Ends whoever is still at it: their time is over."""
@@ -166,7 +184,7 @@ class LocalGrid(Grid):
                     worker.channel.send((envelope, None if known else content, context))
 
     @TRANSFER
-    def _receive(self, worker: _Worker) -> Message:
+    def _receive(self, worker: Worker) -> Answer:
         asked, worker.message = worker.message, None
         assert asked is not None
         try:
@@ -177,21 +195,21 @@ class LocalGrid(Grid):
             if self._fold:
                 self._fold.lost(worker.slot)
             log(ERROR, "a worker process died with exit code %s", worker.process.exitcode)
-            return Message(Error(ErrorCode.CLIENT_APP_CRASHED, "its worker process died"), reply_to=asked)
+            error = Error(ErrorCode.CLIENT_APP_CRASHED, "its worker process died")
+            return Message(error, reply_to=asked), None
         CLOCK.hear(told, worker.slot + 1, self.partitions[asked.metadata.dst_node_id])
-        self._contexts[asked.metadata.dst_node_id] = context
         if self._fold:
             self._fold.arrived(worker.slot)
         if isinstance(answer, tuple):
             tally, size = answer
-            return Folded(worker.slot, tally, size, asked)
-        return Message(answer, reply_to=asked)
+            return Folded(worker.slot, tally, size, asked), context
+        return Message(answer, reply_to=asked), context
 
-    def _replace(self, worker: _Worker) -> _Worker:
+    def _replace(self, worker: Worker) -> Worker:
         worker.end()
         if self._fold:
             self._fold.lost(worker.slot)
-        self._workers[worker.slot] = _Worker(self._app, self._fold, worker.slot)
+        self._workers[worker.slot] = Worker(self._app, self._fold, worker.slot)
         return self._workers[worker.slot]
 
     def commit(self, finished: int, oldest: int) -> int:
@@ -236,32 +254,3 @@ class LocalGrid(Grid):
     @property
     def run(self) -> Run:
         return self._run
-
-
-def _work(pipe: Connection, parents: Connection, app: ClientApp, fold: Fold | None, slot: int) -> None:
-    """A worker's life: take a message, let the app answer it, send the reply with the node's Context.
-
-    What its stages took follows each answer.
-    """
-    parents.close()  # this process has a copy, which would keep the pipe open after the parent's death
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends us
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    torch.set_num_threads(1)
-    channel, content = Channel(pipe), RecordDict()
-    CLOCK.begin(CLOCK.traced)
-    while True:
-        try:
-            message, fresh, context = channel.receive()
-        except (EOFError, OSError):  # the parent is gone
-            return
-        content = content if fresh is None else fresh
-        message.content = content
-        with OTHER:
-            try:
-                reply = app(message, context)
-            except Exception:
-                traceback.print_exc()
-                error = Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, "see the log")
-                reply = Message(error, reply_to=message)
-        channel.send((fold.add(slot, message, reply) if fold else as_it_is(reply), context))
-        pipe.send_bytes(pickle.dumps(CLOCK.tell()))

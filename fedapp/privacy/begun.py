@@ -45,6 +45,10 @@ class Begun:
         """One more round, and the partitions that train in it. Raises ConfigError where the disk is full."""
         self._write({"round": number, "cohort": list(cohort)})
 
+    def more(self, cohort: Iterable[int]) -> None:
+        """More partitions that train in the round that began last."""
+        self._write({"more": list(cohort)})
+
     def anew(self, clients: int) -> None:
         """From here on each of so many partitions may be any of the data."""
         self._write({"anew": clients})
@@ -60,6 +64,8 @@ class Begun:
             self.moved = True
             most = max(self.took_part.values(), default=0)
             self.took_part = Counter(dict.fromkeys(range(event["anew"]), most))
+        elif "more" in event:
+            self.took_part.update(event["more"])
         else:
             self.took_part.update(event["cohort"])
             self.rounds += 1

@@ -17,17 +17,26 @@ BINS = 10  # label colours that can be told apart
 
 @dataclass(frozen=True)
 class Series:
-    """One line: its name, its (round, value) points, and how a value is written out."""
+    """One line: its name, its (round or time, value) points, and how a value is written out."""
 
     name: str
-    points: Sequence[tuple[int, float]]
+    points: Sequence[tuple[float, float]]
     text: Callable[[float], str]
 
 
 def line_chart(
-    title: str, unit: str, series: Sequence[Series], *, scale: float = 1, zero: bool = False
+    title: str,
+    unit: str,
+    series: Sequence[Series],
+    *,
+    scale: float = 1,
+    zero: bool = False,
+    axis: str = "round",
 ) -> str:
-    """Values over rounds, at least one. The axis shows value / scale in `unit`, and begins at 0 if `zero`."""
+    """Values over rounds, or over what `axis` says; at least one.
+
+    The axis of values shows value / scale in `unit`, and begins at 0 if `zero`.
+    """
     rounds = [x for one in series for x, _ in one.points]
     values = [y / scale for one in series for _, y in one.points]
     left, right = min(rounds), max(rounds)
@@ -41,9 +50,11 @@ def line_chart(
         return 100 * (top - y) / (top - bottom)
 
     rows = [(down(y), text) for y, text in zip(y_ticks, _tick_texts(y_ticks), strict=True)]
-    columns = [(across(x), x) for x in _round_ticks(left, right)]
+    whole = axis == "round"
+    ticks = _round_ticks(int(left), int(right)) if whole else _within(_ticks(left, right), left, right)
+    columns = [(across(x), f"{x:g}") for x in ticks]
     lines = "".join(
-        _line(i, one, lambda x: 10 * across(x), lambda y: 10 * down(y / scale))
+        _line(i, one, lambda x: 10 * across(x), lambda y: 10 * down(y / scale), axis)
         for i, one in enumerate(series)
     )
     legend = "".join(
@@ -53,7 +64,7 @@ def line_chart(
     )
     longest = max(len(one.points) for one in series)
     note = f" ({POINTS} of {longest} drawn)" if longest > POINTS else ""
-    plot = _plot(title, unit, legend, rows, columns, lines, f"round{note}")
+    plot = _plot(title, unit, legend, rows, columns, lines, f"{axis}{note}")
     return f'<figure class="card">{plot}</figure>'
 
 
@@ -99,7 +110,7 @@ def stacked_chart(
         for i, (name, one) in enumerate(zip(names, sums, strict=True))
     )
     rows = [(100 * (top - y) / top, told) for y, told in zip(y_ticks, _tick_texts(y_ticks), strict=True)]
-    columns = [(across(x), x) for x in _round_ticks(left, right)]
+    columns = [(across(x), f"{x}") for x in _round_ticks(left, right)]
     axis = "round" if width == 1 else f"round (bars are means of {width})"
     plot = _plot(title, unit, legend, rows, columns, drawn + hits, axis)
     return f'<figure class="card wide">{plot}<p class="note">{escape(note)}</p></figure>'
@@ -153,7 +164,7 @@ def _plot(
     unit: str,
     legend: str,
     rows: Sequence[tuple[float, str]],
-    columns: Sequence[tuple[float, int]],
+    columns: Sequence[tuple[float, str]],
     drawing: str,
     axis: str,
 ) -> str:
@@ -170,14 +181,18 @@ def _plot(
 
 
 def _line(
-    index: int, series: Series, across: Callable[[float], float], down: Callable[[float], float]
+    index: int,
+    series: Series,
+    across: Callable[[float], float],
+    down: Callable[[float], float],
+    axis: str,
 ) -> str:
     drawn = [series.points[i] for i in _spread(len(series.points), POINTS)]
     path = "L".join(f"{across(x):.0f} {down(y):.0f}" for x, y in drawn)
     marks = "".join(
         f'<g><path class="hit" d="M{across(x):.0f} 0v1000"/>'
         f'<path class="dot" d="M{across(x):.0f} {down(y):.0f}h0"/>'
-        f"<title>round {x}: {escape(series.name)} {escape(series.text(y))}</title></g>"
+        f"<title>{axis} {x:g}: {escape(series.name)} {escape(series.text(y))}</title></g>"
         for x, y in drawn
     )
     dotted = " dotted" if len(drawn) <= 30 else ""
@@ -217,6 +232,10 @@ def _tick_texts(ticks: Sequence[float]) -> list[str]:
 def _round_ticks(left: int, right: int) -> list[int]:
     step = max(1, round(_step(max(right - left, 1) / 6)))
     return [x for x in range(left, right + 1) if x % step == 0] or [left]
+
+
+def _within(ticks: Sequence[float], left: float, right: float) -> Sequence[float]:
+    return [x for x in ticks if left <= x <= right] or [left]
 
 
 def _binned(row: Sequence[int], bins: Sequence[range], names: Sequence[str]) -> list[tuple[str, int]]:

@@ -38,6 +38,7 @@ class Round:
     replies: int
     failures: int
     stages: Mapping[str, float | None] | None = None  # seconds by stage, see fedapp/stages.py
+    clock: float | None = None  # simulated seconds until its end, see fedapp/speeds.py
 
 
 class RunFolder:

@@ -96,12 +96,17 @@ def _charts(rounds: Sequence[Round]) -> list[str]:
     if not rounds:
         return ['<p class="card wide empty">No round was finished, so there is nothing to draw.</p>']
     accuracy = [(r.round, r.accuracy) for r in rounds if r.accuracy is not None]
+    timed = [(r.clock, r.accuracy) for r in rounds if r.accuracy is not None and r.clock is not None]
     loss = [(r.round, r.loss) for r in rounds if r.loss is not None]
     epsilon = [(r.round, r.epsilon) for r in rounds if r.epsilon is not None]
     charts = []
     if accuracy:
         series = Series("last", accuracy, percent_text)
         charts.append(line_chart("Accuracy", "% of test examples", [series], scale=0.01))
+    if timed:
+        series = Series("last", timed, percent_text)
+        axis = "simulated seconds"
+        charts.append(line_chart("Accuracy over time", "% of test examples", [series], scale=0.01, axis=axis))
     if loss:
         charts.append(line_chart("Loss", "test loss", [Series("last", loss, digits)]))
     scale, unit = _unit(max(max(r.uplink_bytes, r.downlink_bytes) for r in rounds))

@@ -92,6 +92,8 @@ class Progress:
         numbers.append(f"uplink {bytes_text(self._uplink_bytes)}")
         if r.epsilon is not None:
             numbers.append(f"epsilon {digits(r.epsilon)}")
+        if r.clock is not None:
+            numbers.append(f"simulated {seconds_text(r.clock)}")
         if r.failures:
             numbers.append(f"{r.failures} failed")
         return numbers

@@ -1,0 +1,231 @@
+"""Asynchronous rounds: clients train all the time, and the server steps whenever its buffer is full.
+
+    ask     while fewer than `concurrency` clients train: draw one that is free, send it the weights of now
+    take    the next answer, whoever it is from: its update, times its staleness factor, into the buffer
+    step    once the buffer is full: weights + server learning rate * mean. That ends a round; who still
+            trains goes on, and answers in a later one
+
+Nobody is asked twice on the same weights: training again from there would tell the server nothing new, a
+client takes part at most once a round, as accountants and ledgers expect, and a client that always fails is
+asked no more often than the server steps. Where nobody is left to ask, the buffer steps with what it holds.
+
+The sum is of whole numbers (`fedapp.exact_sum`): which updates are in a buffer decides its bits, and not the
+order in which they came.
+"""
+
+import time
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, cast
+
+import numpy as np
+from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
+from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
+from flwr.serverapp import Grid
+
+from fedapp.downlink import Downlink
+from fedapp.engine.grid import next_replies, now
+from fedapp.engine.local import LocalGrid
+from fedapp.errors import DecodeError
+from fedapp.fedbuff import FedBuff
+from fedapp.job import Job
+from fedapp.nodes import Cohort, Traffic
+from fedapp.privacy.begun import Begun
+from fedapp.records import ARRAYS, CONFIG
+from fedapp.replies import refuse
+from fedapp.report.progress import Progress
+from fedapp.running_sum import RunningSum, terms_in
+from fedapp.stages import AGGREGATE, ENCODE, TRANSFER
+from fedapp.wire import Wire
+
+_TRIES = 2  # more, for a node that cannot decode its message
+_PROTO = type(recorddict_to_proto(RecordDict()))
+
+
+@dataclass(frozen=True)
+class Flight:
+    """A client at work: the message it was sent, in which round, and when by the grid's clock."""
+
+    asked: Message
+    round: int
+    sent: float
+    tries: int
+
+
+class Stepped(NamedTuple):
+    """What a round came to: the next weights, and how many clients were asked, took part and failed."""
+
+    arrays: ArrayRecord
+    asked: int
+    accepted: int
+    failed: int
+
+
+@dataclass
+class Asynchronous:
+    """The clients at work, from round to round."""
+
+    job: Job
+    grid: Grid
+    wire: Wire
+    downlink: Downlink | None
+    partitions: Mapping[int, int]
+    traffic: Traffic
+    begun: Begun
+    _flights: dict[str, Flight] = field(default_factory=dict)  # by message id
+    _arrived: deque[Message] = field(default_factory=deque)  # what came with the last answer of a round
+
+    def __post_init__(self) -> None:
+        self._strategy = cast(FedBuff, self.job.strategy)
+        self._nodes = {partition: node for node, partition in self.partitions.items()}
+
+    def round(self, number: int, arrays: ArrayRecord, progress: Progress) -> Stepped:
+        """Take answers until the buffer is full, and step."""
+        buffer, size = RunningSum(arrays), self._strategy.buffer
+        asked, accepted, failed = set[int](), 0, 0
+        drawn = self._drawn(number, asked)
+        self.begun.add(number, drawn)  # before anything is sent
+        progress.reply(0, size)
+        while accepted < size:
+            failed += self._send(number, arrays, drawn)
+            asked.update(drawn)
+            if self._flights:
+                flight, reply = self._next()
+                if reply is not None and self._again(flight, reply):
+                    failed += self._send(number, arrays, [self._partition(flight)], flight.tries + 1)
+                elif reply is not None and self._taken(buffer, number, flight, reply):
+                    accepted += 1
+                else:
+                    failed += 1
+            elif not drawn:  # all were asked on these weights
+                break
+            progress.reply(accepted, size)
+            drawn = [] if accepted == size else self._drawn(number, asked)  # the next ones get new weights
+            if drawn:
+                self.begun.more(drawn)
+        if buffer.exact.weight:
+            with AGGREGATE:
+                mean = self._strategy.server_learning_rate * buffer.exact.total() / buffer.exact.weight
+                arrays = self.wire.step(number, mean, arrays) or arrays
+        return Stepped(arrays, len(asked), accepted, failed)
+
+    def _drawn(self, number: int, asked: set[int]) -> list[int]:
+        """Partitions to be asked next, by the seed: as many as may train, of those free and not yet asked."""
+        training = {self._partition(flight) for flight in self._flights.values()}
+        free = sorted(self._nodes.keys() - training - asked)
+        wanted = self.job.at_once - len(training)
+        rng = self.job.public_rng(number, len(asked), use=4)
+        return sorted(int(i) for i in rng.permutation(free)[: max(0, wanted)])
+
+    def _send(self, number: int, arrays: ArrayRecord, partitions: list[int], tries: int = 0) -> int:
+        """Send the weights of now to the clients of these partitions; returns how many the grid refused."""
+        if not partitions:
+            return 0
+        view = cast(Grid, Cohort([self._nodes[partition] for partition in partitions]))
+        asked = self.wire.configure_train(number, arrays, ConfigRecord(), view)
+        messages = sorted(asked, key=lambda message: self.partitions[message.metadata.dst_node_id])
+        if self.downlink is not None:
+            with ENCODE:
+                messages = self.downlink.send(arrays, messages)
+        self.traffic.sent(messages)
+        return self._push(messages, number, tries)
+
+    def _push(self, messages: list[Message], number: int, tries: int) -> int:
+        sent = now(self.grid)
+        with TRANSFER:
+            names = list(
+                self.grid.push_messages(messages)
+            )  # empty ones, or none at all, of what is too large
+        flights = {
+            name: Flight(message, number, sent, tries)
+            for name, message in zip(names, messages, strict=False)
+            if name
+        }
+        self._flights |= flights
+        return len(messages) - len(flights)
+
+    def _next(self) -> tuple[Flight, Message | None]:
+        """The flight that ends next, and its reply; None where the client's time was over before one came."""
+        while True:
+            while self._arrived:
+                reply = self._arrived.popleft()
+                flight = self._flights.pop(reply.metadata.reply_to_message_id, None)
+                if flight is not None:
+                    return flight, reply
+            first = min(self._flights, key=lambda name: self._flights[name].sent)
+            timeout = self.job.round_timeout
+            until = self._flights[first].sent + timeout
+            came = next_replies(self.grid, set(self._flights), time.monotonic() + timeout, until)
+            if not came:
+                return self._flights.pop(first), None
+            self.traffic.came(came)
+            self._arrived.extend(came)
+
+    def _again(self, flight: Flight, reply: Message) -> bool:
+        """Note what the node holds; whether it could not decode its message, and another one may help."""
+        return self.downlink is not None and self.downlink.again(reply) and flight.tries < _TRIES
+
+    @AGGREGATE
+    def _taken(self, buffer: RunningSum, number: int, flight: Flight, reply: Message) -> bool:
+        """Whether an answer has gone into the buffer; one that is an error or too old costs itself only."""
+        content, staleness = flight.asked.content, number - flight.round
+        assert self.wire.reader is not None
+        try:
+            most = self._strategy.max_staleness
+            if most is not None and staleness > most:
+                raise DecodeError(f"its weights are {staleness} steps old, and strategy.max_staleness={most}")
+            received, terms = content.array_records[ARRAYS], terms_in(content.config_records[CONFIG])
+            buffer.take(reply, self.wire.reader, received, terms, self._strategy.factor(staleness))
+            return True
+        except Exception as error:  # hostile bytes may reach any line
+            refuse(reply, error)
+            return False
+
+    def _partition(self, flight: Flight) -> int:
+        return self.partitions[flight.asked.metadata.dst_node_id]
+
+    def state(self) -> dict[str, Any]:
+        """Who trains at the end of a round, and on what: that will be computed again, to the same bits."""
+        records = {id(f.asked.content[ARRAYS]): f.asked.content[ARRAYS] for f in self._flights.values()}
+        order = {key: index for index, key in enumerate(records)}
+        return {
+            "arrays": [_bytes_of(record) for record in records.values()],
+            "flights": [
+                {
+                    "partition": self._partition(flight),
+                    "round": flight.round,
+                    "sent": flight.sent,
+                    "tries": flight.tries,
+                    "arrays": order[id(flight.asked.content[ARRAYS])],
+                    "config": dict(flight.asked.content.config_records[CONFIG]),
+                }
+                for flight in self._flights.values()
+            ],
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Send again what was on its way, at the times when it was sent, where time is simulated.
+
+        Elsewhere, and under privacy, where it would be charged twice, it is lost, and clients are drawn anew.
+        """
+        timeline = self.grid.timeline if isinstance(self.grid, LocalGrid) else None
+        if timeline is None or self.job.privacy.unit is not None:
+            return
+        present, records = timeline.now, [_record_in(data) for data in state["arrays"]]
+        for flight in state["flights"]:
+            timeline.now = flight["sent"]
+            config = ConfigRecord(flight["config"])
+            content = RecordDict({ARRAYS: records[flight["arrays"]], CONFIG: config})
+            message = Message(content, self._nodes[flight["partition"]], MessageType.TRAIN)
+            self._push([message], flight["round"], flight["tries"])
+        timeline.now = present
+
+
+def _bytes_of(record: Any) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    data = recorddict_to_proto(RecordDict({ARRAYS: record})).SerializeToString()
+    return np.frombuffer(data, np.uint8)
+
+
+def _record_in(data: np.ndarray[Any, np.dtype[np.uint8]]) -> ArrayRecord:
+    return recorddict_from_proto(_PROTO.FromString(data.tobytes())).array_records[ARRAYS]

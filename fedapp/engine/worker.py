@@ -1,0 +1,69 @@
+"""A resident worker process of the local engine: it takes a message, lets the app answer it, and waits."""
+
+import multiprocessing
+import pickle
+import signal
+import traceback
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+
+import torch
+from flwr.app import Error, Message, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.common.constant import ErrorCode
+
+from fedapp.engine.channel import Channel
+from fedapp.fold import Fold, as_it_is
+from fedapp.stages import CLOCK, OTHER
+
+
+class Worker:
+    """One resident process and the message it works on."""
+
+    def __init__(self, app: ClientApp, fold: Fold | None, slot: int) -> None:
+        # Forked, so that modules and data are shared pages. CUDA does not survive a fork, and workers are
+        # replaced at any time: the parent never touches it.
+        context = multiprocessing.get_context("fork")
+        ours, theirs = context.Pipe()
+        arguments = (theirs, ours, app, fold, slot)
+        self.process: BaseProcess = context.Process(target=_work, args=arguments, daemon=True)
+        self.process.start()
+        theirs.close()
+        self.slot, self.channel = slot, Channel(ours)
+        self.message: Message | None = None
+        self.content: RecordDict | None = None  # what this worker received last, so that it is sent once
+
+    def end(self) -> None:
+        self.process.kill()
+        self.process.join()
+        self.process.close()
+        self.channel.pipe.close()
+
+
+def _work(pipe: Connection, parents: Connection, app: ClientApp, fold: Fold | None, slot: int) -> None:
+    """A worker's life: take a message, let the app answer it, send the reply with the node's Context.
+
+    What its stages took follows each answer.
+    """
+    parents.close()  # this process has a copy, which would keep the pipe open after the parent's death
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends us
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    torch.set_num_threads(1)
+    channel, content = Channel(pipe), RecordDict()
+    CLOCK.begin(CLOCK.traced)
+    while True:
+        try:
+            message, fresh, context = channel.receive()
+        except (EOFError, OSError):  # the parent is gone
+            return
+        content = content if fresh is None else fresh
+        message.content = content
+        with OTHER:
+            try:
+                reply = app(message, context)
+            except Exception:
+                traceback.print_exc()
+                error = Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, "see the log")
+                reply = Message(error, reply_to=message)
+        channel.send((fold.add(slot, message, reply) if fold else as_it_is(reply), context))
+        pipe.send_bytes(pickle.dumps(CLOCK.tell()))

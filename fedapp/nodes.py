@@ -1,0 +1,102 @@
+"""The nodes of a run: which partition each holds, whom a strategy sees, what crosses the wire to them."""
+
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from logging import WARNING
+
+from flwr.app import Message, MessageType, RecordDict
+from flwr.serverapp import Grid
+from flwr.supercore import log
+
+from fedapp.engine.grid import arrivals, stream
+from fedapp.engine.local import LocalGrid
+from fedapp.errors import FedappError
+from fedapp.fold import Folded
+from fedapp.records import CONFIG, size_of
+from fedapp.stages import TRANSFER
+
+
+class Cohort:
+    """What a strategy sees of the grid when it samples: the clients of this round, and no others."""
+
+    def __init__(self, nodes: list[int]) -> None:
+        self._nodes = nodes
+
+    def get_node_ids(self) -> Iterable[int]:
+        return self._nodes
+
+
+@dataclass
+class Traffic:
+    """Bytes that crossed the wire: the serialized content of each message and each reply."""
+
+    uplink: int = 0
+    downlink: int = 0
+
+    def exchange(
+        self, grid: Grid, messages: list[Message], timeout: float, until: float = float("inf")
+    ) -> Iterator[Message]:
+        """Send the messages, yield the replies, count both; times as in `arrivals`."""
+        self.sent(messages)
+        for replies in arrivals(grid, messages, timeout, until):
+            self.came(replies)
+            yield from replies
+
+    @TRANSFER
+    def sent(self, messages: list[Message]) -> None:
+        """Count messages that are to be sent."""
+        sizes = {id(m.content): 0 for m in messages}  # a broadcast's one content is measured once
+        for message in messages:
+            sizes[id(message.content)] = sizes[id(message.content)] or size_of(message.content)
+            self.downlink += sizes[id(message.content)]
+
+    @TRANSFER
+    def came(self, replies: list[Message]) -> None:
+        """Count replies that have arrived, whatever becomes of them."""
+        for reply in replies:
+            if reply.has_content():
+                self.uplink += reply.size if isinstance(reply, Folded) else size_of(reply.content)
+
+
+def partitions(grid: Grid, clients: int, timeout: float) -> dict[int, int]:
+    """Which partition each node holds; waits until so many nodes are there, then asks them.
+
+    Nodes beyond `clients` are left out: noise and cohorts are set for so many.
+    """
+    if isinstance(grid, LocalGrid):
+        return grid.partitions
+    deadline, seen = time.monotonic() + timeout, -1
+    while len(nodes := sorted(grid.get_node_ids())) < clients:
+        if time.monotonic() > deadline:
+            raise FedappError(
+                f"{len(nodes)} of clients={clients} nodes came within round_timeout={timeout:g} s: "
+                f"start more nodes, or set clients={max(1, len(nodes))}"
+            )
+        if len(nodes) != seen:  # at the first look, and at each arrival
+            seen = len(nodes)
+            log(WARNING, "waiting up to %g s for nodes: %s of clients=%s are there", timeout, seen, clients)
+        time.sleep(0.2)
+    asked = [Message(RecordDict(), node, MessageType.QUERY) for node in nodes]
+    found: dict[int, int] = {}
+    for reply in stream(grid, asked, timeout):
+        config = reply.content.config_records.get(CONFIG) if reply.has_content() else None
+        said = None if config is None else config.get("partition-id")
+        if isinstance(said, int):  # of any other answer, as of none: it brings its own data
+            found[reply.metadata.src_node_id] = said
+    own = sorted(node for node in nodes if found.get(node, -1) < 0)  # they bring their own data
+    taken = [p for p in found.values() if p >= 0]
+    if len(set(taken)) < len(taken):
+        raise FedappError(
+            f"two nodes hold the same partition ({sorted(taken)}): give each its own partition-id"
+        )
+    if taken and max(taken) >= clients:
+        raise FedappError(
+            f"a node holds partition {max(taken)}, and clients={clients} hold 0 to {clients - 1}: "
+            f"set clients={max(taken) + 1}, or start fewer nodes"
+        )
+    free = (p for p in range(len(nodes)) if p not in taken)
+    held = {node: next(free) if node in own else found[node] for node in nodes}
+    if len(held) > clients:
+        log(WARNING, "%s nodes are there, and clients=%s of them take part", len(held), clients)
+    return {node: partition for node, partition in held.items() if partition < clients}

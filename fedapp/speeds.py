@@ -1,0 +1,39 @@
+"""How long simulated clients take to train, in simulated seconds."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from fedapp import check
+
+
+@dataclass(frozen=True)
+class Untimed:
+    """Nobody counts seconds: answers come when they come, and in simulated rounds nobody is late."""
+
+
+@dataclass(frozen=True)
+class Stragglers:
+    """A share of the clients is slower; the time of each is proportional to its examples and epochs.
+
+    Who is slow, the run's seed decides once. Sending takes no time.
+    """
+
+    share: float = 0.2
+    slowdown: float = 10.0
+    seconds_per_example: float = 1e-3
+
+    def __post_init__(self) -> None:
+        check.real("speeds.share", self.share, low=0.0, high=1.0)
+        check.real("speeds.slowdown", self.slowdown, low=1.0, high=1e6)
+        check.real("speeds.seconds_per_example", self.seconds_per_example, above=0.0, high=1e6)
+
+    def times(self, clients: int, epochs: int, rng: np.random.Generator) -> Callable[[int, int], float]:
+        """How long the client of a partition, with so many examples, trains; `rng` draws who is slow.
+
+        The share of so many clients is slow, to the nearest whole one.
+        """
+        slow = frozenset(rng.permutation(clients)[: round(self.share * clients)].tolist())
+        fast = self.seconds_per_example * epochs
+        return lambda partition, examples: fast * examples * (self.slowdown if partition in slow else 1.0)
