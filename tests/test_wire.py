@@ -514,7 +514,7 @@ def close(a: ArrayRecord, b: ArrayRecord, rel: float) -> bool:
 
 
 def test_the_table_of_strategies_is_whole() -> None:
-    assert sorted(STREAMED + OTHERS) == STRATEGIES
+    assert sorted([*STREAMED, *OTHERS, "fedbuff"]) == STRATEGIES  # tests/test_asynchronous.py has the last
 
 
 @pytest.mark.parametrize("name", ["fedavg", "fedadam"])
