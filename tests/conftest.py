@@ -1,4 +1,4 @@
-"""Where tests train."""
+"""Where tests train: on one thread, as workers do, since their number changes the last bits."""
 
 from collections.abc import Iterator
 
@@ -7,8 +7,9 @@ import torch
 
 
 @pytest.fixture(autouse=True, scope="module")
-def _on_a_cpu(request: pytest.FixtureRequest) -> Iterator[None]:
+def _where(request: pytest.FixtureRequest) -> Iterator[None]:
     """On a CPU, whatever is there, but for test_cuda.py: many call clients in this process, and it forks."""
+    torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
         if request.path.name != "test_cuda.py":
             patch.setattr(torch.cuda, "is_available", lambda: False)

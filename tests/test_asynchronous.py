@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from flwr.app import Context, Message, MetricRecord, RecordDict
 from grids import Elsewhere, bits, rounds_on
 from grids import rounds_here as run
@@ -29,11 +28,6 @@ from fedapp.wire import compress
 FAST = "task=digits privacy=none model=logistic clients=8 rounds=5 engine.workers=1"
 BUFFERED = "strategy=fedbuff strategy.buffer=3 strategy.concurrency=4"
 CODED = "codec.rate=0.5 codec.feedback=true downlink=coded"
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> None:
-    torch.set_num_threads(1)
 
 
 def job_of(overrides: str = "") -> Job:

@@ -4,7 +4,6 @@ from collections.abc import Iterable
 
 import numpy as np
 import pytest
-import torch
 from flwr.app import ConfigRecord, Error, Message, RecordDict
 from grids import Elsewhere
 from grids import rounds_on as run
@@ -21,11 +20,6 @@ from fedapp.vector import layout_of, ravel
 
 pytest.importorskip("tenseal")
 FAST = "task=digits model=logistic privacy=none clients=4 cohort=3 rounds=2 evaluate=none downlink=plain"
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> None:
-    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="module")

@@ -55,7 +55,6 @@ everywhere = pytest.mark.parametrize("device", ["cpu", on_cuda], indirect=True) 
 @pytest.fixture(params=[pytest.param("cpu", marks=pytest.mark.slow), on_cuda])
 def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Where models train. On a CPU, too, a worker tests the server's model."""
-    torch.set_num_threads(1)
     begin, name = Federation.__post_init__, str(request.param)
 
     def aside(self: Federation) -> None:

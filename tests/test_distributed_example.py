@@ -36,11 +36,6 @@ from fedapp.tasks.partition import Iid
 Vector = NDArray[np.float64]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> None:
-    torch.set_num_threads(1)
-
-
 # --- the proof's numbers -----------------------------------------------------------------------------------
 
 

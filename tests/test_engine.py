@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.common.constant import ErrorCode
@@ -36,11 +35,6 @@ from fedapp.rounds import Federation
 from fedapp.tasks import Data, Task
 
 FAST = "task=digits privacy=none model=logistic clients=5 rounds=3 cohort=3 engine.workers=1"
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> None:
-    torch.set_num_threads(1)
 
 
 def job_of(overrides: str = "") -> Job:
@@ -76,7 +70,9 @@ def test_another_seed_gives_another_model() -> None:
     assert model_after("seed=1") != model_after("codec=default")
 
 
-@pytest.mark.parametrize("setting", ["codec=default", "codec=identity", "strategy=fedmedian"])
+@pytest.mark.parametrize(
+    "setting", ["codec=default", "codec=identity", "strategy=fedmedian", "strategy=scaffold codec.rate=0.3"]
+)
 def test_node_ids_and_the_order_of_arrival_change_no_bit(setting: str) -> None:
     job = job_of(setting)
     grid = Elsewhere(client_app(lambda _: job), [905, 17, 2**62 + 5, 44, 3])

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 from grids import Elsewhere, rounds_on
@@ -37,11 +36,6 @@ from fedapp.vector import layout_of, ravel
 PLAN = Plan("poisson", cohort=10, clients=100, rounds=5, most=5)
 MANY = 250_000
 PADDED = "privacy.packet_bytes"
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> None:
-    torch.set_num_threads(1)
 
 
 def mechanism(cls: type[LocalGaussian] | type[CentralGaussian], **settings: Any) -> Any:

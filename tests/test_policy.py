@@ -48,7 +48,6 @@ DP = (
 
 @pytest.fixture(autouse=True)
 def _surroundings(monkeypatch: pytest.MonkeyPatch) -> None:
-    torch.set_num_threads(1)
     LocalGrid(ClientApp(), [1], workers=0)  # sets the global that messages read the run and the node from
     # A checkout before another one on the path is no bundle that arrived.
     monkeypatch.setattr(consent, "installed", lambda: Path(fedapp.__file__).parent)

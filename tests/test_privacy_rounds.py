@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from grids import Elsewhere
 from grids import rounds_on as run
@@ -52,7 +51,6 @@ every_choice = pytest.mark.parametrize("choice", CHOICES)
 
 @pytest.fixture(autouse=True)
 def _surroundings(monkeypatch: pytest.MonkeyPatch) -> None:
-    torch.set_num_threads(1)
     # A checkout before another one on the path is no bundle that arrived.
     monkeypatch.setattr(consent, "installed", lambda: Path(fedapp.__file__).parent)
 

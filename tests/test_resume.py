@@ -21,7 +21,6 @@ from typing import Any, NoReturn
 import numpy as np
 import pytest
 import safetensors.numpy
-import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from grids import Elsewhere
 from rich.console import Console
@@ -56,11 +55,6 @@ SETTINGS = {
     "over-selection": "speeds=stragglers over_selection=1.4 codec.rate=0.5 codec.feedback=true",
 }
 every_setting = pytest.mark.parametrize("setting", SETTINGS)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> None:
-    torch.set_num_threads(1)
 
 
 def simulate(folder: Path, overrides: str, shown: Console | None = None) -> Summary:

@@ -34,7 +34,6 @@ Vector = NDArray[Any]
 @pytest.fixture(autouse=True, scope="module")
 def _identity() -> None:
     LocalGrid(ClientApp(), [1], workers=0)  # sets the global that messages read the run and the node from
-    torch.set_num_threads(1)
 
 
 def pace(server_round: int) -> float:

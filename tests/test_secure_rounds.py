@@ -6,7 +6,6 @@ from collections.abc import Iterable
 
 import numpy as np
 import pytest
-import torch
 from flwr.app import Error, Message
 from grids import Elsewhere
 from grids import rounds_on as run
@@ -28,11 +27,6 @@ from fedapp.vector import layout_of, ravel
 PLAIN = "task=digits model=logistic clients=6 rounds=2 evaluate=none"
 FAST = f"{PLAIN} privacy=distributed_gaussian"
 SHARP = "privacy.epsilon=null privacy.noise_multiplier=0.01 privacy.clip=1000"
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> None:
-    torch.set_num_threads(1)
 
 
 def job_of(overrides: str) -> Job:

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from grids import Elsewhere, rounds_here, rounds_on
 from rich.console import Console
 
@@ -26,11 +25,6 @@ from fedapp.rounds import Federation
 from fedapp.stages import CLOCK, DECODE, ENCODE, NAMES, TRAIN, WAIT, Clock, Span, total
 
 FAST = "task=digits privacy=none model=logistic clients=4 rounds=2 engine.workers=2 checkpoint=null"
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> None:
-    torch.set_num_threads(1)
 
 
 def job_of(overrides: str = "") -> Job:
