@@ -76,7 +76,7 @@ def client_app(job_of: Callable[[Context], Job]) -> ClientApp:
             return Message(RecordDict({ARRAYS: ArrayRecord({UPDATE: total})}), reply_to=message)
         state, progress = load_state(context, "trainer"), (_round(message) - 1) / max(1, job.rounds)
         fit = trainer.fit
-        if job.recall and isinstance(trainer, Sgd):
+        if job.steers and isinstance(trainer, Sgd):
             steered = message.content.array_records[STEERED]
             way = [torch.tensor(values(steered[name])) for name, _ in job.model.named_parameters()]
             fit = partial(trainer.fit, way=[part.to(job.torch_device) for part in way])

@@ -1,5 +1,6 @@
 """Which choices go together: what cannot be private, summed or coded is refused before anything starts."""
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -55,9 +56,7 @@ def check_time(job: "Job") -> None:
             "on a GPU a worker tests the model, and all of them train: set device=cpu, or evaluate=none",
         ),
     )
-    for holds, reason in (*refused, *(refused_buffered if buffered else ())):
-        if holds:
-            raise ConfigError(f"with {given}, {reason}")
+    _refuse(f"with {given},", (*refused, *(refused_buffered if buffered else ())))
     if isinstance(job.strategy, FedBuff):
         check.whole("strategy.buffer", job.strategy.buffer, 1, job.clients)
         check.whole("strategy.concurrency", job.at_once, 1, job.clients)
@@ -118,9 +117,7 @@ def check_privacy(job: "Job") -> None:
             "and task.anonymity mixes rows, which needs privacy=none",
         ),
     )
-    for holds, reason in refused:
-        if holds:
-            raise ConfigError(f"{given} keeps what is private on the client, but {reason}")
+    _refuse(f"{given} keeps what is private on the client, but", refused)
 
 
 def _check_trainer(job: "Job", given: str) -> None:
@@ -159,9 +156,7 @@ def check_aggregation(job: "Job") -> None:
             f"{job.clients}: set 0 to {job.clients - 1}",
         ),
     )
-    for holds, reason in refused:
-        if holds:
-            raise ConfigError(f"under aggregation=ckks the server reads sums alone; {reason}")
+    _refuse("under aggregation=ckks the server reads sums alone;", refused)
 
 
 def check_steering(job: "Job") -> None:
@@ -178,11 +173,14 @@ def check_steering(job: "Job") -> None:
             "error feedback, since what was lost is in the next news anyway: set codec.feedback=false",
         ),
     )
-    for holds, reason in refused:
+    _refuse("strategy=scaffold steers training by what clients sent, and does not go with", refused)
+
+
+def _refuse(given: str, rules: Iterable[tuple[bool, str]]) -> None:
+    """Raise ConfigError with the reason of the first rule that holds."""
+    for holds, reason in rules:
         if holds:
-            raise ConfigError(
-                f"strategy=scaffold steers training by what clients sent, and does not go with {reason}"
-            )
+            raise ConfigError(f"{given} {reason}")
 
 
 def check_dropouts(job: "Job") -> None:

@@ -53,9 +53,8 @@ _NAMES = {  # group: where its classes live, and which
     ),
 }
 TARGETS = {group: [f"{home}.{n}" for n in names.split()] for group, (home, names) in _NAMES.items()}
-TARGETS["strategy"].append("fedapp.fedbuff.FedBuff")
 """Everything a `_target_` of a group may name, exactly: an override string comes over the network."""
-TARGETS["strategy"].append("fedapp.scaffold.Scaffold")
+TARGETS["strategy"] += ["fedapp.fedbuff.FedBuff", "fedapp.scaffold.Scaffold"]  # ours, beside Flower's
 _POSITIVE, _SHARE = {"above": 0.0, "high": 1e6}, {"low": 0.0, "below": 1.0}
 _STRATEGY_BOUNDS = {  # Flower checks few of these itself
     "eta": _POSITIVE, "tau": _POSITIVE, "server_learning_rate": _POSITIVE, "client_learning_rate": _POSITIVE,

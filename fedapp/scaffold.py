@@ -136,9 +136,11 @@ class Controls:
         told: dict[tuple[int, int], RecordDict] = {}
         for message in messages:
             counted, _ = self._counted.get(message.metadata.dst_node_id, (0, 0))
-            config = ConfigRecord({**message.content.config_records[CONFIG], COUNTED: counted})
-            content = RecordDict({**message.content, CONFIG: config})
-            message.content = told.setdefault((id(message.content), counted), content)
+            key = id(message.content), counted
+            if key not in told:
+                config = ConfigRecord({**message.content.config_records[CONFIG], COUNTED: counted})
+                told[key] = RecordDict({**message.content, CONFIG: config})
+            message.content = told[key]
         return messages
 
     def hear(self, reply: Message) -> None:

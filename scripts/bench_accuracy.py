@@ -10,12 +10,11 @@ run whose summary is there already is not repeated, so that an interrupted serie
 Needs the extra dev for the plot.
 """
 
-import argparse
 import statistics
 from pathlib import Path
 from typing import Any
 
-from results import run, spread
+from results import arguments, run, save, spread
 
 SETTINGS = {
     "full": ["clients=10", "rounds=15"],
@@ -85,18 +84,13 @@ def plot(settings: dict[str, dict[str, list[dict[str, Any]]]], path: Path) -> No
         axis.grid(alpha=0.3, which="both")
     axes[0][0].set_ylabel("test accuracy, %")
     axes[0][0].legend(fontsize=8)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    print(f"\nwrote {path}")
+    save(figure, path)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser = arguments(__doc__, Path("bench/accuracy"))
     parser.add_argument("--only", choices=list(SETTINGS), nargs="+", default=list(SETTINGS))
     parser.add_argument("--rows", choices=list(CODECS), nargs="+", default=list(CODECS), metavar="NAME")
-    parser.add_argument("--folder", type=Path, default=Path("bench/accuracy"))
-    parser.add_argument("--plots", type=Path, default=Path(__file__).parent / "plots")
     options, overrides = parser.parse_known_args()
 
     settings = {}
@@ -116,7 +110,6 @@ def main() -> None:
             if name in options.rows and (setting != "long" or name in IN_LONG)
         }
         table(setting, settings[setting])
-    options.plots.mkdir(parents=True, exist_ok=True)
     plot(settings, options.plots / "accuracy.png")
 
 

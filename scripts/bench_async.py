@@ -9,12 +9,11 @@ example. Each run is a `fedapp simulate` of its own, kept under `--folder`; one 
 repeated. Needs the extra dev for the plot.
 """
 
-import argparse
 import json
 import statistics
 from pathlib import Path
 
-from results import run, spread
+from results import arguments, run, save, spread
 
 COMMON = [
     "privacy=none", "codec=identity", "downlink=plain", "model=logistic", "trainer.epochs=1",
@@ -63,17 +62,11 @@ def plot(curves: dict[str, list[Curve]], path: Path) -> None:
     axis.set(xlabel="simulated seconds (log)", ylabel="test accuracy, %", xscale="log", ylim=(65, 90))
     axis.grid(alpha=0.3, which="both")
     axis.legend(loc="lower right")
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    print(f"\nwrote {path}")
+    save(figure, path)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--folder", type=Path, default=Path("bench/async"))
-    parser.add_argument("--plots", type=Path, default=Path(__file__).parent / "plots")
-    options, overrides = parser.parse_known_args()
+    options, overrides = arguments(__doc__, Path("bench/async")).parse_known_args()
 
     heads = [f"{100 * target:g} % after, s" for target in TARGETS]
     print(f"| rounds | {' | '.join(heads)} | s a round | last round | its accuracy, % |")
@@ -92,7 +85,6 @@ def main() -> None:
             f"| {summaries[0]['rounds']} | {spread([100 * s['accuracy'] for s in summaries])} |",
             flush=True,
         )
-    options.plots.mkdir(parents=True, exist_ok=True)
     plot(curves, options.plots / "async.png")
 
 

@@ -12,13 +12,12 @@ run whose summary is there already is not repeated, so that an interrupted serie
 Needs the extra dev for the plot.
 """
 
-import argparse
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from results import run, spread
+from results import arguments, run, save, spread
 
 LINEAR = "model=logistic task.features=scattering"
 SMALL = "model=logistic task.features=oriented"  # noise grows with the root of the parameters
@@ -63,11 +62,8 @@ SETTINGS = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser = arguments(__doc__, Path("bench/privacy"))
     parser.add_argument("--only", choices=list(SETTINGS), nargs="+", default=list(SETTINGS), metavar="NAME")
-    parser.add_argument("--folder", type=Path, default=Path("bench/privacy"))
-    parser.add_argument("--plots", type=Path, default=Path(__file__).parent / "plots")
     options, overrides = parser.parse_known_args()
 
     for name in options.only:
@@ -88,7 +84,6 @@ def main() -> None:
                 for seed in options.seeds
             ]
             print(row(name, found[name, epsilon]), flush=True)
-    options.plots.mkdir(parents=True, exist_ok=True)
     plot(found, options.plots / "privacy.png")
 
 
@@ -126,9 +121,7 @@ def plot(found: dict[tuple[str, float | None], list[dict[str, Any]]], path: Path
     axis.minorticks_off()
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    print(f"\nwrote {path}")
+    save(figure, path)
 
 
 if __name__ == "__main__":

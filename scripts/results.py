@@ -37,6 +37,23 @@ def spread(values: list[float]) -> str:
     return f"{statistics.mean(values):.2f} ± {statistics.stdev(values) / len(values) ** 0.5:.2f}"
 
 
+def arguments(usage: str | None, folder: Path) -> argparse.ArgumentParser:
+    """What benchmarks that draw have in common: seeds, where runs are kept, and where pictures go."""
+    parser = argparse.ArgumentParser(description=usage, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--folder", type=Path, default=folder)
+    parser.add_argument("--plots", type=Path, default=Path(__file__).parent / "plots")
+    return parser
+
+
+def save(figure: Any, path: Path) -> None:
+    """Write a picture, and say where."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    print(f"\nwrote {path}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])

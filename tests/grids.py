@@ -3,6 +3,7 @@
 import io
 import os
 from collections.abc import Iterable
+from functools import cache
 from typing import Any
 
 from flwr.app import ArrayRecord, Context, Message, RecordDict
@@ -11,6 +12,7 @@ from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from rich.console import Console
 
+from fedapp import config
 from fedapp.client_app import local_app
 from fedapp.engine.local import LocalGrid
 from fedapp.job import Job
@@ -67,6 +69,18 @@ class Elsewhere(Grid):
         raise NotImplementedError
 
 
+class Forgetful(Elsewhere):
+    """A grid the nodes of which start anew before every third message."""
+
+    pulled = 0
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        self.pulled += 1
+        if self.pulled % 3 == 0:
+            self._contexts[self._waiting[-1].metadata.dst_node_id].state = RecordDict()
+        return super().pull_messages(message_ids)
+
+
 def rounds_on(job: Job, grid: Grid) -> tuple[Federation, list[Round]]:
     """All rounds of a job, told to nobody."""
     federation = Federation(job, grid)
@@ -85,3 +99,9 @@ def rounds_here(job: Job, app: Any = None, fold: bool = True) -> tuple[Federatio
 def bits(arrays: ArrayRecord) -> bytes:
     """All values of a model."""
     return b"".join(array.data for array in arrays.values())
+
+
+@cache
+def model_of(overrides: str) -> bytes:
+    """The model that a run of these settings on the local engine ends with."""
+    return bits(rounds_here(config.job(config.compose(overrides)))[0].arrays)

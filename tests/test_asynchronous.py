@@ -2,15 +2,13 @@
 
 import re
 from collections.abc import Iterable
-from functools import cache
 from typing import Any
 
 import numpy as np
 import pytest
 from flwr.app import Context, Message, MetricRecord, RecordDict
-from grids import Elsewhere, bits, rounds_on
+from grids import Elsewhere, Forgetful, bits, model_of, rounds_on
 from grids import rounds_here as run
-from test_engine import Forgetful
 
 from fedapp import combinations, config
 from fedapp.asynchronous import Asynchronous
@@ -34,9 +32,8 @@ def job_of(overrides: str = "") -> Job:
     return config.job(config.compose(f"{FAST} {overrides}"))
 
 
-@cache
 def model_after(overrides: str) -> bytes:
-    return bits(run(job_of(overrides))[0].arrays)
+    return model_of(f"{FAST} {overrides}")
 
 
 # The paper's formula, and a schedule by hand

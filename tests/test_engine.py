@@ -10,7 +10,6 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ import pytest
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.common.constant import ErrorCode
-from grids import Elsewhere, bits, rounds_on
+from grids import Elsewhere, Forgetful, bits, model_of, rounds_on
 from grids import rounds_here as run
 from torch import nn
 
@@ -41,9 +40,8 @@ def job_of(overrides: str = "") -> Job:
     return config.job(config.compose(f"{FAST} {overrides}"))
 
 
-@cache
 def model_after(overrides: str) -> bytes:
-    return bits(run(job_of(overrides))[0].arrays)
+    return model_of(f"{FAST} {overrides}")
 
 
 # One seed, one result
@@ -123,18 +121,6 @@ def test_nodes_that_do_not_come_are_named() -> None:
 
 
 # Weights on their way to the nodes
-
-
-class Forgetful(Elsewhere):
-    """A grid the nodes of which start anew before every third message."""
-
-    pulled = 0
-
-    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        self.pulled += 1
-        if self.pulled % 3 == 0:
-            self._contexts[self._waiting[-1].metadata.dst_node_id].state = RecordDict()
-        return super().pull_messages(message_ids)
 
 
 STATELESS = "cohort=3 rounds=6 codec.feedback=false codec.step=2"  # a rate remembers its last miss
