@@ -20,6 +20,7 @@ commands:
   audit      train with canaries and print a lower bound on epsilon beside the claimed one; exits 1 where
              it exceeds the claim: fedapp audit [canaries=5000] [confidence=0.95] [KEY=VALUE ...]
   ledger     what a client's data has spent, and may spend: fedapp ledger show|set-limit|overlap
+  client     take part in a federation with the data of this machine (fedapp client --help)
 
 Settings are Hydra overrides of the YAML in conf/. On real machines the same app runs by `flwr run`.
 """
@@ -27,7 +28,7 @@ Settings are Hydra overrides of the YAML in conf/. On real machines the same app
 
 def main() -> None:
     """Entry of the console script; exits 0, 1 (an error, told in one line), 2 (usage) or 130 (Ctrl-C)."""
-    commands = {"simulate": simulate, "report": report, "audit": audit, "ledger": ledger}
+    commands = {"simulate": simulate, "report": report, "audit": audit, "ledger": ledger, "client": client}
     if len(sys.argv) > 1 and sys.argv[1] in ("-h", "--help"):
         print(USAGE, end="")
         return
@@ -118,6 +119,13 @@ def audit() -> None:
 def ledger() -> None:
     """Show or change a client's ledger."""
     from fedapp.privacy.ledger_cli import main
+
+    main(sys.argv[1:])
+
+
+def client() -> None:
+    """Run a participant's node."""
+    from fedapp.deploy.client import main
 
     main(sys.argv[1:])
 

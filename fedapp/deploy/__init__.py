@@ -1,0 +1,1 @@
+"""Real machines: keys, the server, the participant's node, and what a researcher sends to them."""

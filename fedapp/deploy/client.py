@@ -1,0 +1,117 @@
+"""`fedapp client`: check everything, start the node, stay up."""
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from logging.handlers import RotatingFileHandler
+from multiprocessing import get_context
+from pathlib import Path
+
+from fedapp.deploy import preflight
+from fedapp.errors import ConfigError
+
+_log = logging.getLogger("fedapp.client")
+_LOG = 5_000_000  # bytes
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Run a participant's node until it is interrupted. Raises ConfigError, Refused."""
+    options = _parser().parse_args(arguments)
+    folder: Path = options.folder.expanduser()
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    _begin_log(folder)
+    server = preflight.Server.of(options.server)
+    config = preflight.node_config(options.data_config)
+    if options.insecure:
+        if not server.local:
+            raise ConfigError(
+                f"--insecure encrypts nothing, so the server must be 127.0.0.1, not {server.host}"
+            )
+        ca = None
+    else:
+        ca = preflight.authority((options.ca or folder / "ca.pem").expanduser())
+    key = preflight.private_key((options.key or folder / "node.key").expanduser())
+    if options.policy is None:
+        _log.warning("no --policy: whoever may submit runs may use these data for any of them")
+    else:
+        config["policy"] = str(_policy(options.policy))
+    if options.ledger is not None:
+        config["ledger"] = str(_ledger(options.ledger))
+        config.setdefault("data-id", "data")
+    preflight.room(folder)
+    preflight.reach(server, ca)
+
+    from fedapp.deploy.link import Link
+    from fedapp.deploy.memory import Memory
+    from fedapp.deploy.node import serve
+    from fedapp.report.folder import alone
+
+    with alone(folder):
+        memory = Memory(folder / "node.sqlite")
+        try:
+            serve(Link(str(server), ca, key, ca is None, _log.warning), memory, config)
+        finally:
+            memory.close()
+
+
+def _policy(path: Path) -> Path:
+    path = path.expanduser().resolve()
+    with ProcessPoolExecutor(1, get_context("spawn")) as other:  # what imports torch is not kept
+        other.submit(_load_policy, path).result()
+    return path
+
+
+def _load_policy(path: Path) -> None:
+    from fedapp.privacy.policy import Policy
+
+    Policy.load(path)
+
+
+def _ledger(path: Path) -> Path:
+    path = path.expanduser().resolve()
+    if not os.access(path.parent, os.W_OK):
+        raise ConfigError(f"the ledger {path} cannot be written: make the folder, or see who owns it")
+    return path
+
+
+def _begin_log(folder: Path) -> None:
+    logging.basicConfig(
+        level=logging.INFO,
+        format="%(asctime)s %(levelname)s %(message)s",
+        handlers=[
+            logging.StreamHandler(sys.stderr),
+            RotatingFileHandler(folder / "node.log", maxBytes=_LOG, backupCount=3),
+        ],
+    )
+    for chatty in ("httpx", "httpcore", "flwr"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="fedapp client", description="Take part in a federation with the data of this machine."
+    )
+    parser.add_argument("--server", required=True, metavar="HOST:PORT", help="where `fedapp server` runs")
+    parser.add_argument("--ca", type=Path, metavar="FILE", help="ca.pem of the operator (FOLDER/ca.pem)")
+    parser.add_argument("--key", type=Path, metavar="FILE", help="of `fedapp keys node` (FOLDER/node.key)")
+    parser.add_argument(
+        "--data-config",
+        type=Path,
+        metavar="FILE",
+        help="YAML: data: PATH, or partition-id and num-partitions",
+    )
+    parser.add_argument("--policy", type=Path, metavar="FILE", help="YAML: what runs may ask of the data")
+    parser.add_argument("--ledger", type=Path, metavar="FILE", help="where spent privacy is written down")
+    parser.add_argument(
+        "--folder",
+        type=Path,
+        default=Path("~/.fedapp/client"),
+        help="of the node's key, state and log (%(default)s)",
+    )
+    parser.add_argument(
+        "--insecure", action="store_true", help="plain HTTP, to a server on this machine only"
+    )
+    return parser

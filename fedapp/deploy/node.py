@@ -1,0 +1,187 @@
+"""A participant's node: it asks the server for work, has one process a run do it, and sends the replies.
+
+Only the installed fedapp touches the data: a run whose bundle holds another one is declined, and the bundle
+is never run. The process that works sees neither the server nor the key; this one never imports torch.
+"""
+
+import logging
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+
+from flwr.app import Context, Error, Message, RecordDict
+from flwr.common.constant import ErrorCode
+
+from fedapp.deploy.bundle import difference
+from fedapp.deploy.frames import context_of, message_of, of_context, of_message
+from fedapp.deploy.link import Link, Over, Refused
+from fedapp.deploy.memory import Memory
+
+_ASKED = 5.0  # seconds from one question whether a run goes on to the next, while its process works
+_log = logging.getLogger("fedapp.client")
+Config = Mapping[str, bool | int | float | str]
+
+
+def serve(link: Link, memory: Memory, config: Config) -> None:
+    """Work for the server until this process is interrupted. Raises Refused where it takes no more."""
+    node = Node(link, memory, config)
+    try:
+        node.catch_up()
+        while True:
+            message = link.receive()
+            if message is None:
+                node.tidy()
+            else:
+                node.take(message)
+    finally:
+        node.close()
+
+
+class Node:
+    """The runs that a node takes part in, each with a process of its own once it works."""
+
+    def __init__(self, link: Link, memory: Memory, config: Config) -> None:
+        self._link, self._memory, self._config = link, memory, config
+        self._id = link.open()
+        self._runs = dict[int, _Run]()
+        self._tidied = time.monotonic()
+        _log.info("connected as node %d; waiting for work", self._id)
+
+    def close(self) -> None:
+        for run in self._runs.values():
+            run.end()
+        self._link.close()
+
+    def catch_up(self) -> None:
+        """Send the reply, or do the work, that was left when this node ended last time."""
+        if (reply := self._memory.unsent()) is not None:
+            _log.info("sending the reply that had not left")
+            self._send(message_of(reply), 0.0)
+        if (message := self._memory.in_work()) is not None:
+            _log.info("going on with the message that was not answered")
+            self._work(message_of(message), message)
+
+    def take(self, message: Message) -> None:
+        """Do what a message asks, and answer it."""
+        data = of_message(message)
+        self._memory.receive(data)
+        self._work(message, data)
+
+    def tidy(self) -> None:
+        """End the processes of runs that are over, looked at now and then."""
+        if time.monotonic() < self._tidied + _ASKED:
+            return
+        self._tidied = time.monotonic()
+        for number in list(self._runs):
+            if not self._goes_on(number):
+                self._runs.pop(number).end()
+                _log.info("run %d is over", number)
+
+    def _work(self, message: Message, data: bytes) -> None:
+        number, begun = message.metadata.run_id, time.monotonic()
+        try:
+            run = self._runs.get(number) or self._join(number)
+            found = run.work(data, lambda: self._goes_on(number))
+        except Over:
+            _log.info("run %d is over: its message is left", number)
+            self._memory.drop()
+            if number in self._runs:
+                self._runs.pop(number).end()
+            return
+        took = time.monotonic() - begun
+        reply, context = (
+            (of_message(Message(found, reply_to=message)), None) if isinstance(found, Error) else found
+        )
+        self._memory.answer(number, context, reply)
+        sent = self._send(message_of(reply), took)
+        asked = message.metadata
+        at = f"run {number} round {asked.group_id}" if asked.group_id else f"run {number}"
+        _log.info("%s: %s took %.2f s, %s", at, asked.message_type, took, sent)
+
+    def _send(self, reply: Message, seconds: float) -> str:
+        try:
+            size = self._link.send(reply, seconds)
+            return f"sent {size} bytes" if not reply.has_error() else f"declined: {reply.error.reason}"
+        except Over:
+            return "the run was over before the reply was ready"
+        except Refused as refused:
+            return str(refused)
+        finally:
+            self._memory.sent()
+
+    def _goes_on(self, number: int) -> bool:
+        try:
+            self._link.run(number)
+        except Over:
+            return False
+        return True
+
+    def _join(self, number: int) -> "_Run":
+        """Look at a run for the first time: is its code the installed one? Raises Over."""
+        info = self._link.run(number)
+        said = difference(self._link.bundle(info))
+        kept = self._memory.context(number)
+        context = Context(
+            run_id=number,
+            node_id=self._id,
+            node_config=dict(self._config),
+            state=RecordDict() if kept is None else context_of(kept).state,
+            run_config={"overrides": str(info.override_config.get("overrides", ""))},
+        )
+        _log.info("run %d: %s", number, context.run_config["overrides"] or "default settings")
+        run = self._runs[number] = _Run(context, said)
+        return run
+
+
+class _Run:
+    """One run on this node: who the node is in it, and the process that works."""
+
+    def __init__(self, context: Context, declined: str | None) -> None:
+        self._context, self._declined = of_context(context), declined
+        self._process: subprocess.Popen[bytes] | None = None
+        self._pipe: Connection | None = None
+
+    def work(self, message: bytes, goes_on: Callable[[], bool]) -> tuple[bytes, bytes] | Error:
+        """The reply to a message and the context after it, or why there is none. Raises Over."""
+        if self._declined is not None:
+            said = f"this node runs its own fedapp only, and the run's is another one: {self._declined}"
+            return Error(ErrorCode.INVALID_FAB, said)
+        pipe = self._pipe or self._start()
+        try:
+            pipe.send_bytes(message)
+            while not pipe.poll(_ASKED):
+                if not goes_on():
+                    raise Over
+            reply, context = pipe.recv_bytes(), pipe.recv_bytes()
+        except (EOFError, OSError):
+            code = self.end()
+            _log.warning(
+                "the process that worked ended with code %s; the next message begins with a new one", code
+            )
+            return Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, "the client failed; its own log says why")
+        self._context = context
+        return reply, context
+
+    def end(self) -> int | None:
+        """End the process; returns its exit code."""
+        if self._pipe is not None:
+            self._pipe.close()
+        self._pipe, process, self._process = None, self._process, None
+        if process is None:
+            return None
+        process.kill()
+        return process.wait()
+
+    def _start(self) -> Connection:
+        self._pipe, theirs = Pipe()
+        with theirs:
+            command = [sys.executable, "-m", "fedapp.deploy.executor", str(theirs.fileno())]
+            self._process = subprocess.Popen(
+                command, pass_fds=[theirs.fileno()], start_new_session=True, env=dict(os.environ)
+            )
+        self._pipe.send_bytes(self._context)
+        return self._pipe
