@@ -21,6 +21,8 @@ commands:
              it exceeds the claim: fedapp audit [canaries=5000] [confidence=0.95] [KEY=VALUE ...]
   ledger     what a client's data has spent, and may spend: fedapp ledger show|set-limit|overlap
   client     take part in a federation with the data of this machine (fedapp client --help)
+  submit     train on a federation, with the settings of simulate: fedapp submit [-m] [KEY=VALUE ...]
+  runs       what runs on a server: fedapp runs list|watch|fetch|stop
 
 Settings are Hydra overrides of the YAML in conf/. On real machines the same app runs by `flwr run`.
 """
@@ -28,7 +30,15 @@ Settings are Hydra overrides of the YAML in conf/. On real machines the same app
 
 def main() -> None:
     """Entry of the console script; exits 0, 1 (an error, told in one line), 2 (usage) or 130 (Ctrl-C)."""
-    commands = {"simulate": simulate, "report": report, "audit": audit, "ledger": ledger, "client": client}
+    commands = {
+        "simulate": simulate,
+        "report": report,
+        "audit": audit,
+        "ledger": ledger,
+        "client": client,
+        "submit": submit,
+        "runs": runs,
+    }
     if len(sys.argv) > 1 and sys.argv[1] in ("-h", "--help"):
         print(USAGE, end="")
         return
@@ -126,6 +136,20 @@ def ledger() -> None:
 def client() -> None:
     """Run a participant's node."""
     from fedapp.deploy.client import main
+
+    main(sys.argv[1:])
+
+
+def submit() -> None:
+    """Send a run to a federation."""
+    from fedapp.deploy.submit import main
+
+    main(sys.argv[1:])
+
+
+def runs() -> None:
+    """Follow what runs on a server."""
+    from fedapp.deploy.following import main
 
     main(sys.argv[1:])
 

@@ -303,12 +303,20 @@ def test_the_wheel_carries_the_settings_inside_the_package(shell: Shell) -> None
     with zipfile.ZipFile(wheel) as archive:
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
         archive.extractall(home / "site")
-    assert names == {f"fedapp/{name}" for name in CONF} | FEDAPP | {"fedapp/py.typed"}
+    beside = {f"fedapp/{name}" for name in (*CONF, "py.typed", "pyproject.toml", "LICENSE")}
+    assert names == beside | FEDAPP
     (home / "compose.py").write_text(
         "import sys\n"
         f"sys.path.insert(0, {str(home / 'site')!r})\n"
         "from fedapp import config\n"
         f"assert str(config.CONF) == {str(home / 'site/fedapp/conf')!r}, config.CONF\n"
         f"assert config.job_of({SETTINGS!r}).rounds == 2\n"
+        "from pathlib import Path\n"
+        "from fedapp.deploy.bundle import bundle\n"
+        "Path('sent.fab').write_bytes(bundle())\n"
     )
     shell.run("python compose.py")
+    shell.run(f"flwr build --app {ROOT}")
+    (built,) = home.glob("fedapp*.fab")
+    sent, built = (zipfile.ZipFile(file) for file in (home / "sent.fab", built))
+    assert {name: sent.read(name) for name in sent.namelist()} == {n: built.read(n) for n in built.namelist()}

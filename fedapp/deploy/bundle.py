@@ -58,9 +58,10 @@ def difference(content: bytes) -> str | None:
         return "it cannot be read"
     if len(sent) != len(entries):
         return "it holds a file twice"
-    changed = sorted(name for name, _ in sent.items() ^ own.items())
+    changed = {name for name, _ in sent.items() ^ own.items()}
     if not changed:
         return None
     if version != fedapp.__version__:
         return f"it is fedapp {str(version)[:20]}, and {fedapp.__version__} is installed here"
-    return f"{len(changed)} files differ from fedapp {fedapp.__version__} as it is installed here"
+    many = "1 file differs" if len(changed) == 1 else f"{len(changed)} files differ"
+    return f"{many} from fedapp {fedapp.__version__} as it is installed here"

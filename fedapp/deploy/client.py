@@ -53,6 +53,8 @@ def main(arguments: Sequence[str]) -> None:
         memory = Memory(folder / "node.sqlite")
         try:
             serve(Link(str(server), ca, key, ca is None, _log.warning), memory, config)
+        except KeyboardInterrupt:  # Ctrl-C, or SIGTERM
+            _log.info("ended; work that was not answered is done at the next start")
         finally:
             memory.close()
 

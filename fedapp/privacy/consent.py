@@ -8,19 +8,19 @@ again as the same bytes; the data are read and narrowed to what is shared; what 
 written to the ledger; the client works; metrics that may not leave are taken out; the reply is kept, then
 leaves.
 
-What this can enforce. Flower runs the code of the bundle that arrives, and a bundle named fedapp shadows the
-installed package, so it is that code which reads the policy. With a policy or a ledger, a run whose fedapp
-differs from the installed one in any file is declined, which catches other versions and changes made without
-malice. It does not stop a bundle written to ignore all this: whoever may start runs on the SuperLink can run
-any code as the SuperNode's user. Give runs to those you trust, and the SuperNode a user that can read no
-more than it needs.
+What this can enforce. A node that `fedapp client` starts runs the installed fedapp and never the bundle, which
+it compares with it. A stock SuperNode runs the code of the bundle that arrives, and a bundle named fedapp shadows
+the installed package, so there it is that code which reads the policy. With a policy or a ledger, a run whose
+fedapp differs from the installed one in any file is then declined, which catches other versions and changes made
+without malice. It does not stop a bundle written to ignore all this: on a SuperNode, whoever may start runs can
+run any code as its user. Give runs to those you trust, and the SuperNode a user that can read no more than it
+needs.
 """
 
 import logging
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from hashlib import sha256
 from importlib.machinery import PathFinder
 from pathlib import Path
 
@@ -30,6 +30,7 @@ from flwr.common.constant import ErrorCode
 from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 
 import fedapp
+from fedapp.deploy.bundle import digests
 from fedapp.errors import ConfigError
 from fedapp.job import Job
 from fedapp.privacy.accounting import Release
@@ -55,7 +56,7 @@ def consent(job_of: Callable[[Context], Job]) -> Mod:
         if policy is None and books is None:
             return call_next(message, context)
         try:
-            if not _same(_files(Path(fedapp.__file__).parent), _files(installed())):
+            if not _same(digests(Path(fedapp.__file__).parent), digests(installed())):
                 raise PolicyRefusal("versions", "the run brings a fedapp that differs from the installed one")
             job, purpose, server_round = job_of(context), message.metadata.message_type, _round(message)
             if policy is not None:
@@ -130,14 +131,6 @@ def installed() -> Path:
     others = [entry for entry in sys.path if Path(entry).resolve() != running.parent.resolve()]
     found = PathFinder.find_spec("fedapp", others)
     return running if found is None or found.origin is None else Path(found.origin).parent
-
-
-def _files(package: Path) -> dict[str, str]:
-    """The digest of each file of a fedapp by its name: code, and settings inside the package or beside it."""
-    conf = package / "conf" if (package / "conf").is_dir() else package.parent / "conf"
-    named = {f"fedapp/{file.relative_to(package)}": file for file in package.rglob("*.py")}
-    named |= {f"conf/{file.relative_to(conf)}": file for file in conf.rglob("*.yaml")}
-    return {name: sha256(file.read_bytes()).hexdigest() for name, file in named.items()}
 
 
 def _same(running: dict[str, str], kept: dict[str, str]) -> bool:

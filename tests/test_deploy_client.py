@@ -1,0 +1,358 @@
+"""The participant's side of a deployment: what is checked, what is kept, what a node does with messages."""
+
+import io
+import os
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.common.constant import ErrorCode
+from flwr.supercore.task_identity import TaskIdentity
+
+import fedapp
+from fedapp.deploy import preflight
+from fedapp.deploy.bundle import bundle, difference
+from fedapp.deploy.frames import message_of, of_message
+from fedapp.deploy.link import Over
+from fedapp.deploy.memory import Memory
+from fedapp.deploy.node import Node
+from fedapp.errors import ConfigError
+from fedapp.records import CONFIG
+
+RUN, NODE = 7, 42
+SETTINGS = "task=digits model=logistic privacy=none clients=2"
+
+
+def changed(change: Callable[[dict[str, bytes]], object]) -> bytes:
+    """The installed fedapp's bundle after a change to its files."""
+    with zipfile.ZipFile(io.BytesIO(bundle())) as archive:
+        files = {name: archive.read(name) for name in archive.namelist()}
+    change(files)
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w") as archive:  # stored, not deflated: how it is packed says nothing
+        for name, content in files.items():
+            archive.writestr(name, content)
+    return out.getvalue()
+
+
+def newer(files: dict[str, bytes]) -> None:
+    files["fedapp/wire.py"] += b"\n"
+    files["pyproject.toml"] = files["pyproject.toml"].replace(b'version = "0.1.0"', b'version = "9.9.9"')
+
+
+class TestBundle:
+    def test_the_installed_fedapp_is_itself_however_it_is_packed(self) -> None:
+        assert difference(bundle()) is None
+        assert difference(changed(lambda files: None)) is None
+
+    @pytest.mark.parametrize(
+        ("change", "said"),
+        [
+            (
+                lambda files: files.update({"fedapp/wire.py": files["fedapp/wire.py"] + b"#"}),
+                "1 file differs",
+            ),
+            (lambda files: files.pop("conf/config.yaml"), "1 file differs"),
+            (lambda files: files.update({"fedapp/more.py": b""}), "1 file differs"),
+            (lambda files: files.update({"sitecustomize.py": b""}), "1 file differs"),
+            (newer, "it is fedapp 9.9.9, and"),
+        ],
+    )
+    def test_any_other_code_or_setting_is_told(self, change: Any, said: str) -> None:
+        assert said in str(difference(changed(change)))
+
+    def test_what_is_no_bundle_is_told(self) -> None:
+        assert difference(b"") == difference(b"PK\x03\x04") == "it cannot be read"
+        whole = bundle()
+        assert difference(whole[: len(whole) // 2]) == "it cannot be read"
+        assert difference(changed(lambda files: files.pop("pyproject.toml"))) == "it cannot be read"
+
+    def test_a_file_that_is_there_twice_is_told(self) -> None:
+        twice = io.BytesIO(bundle())
+        with zipfile.ZipFile(twice, "a") as archive, pytest.warns(UserWarning, match="Duplicate"):
+            archive.writestr("fedapp/wire.py", b"print('mine')")
+        assert difference(twice.getvalue()) == "it holds a file twice"
+
+    def test_a_bundle_that_claims_gigabytes_is_not_unpacked(self) -> None:
+        out = io.BytesIO()
+        with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as archive:
+            archive.writestr("fedapp/wire.py", bytes(65 << 20))
+        assert difference(out.getvalue()) == "it is too large for a fedapp"
+
+
+class TestMemory:
+    def test_a_message_is_in_work_until_it_is_answered_and_a_reply_waits_until_it_is_sent(
+        self, tmp_path: Path
+    ) -> None:
+        path = tmp_path / "node.sqlite"
+        memory = Memory(path)
+        assert (memory.in_work(), memory.unsent(), memory.context(RUN)) == (None, None, None)
+        memory.receive(b"asked")
+        memory.close()
+        memory = Memory(path)
+        assert (memory.in_work(), memory.unsent()) == (b"asked", None)
+        memory.answer(RUN, b"context", b"reply")
+        memory.close()
+        memory = Memory(path)
+        assert (memory.in_work(), memory.unsent(), memory.context(RUN)) == (None, b"reply", b"context")
+        memory.sent()
+        assert (memory.unsent(), memory.context(RUN)) == (None, b"context")
+        memory.close()
+
+    def test_an_answer_that_cannot_be_written_changes_nothing(self, tmp_path: Path) -> None:
+        memory = Memory(tmp_path / "node.sqlite")
+        memory.receive(b"asked")
+        memory.answer(RUN, b"old", b"first")
+        memory.receive(b"asked again")
+        memory._db.execute(
+            "CREATE TRIGGER full BEFORE INSERT ON outbox BEGIN SELECT RAISE(FAIL, 'full'); END"
+        )
+        with pytest.raises(ConfigError, match="cannot be used"):
+            memory.answer(RUN, b"new", b"second")
+        assert (memory.in_work(), memory.unsent(), memory.context(RUN)) == (b"asked again", b"first", b"old")
+        memory.close()
+
+    def test_the_runs_used_last_are_kept(self, tmp_path: Path) -> None:
+        memory = Memory(tmp_path / "node.sqlite")
+        for run in range(25):
+            memory.answer(run, b"%d" % run, b"reply")
+        assert [memory.context(run) for run in (0, 4, 5, 24)] == [None, None, b"5", b"24"]
+        memory.close()
+
+    def test_another_file_is_refused(self, tmp_path: Path) -> None:
+        (tmp_path / "node.sqlite").write_bytes(b"no database at all" * 100)
+        with pytest.raises(ConfigError, match=r"node\.sqlite cannot be used"):
+            Memory(tmp_path / "node.sqlite")
+
+
+def key_file(path: Path, key: Any, form: PrivateFormat = PrivateFormat.OpenSSH) -> Path:
+    path.write_bytes(key.private_bytes(Encoding.PEM, form, NoEncryption()))
+    path.chmod(0o600)
+    return path
+
+
+class TestPreflight:
+    def test_a_good_key_is_read(self, tmp_path: Path) -> None:
+        key = ec.generate_private_key(ec.SECP384R1())
+        read = preflight.private_key(key_file(tmp_path / "node.key", key))
+        assert read.private_numbers() == key.private_numbers()
+
+    def test_a_key_that_others_can_read_is_refused(self, tmp_path: Path) -> None:
+        path = key_file(tmp_path / "node.key", ec.generate_private_key(ec.SECP384R1()))
+        path.chmod(0o640)
+        with pytest.raises(ConfigError, match=r"mode 640.*chmod 600"):
+            preflight.private_key(path)
+
+    @pytest.mark.parametrize(
+        ("key", "form", "said"),
+        [
+            (ec.generate_private_key(ec.SECP256R1()), PrivateFormat.OpenSSH, "no ECDSA key on P-384"),
+            (ed25519.Ed25519PrivateKey.generate(), PrivateFormat.OpenSSH, "no ECDSA key on P-384"),
+            (ec.generate_private_key(ec.SECP384R1()), PrivateFormat.PKCS8, "no OpenSSH private key"),
+        ],
+    )
+    def test_keys_of_another_kind_are_refused(
+        self, tmp_path: Path, key: Any, form: PrivateFormat, said: str
+    ) -> None:
+        with pytest.raises(ConfigError, match=said):
+            preflight.private_key(key_file(tmp_path / "node.key", key, form))
+
+    def test_a_key_that_is_not_there_names_the_command(self, tmp_path: Path) -> None:
+        with pytest.raises(ConfigError, match="fedapp keys node --out"):
+            preflight.private_key(tmp_path / "node.key")
+
+    @pytest.mark.parametrize(
+        "content", [b"", b"-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n"]
+    )
+    def test_what_is_no_certificate_is_refused(self, tmp_path: Path, content: bytes) -> None:
+        (tmp_path / "ca.pem").write_bytes(content)
+        with pytest.raises(ConfigError, match=r"get ca\.pem from the operator"):
+            preflight.authority(tmp_path / "ca.pem")
+
+    def test_node_configs(self, tmp_path: Path) -> None:
+        path = tmp_path / "data.yaml"
+        path.write_text("partition-id: 1\nnum-partitions: 3\n")
+        assert preflight.node_config(path) == {"partition-id": 1, "num-partitions": 3}
+        assert preflight.node_config(None) == {}
+
+    @pytest.mark.parametrize(
+        ("text", "said"),
+        [
+            ("partition: 1", "names 'partition', which no task reads"),
+            ("- 1", "must map names to values"),
+            ("data: [a, b]", "must be one value"),
+            ("data: nowhere.csv", "does not exist on this machine"),
+            ("a: [", "cannot be read"),
+        ],
+    )
+    def test_wrong_node_configs_are_refused(self, tmp_path: Path, text: str, said: str) -> None:
+        (tmp_path / "data.yaml").write_text(text)
+        with pytest.raises(ConfigError, match=said):
+            preflight.node_config(tmp_path / "data.yaml")
+
+    @pytest.mark.parametrize("text", ["", "host", "host:", ":8443", "host:http", "host:0", "host:70000"])
+    def test_a_server_is_host_and_port(self, text: str) -> None:
+        with pytest.raises(ConfigError, match="HOST:PORT"):
+            preflight.Server.of(text)
+
+    def test_servers(self) -> None:
+        assert str(preflight.Server.of("[::1]:8443")) == "[::1]:8443"
+        assert preflight.Server.of("127.0.0.1:1").local
+        assert not preflight.Server.of("fed.example.org:8443").local
+
+    def test_a_server_that_is_not_there(self) -> None:
+        with pytest.raises(ConfigError, match="cannot be reached"):
+            preflight.reach(preflight.Server.of("127.0.0.1:9"), None)
+
+    def test_a_name_that_is_not_known(self) -> None:
+        with pytest.raises(ConfigError, match=r"nowhere\.invalid cannot be found"):
+            preflight.reach(preflight.Server.of("nowhere.invalid:8443"), None)
+
+
+@dataclass
+class FakeLink:
+    """A server in this process: it has one run, and takes replies."""
+
+    fab: bytes = field(default_factory=bundle)
+    over: bool = False
+    sent: list[Message] = field(default_factory=list)
+
+    def open(self) -> int:
+        return NODE
+
+    def close(self) -> None:
+        pass
+
+    def run(self, number: int) -> Any:
+        if self.over:
+            raise Over
+        return SimpleNamespace(run_id=number, override_config={"overrides": SETTINGS})
+
+    def bundle(self, run: Any) -> bytes:
+        return self.fab
+
+    def send(self, reply: Message, seconds: float) -> int:
+        if self.over:
+            raise Over
+        self.sent.append(reply)
+        return 0
+
+
+@pytest.fixture
+def identity(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(TaskIdentity, "_run_id", RUN)
+    monkeypatch.setattr(TaskIdentity, "_node_id", 1)
+    monkeypatch.setattr(TaskIdentity, "_task_id", 0)
+
+
+def asked() -> Message:
+    message = Message(RecordDict({CONFIG: ConfigRecord({"server-round": 1})}), NODE, "query")
+    message.metadata.__dict__["_message_id"] = message.object_id
+    return message
+
+
+def node(link: Any, folder: Path) -> Node:
+    return Node(link, Memory(folder / "node.sqlite"), {"partition-id": 1, "num-partitions": 2})
+
+
+@pytest.mark.usefixtures("identity")
+class TestNode:
+    @pytest.mark.slow
+    def test_a_process_beside_the_node_answers_and_stays(self, tmp_path: Path) -> None:
+        link = FakeLink()
+        own = node(link, tmp_path)
+        try:
+            own.take(asked())
+            process = own._runs[RUN]._process
+            own.take(asked())
+            assert own._runs[RUN]._process is process
+            held = [reply.content.config_records[CONFIG]["partition-id"] for reply in link.sent]
+            assert held == [1, 1]
+            assert (own._memory.in_work(), own._memory.unsent()) == (None, None)
+            assert process is not None
+            os.kill(process.pid, signal.SIGKILL)  # for memory, say
+            own.take(asked())
+            own.take(asked())
+            errors = [reply.has_error() for reply in link.sent]
+            assert errors == [False, False, True, False]
+            link.over = True
+            own._tidied -= 100
+            own.tidy()
+            assert own._runs == {}
+        finally:
+            own.close()
+        assert process.poll() is not None
+
+    def test_another_fedapp_is_declined_and_never_run(self, tmp_path: Path) -> None:
+        evil = f"open({str(tmp_path / 'run')!r}, 'w')\n".encode()
+        link = FakeLink(changed(lambda f: f.update({"fedapp/__init__.py": evil + f["fedapp/__init__.py"]})))
+        own = node(link, tmp_path)
+        own.take(asked())
+        own.close()
+        assert link.sent[0].error.code == ErrorCode.INVALID_FAB
+        assert "1 file differs from fedapp" in str(link.sent[0].error.reason)
+        assert not (tmp_path / "run").exists()
+
+    def test_what_was_left_is_done_at_the_next_start(self, tmp_path: Path) -> None:
+        link, memory = FakeLink(), Memory(tmp_path / "node.sqlite")
+        memory.receive(of_message(asked()))  # and then it was killed
+        memory.close()
+        own = node(link, tmp_path)
+        own.catch_up()
+        own.close()
+        assert [reply.has_error() for reply in link.sent] == [False]
+        kept = of_message(link.sent[0])
+        memory = Memory(tmp_path / "node.sqlite")
+        memory.answer(RUN, None, kept)  # and then it was killed before the reply left
+        memory.close()
+        own = node(link, tmp_path)
+        own.catch_up()
+        own.close()
+        assert of_message(message_of(kept)) == of_message(link.sent[1])
+        assert own._runs == {}  # the same bytes, without work
+
+    def test_a_run_that_is_over_leaves_nothing(self, tmp_path: Path) -> None:
+        link, memory = FakeLink(over=True), Memory(tmp_path / "node.sqlite")
+        memory.receive(of_message(asked()))
+        memory.close()
+        own = node(link, tmp_path)
+        own.catch_up()
+        assert own._memory.in_work() is None
+        own.close()
+        assert link.sent == []
+
+
+@pytest.mark.slow
+def test_the_process_that_works_ends_with_its_node(tmp_path: Path) -> None:
+    script = (
+        "import os, sys\n"
+        "from fedapp.deploy.node import _Run\n"
+        "from flwr.app import Context, RecordDict\n"
+        "run = _Run(Context(1, 1, {}, RecordDict(), {'overrides': ''}), None)\n"
+        "run._start()\n"
+        "print(run._process.pid, flush=True)\n"
+        "os.kill(os.getpid(), 9)\n"
+    )
+    environment = os.environ | {"PYTHONPATH": str(Path(fedapp.__file__).parents[1])}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
+    child = int(done.stdout)
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and Path(f"/proc/{child}").exists():
+        time.sleep(0.1)
+    assert not Path(f"/proc/{child}").exists()
+
+
+def test_a_node_never_imports_torch() -> None:
+    script = "import sys, fedapp.deploy.node, fedapp.deploy.client; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script]).returncode == 0
