@@ -21,6 +21,11 @@ commands:
              it exceeds the claim: fedapp audit [canaries=5000] [confidence=0.95] [KEY=VALUE ...]
   ledger     what a client's data has spent, and may spend: fedapp ledger show|set-limit|overlap
 
+on real machines:
+  keys       make keys: fedapp keys init|renew (the operator's), fedapp keys node (a participant's)
+  server     what nodes join and runs are sent to: fedapp server [--folder DIR] [--port 8443]
+  nodes      which nodes may join: fedapp nodes list|register|unregister
+
 Settings are Hydra overrides of the YAML in conf/. On real machines the same app runs by `flwr run`.
 """
 
@@ -28,6 +33,7 @@ Settings are Hydra overrides of the YAML in conf/. On real machines the same app
 def main() -> None:
     """Entry of the console script; exits 0, 1 (an error, told in one line), 2 (usage) or 130 (Ctrl-C)."""
     commands = {"simulate": simulate, "report": report, "audit": audit, "ledger": ledger}
+    commands |= {"keys": keys, "server": server, "nodes": nodes}
     if len(sys.argv) > 1 and sys.argv[1] in ("-h", "--help"):
         print(USAGE, end="")
         return
@@ -118,6 +124,27 @@ def audit() -> None:
 def ledger() -> None:
     """Show or change a client's ledger."""
     from fedapp.privacy.ledger_cli import main
+
+    main(sys.argv[1:])
+
+
+def keys() -> None:
+    """Make keys and certificates."""
+    from fedapp.deploy.keys import main
+
+    main(sys.argv[1:])
+
+
+def server() -> None:
+    """Serve nodes and runs until told to stop."""
+    from fedapp.deploy.server import main
+
+    main(sys.argv[1:])
+
+
+def nodes() -> None:
+    """List nodes, let one in, or shut one out."""
+    from fedapp.deploy.registry import main
 
     main(sys.argv[1:])
 

@@ -1,0 +1,1 @@
+"""Real machines: what operator, participant and researcher run around Flower's SuperLink and SuperNodes."""
