@@ -6,6 +6,8 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
+from importlib import import_module
 from pathlib import Path
 from types import FrameType
 
@@ -20,25 +22,32 @@ commands:
   audit      train with canaries and print a lower bound on epsilon beside the claimed one; exits 1 where
              it exceeds the claim: fedapp audit [canaries=5000] [confidence=0.95] [KEY=VALUE ...]
   ledger     what a client's data has spent, and may spend: fedapp ledger show|set-limit|overlap
-  client     take part in a federation with the data of this machine (fedapp client --help)
+
+on real machines (each tells more with --help):
+  keys       make keys: fedapp keys init|renew (the operator's), fedapp keys node (a participant's)
+  server     what nodes join and runs are sent to: fedapp server [--folder DIR] [--port 8443]
+  nodes      which nodes may join: fedapp nodes list|register|unregister
+  client     take part with the data of this machine: fedapp client --server HOST:PORT
   submit     train on a federation, with the settings of simulate: fedapp submit [-m] [KEY=VALUE ...]
   runs       what runs on a server: fedapp runs list|watch|fetch|stop
 
-Settings are Hydra overrides of the YAML in conf/. On real machines the same app runs by `flwr run`.
+Settings are Hydra overrides of the YAML in conf/.
 """
+PROGRAMS = {
+    "ledger": "fedapp.privacy.ledger_cli",
+    "keys": "fedapp.deploy.keys",
+    "server": "fedapp.deploy.server",
+    "nodes": "fedapp.deploy.registry",
+    "client": "fedapp.deploy.client",
+    "submit": "fedapp.deploy.submit",
+    "runs": "fedapp.deploy.following",
+}
 
 
 def main() -> None:
     """Entry of the console script; exits 0, 1 (an error, told in one line), 2 (usage) or 130 (Ctrl-C)."""
-    commands = {
-        "simulate": simulate,
-        "report": report,
-        "audit": audit,
-        "ledger": ledger,
-        "client": client,
-        "submit": submit,
-        "runs": runs,
-    }
+    commands = {"simulate": simulate, "report": report, "audit": audit}
+    commands |= {name: partial(_program, module) for name, module in PROGRAMS.items()}
     if len(sys.argv) > 1 and sys.argv[1] in ("-h", "--help"):
         print(USAGE, end="")
         return
@@ -126,32 +135,9 @@ def audit() -> None:
     sys.exit(0 if run(sys.argv[1:]).passed else 1)
 
 
-def ledger() -> None:
-    """Show or change a client's ledger."""
-    from fedapp.privacy.ledger_cli import main
-
-    main(sys.argv[1:])
-
-
-def client() -> None:
-    """Run a participant's node."""
-    from fedapp.deploy.client import main
-
-    main(sys.argv[1:])
-
-
-def submit() -> None:
-    """Send a run to a federation."""
-    from fedapp.deploy.submit import main
-
-    main(sys.argv[1:])
-
-
-def runs() -> None:
-    """Follow what runs on a server."""
-    from fedapp.deploy.following import main
-
-    main(sys.argv[1:])
+def _program(module: str) -> None:
+    """Run a command that reads its own arguments."""
+    import_module(module).main(sys.argv[1:])
 
 
 def _started() -> float:

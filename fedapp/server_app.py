@@ -1,6 +1,7 @@
 """The Flower ServerApp, and the run around the rounds: from settings to a run folder."""
 
 import logging
+import os
 import resource
 import time
 from collections.abc import Iterable, Iterator
@@ -41,7 +42,10 @@ def main(grid: Grid, context: Context) -> None:
     torch.set_num_threads(1)  # as in client_app: their number changes the last bits
     tree = config.compose(str(context.run_config["overrides"])).copy()
     tree.choices.engine = "flower"  # whatever was chosen, this grid is Flower's
+    place = _placed(tree, context.run_id)
     with start(tree, Path(tree.run_dir)) as begin:
+        if place is not None and place != begin.path:  # a run that goes on is found under both ids
+            place.symlink_to(begin.path)
         job = config.job(begin.tree)
         combinations.check_clock(job, simulated=False)
         job.prepare()
@@ -49,6 +53,24 @@ def main(grid: Grid, context: Context) -> None:
         CLOCK.begin(job.profile)
         run(job, begin.tree, grid, folder, Console(), started, begin)
         folder.clear()
+
+
+def _placed(tree: DictConfig, run_id: int) -> Path | None:
+    """On a server with a place for run folders, that is where they are, whatever was asked for.
+
+    There `resume` names an earlier run by its id. Raises ConfigError where it names anything else.
+    """
+    if "FEDAPP_RUNS" not in os.environ:
+        return None
+    runs = Path(os.environ["FEDAPP_RUNS"])
+    tree.run_dir = str(runs / str(run_id))
+    if tree.resume is not None:
+        if not str(tree.resume).isdecimal():
+            raise ConfigError(
+                f"resume={tree.resume} is no run id: on a server, name an earlier run by its id"
+            )
+        tree.resume = str((runs / str(tree.resume)).resolve())
+    return Path(tree.run_dir)
 
 
 def simulate(

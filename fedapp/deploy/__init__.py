@@ -1,1 +1,1 @@
-"""Real machines: keys, the server, the participant's node, and what a researcher sends to them."""
+"""Real machines: what operator, participant and researcher run around Flower's SuperLink and SuperNodes."""

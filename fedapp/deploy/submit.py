@@ -1,4 +1,4 @@
-"""`fedapp submit`: send the installed fedapp and its settings to a federation, follow the run, bring its folder."""
+"""`fedapp submit`: send the installed fedapp and settings to a federation, follow the run, bring its folder."""
 
 import argparse
 import itertools

@@ -8,13 +8,13 @@ again as the same bytes; the data are read and narrowed to what is shared; what 
 written to the ledger; the client works; metrics that may not leave are taken out; the reply is kept, then
 leaves.
 
-What this can enforce. A node that `fedapp client` starts runs the installed fedapp and never the bundle, which
-it compares with it. A stock SuperNode runs the code of the bundle that arrives, and a bundle named fedapp shadows
-the installed package, so there it is that code which reads the policy. With a policy or a ledger, a run whose
-fedapp differs from the installed one in any file is then declined, which catches other versions and changes made
-without malice. It does not stop a bundle written to ignore all this: on a SuperNode, whoever may start runs can
-run any code as its user. Give runs to those you trust, and the SuperNode a user that can read no more than it
-needs.
+What this can enforce. A node that `fedapp client` starts runs the installed fedapp and never the bundle,
+which it compares with it. A stock SuperNode runs the code of the bundle that arrives, and a bundle named
+fedapp shadows the installed package, so there it is that code which reads the policy. With a policy or a
+ledger, a run whose fedapp differs from the installed one in any file is then declined, which catches other
+versions and changes made without malice. It does not stop a bundle written to ignore all this: on a
+SuperNode, whoever may start runs can run any code as its user. Give runs to those you trust, and the
+SuperNode a user that can read no more than it needs.
 """
 
 import logging

@@ -1,0 +1,177 @@
+"""What reaches a server with an operator's token: Flower's Control API, and the run folders."""
+
+import argparse
+import os
+import ssl
+import tarfile
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from ipaddress import ip_address
+from pathlib import Path
+
+import httpx
+from flwr.supercore.control import ControlHttpClient
+from flwr.supercore.protobuf.client import ProtobufCall, ProtobufRequestContext
+
+from fedapp.deploy import keys
+from fedapp.errors import FedappError
+
+ADDRESS = "address"  # file in the server's folder, while it runs: its URL on this machine
+
+
+@dataclass(frozen=True)
+class Access:
+    """A server, `host:port`, the CA that proves it (None: the system's), and the operator's token."""
+
+    server: str
+    ca: Path | None
+    token: str
+
+    @property
+    def plain(self) -> bool:
+        """Whether it is spoken to without TLS: `fedapp server --insecure`, on this machine only."""
+        return self.ca is None and is_loopback(self.server.rpartition(":")[0])
+
+    def control(self) -> ControlHttpClient:
+        """A client of Flower's Control API."""
+        return ControlHttpClient(
+            f"http{'' if self.plain else 's'}://{self.server}",
+            interceptors=[_Bearer(self)],
+            verify=self._trust(),
+        )
+
+    def fetch(self, run_id: int, into: Path) -> None:
+        """Bring a run's folder into a folder, which is made. Raises FedappError where there is none."""
+        url = f"http{'' if self.plain else 's'}://{self.server}/fedapp/runs/{run_id}/folder"
+        headers = {"Authorization": f"Bearer {self.token}"}
+        with (
+            _told(self),
+            httpx.Client(verify=self._trust(), timeout=30) as client,
+            client.stream("GET", url, headers=headers) as response,
+            tempfile.TemporaryFile() as file,
+        ):
+            if response.is_error:
+                response.read()
+                _raise(self, response)
+            for chunk in response.iter_bytes():
+                file.write(chunk)
+            file.seek(0)
+            into.mkdir(parents=True, exist_ok=True)
+            try:
+                with tarfile.open(fileobj=file) as archive:
+                    archive.extractall(into, filter="data")
+            except tarfile.TarError as error:
+                raise FedappError(
+                    f"the folder of run {run_id} came back broken ({error}): ask again"
+                ) from error
+
+    def _trust(self) -> ssl.SSLContext | bool:
+        if self.plain:
+            return False
+        try:
+            return ssl.create_default_context(cafile=self.ca)
+        except (OSError, ssl.SSLError) as error:
+            raise FedappError(
+                f"{self.ca} is no CA certificate ({error}): it is the operator's ca.pem"
+            ) from error
+
+
+def control(server: str, ca: Path | None, token: str) -> ControlHttpClient:
+    """A client of the server's Control API. Its calls raise FedappError.
+
+    `server` is `host:port`. `ca` None stands for the system's CAs; on a loopback address, for no TLS.
+    """
+    return Access(server, ca, token).control()
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """Add to a parser where the server is and what opens it; `access` and `of` read them."""
+    group = parser.add_argument_group("the server", "On its own machine, nothing of this is needed.")
+    group.add_argument("--folder", type=Path, default=keys.FOLDER, help="the server's folder (%(default)s)")
+    group.add_argument("--server", metavar="HOST:PORT", default=os.environ.get("FEDAPP_SERVER"))
+    group.add_argument("--ca", type=Path, default=_path("FEDAPP_CA"), help="its CA certificate, ca.pem")
+    group.add_argument("--token-file", type=Path, default=_path("FEDAPP_TOKEN_FILE"), help="operator.token")
+
+
+def access(options: argparse.Namespace) -> Access:
+    """What `arguments` asked for: flags, else FEDAPP_SERVER, _CA and _TOKEN_FILE, else the folder."""
+    token = keys.token(options.token_file or options.folder / keys.TOKEN)
+    if options.server is not None:
+        return Access(_address(options.server), options.ca, token)
+    try:
+        scheme, _, address = (options.folder / ADDRESS).read_text().strip().partition("://")
+    except OSError as error:
+        raise FedappError(
+            f"no server runs from {options.folder}: start `fedapp server`, or name one by --server HOST:PORT"
+        ) from error
+    return Access(
+        _address(address), None if scheme == "http" else options.ca or options.folder / keys.CA, token
+    )
+
+
+def of(options: argparse.Namespace) -> ControlHttpClient:
+    """The client that `arguments` asked for."""
+    return access(options).control()
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host is this machine only."""
+    try:
+        return ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+class _Bearer:
+    """Adds the token to each request, and tells errors in one line."""
+
+    def __init__(self, access: Access) -> None:
+        self._access = access
+
+    def intercept(self, context: ProtobufRequestContext, call_next: ProtobufCall) -> httpx.Response:
+        """Send with the token; FedappError where the server cannot be reached or refuses."""
+        context.request.headers["Authorization"] = f"Bearer {self._access.token}"
+        with _told(self._access):
+            response = call_next(context)
+        if response.is_error:
+            _raise(self._access, response)
+        return response
+
+
+@contextmanager
+def _told(access: Access) -> Iterator[None]:
+    try:
+        yield
+    except httpx.TransportError as error:
+        said = str(error) or type(error).__name__
+        if "CERTIFICATE_VERIFY_FAILED" in said:
+            repair = (
+                f"check that {access.ca or 'the system'} is the operator's ca.pem, and the name and clock"
+            )
+        elif isinstance(error, httpx.ConnectError):
+            repair = "check address and port, and that `fedapp server` runs"
+        else:
+            repair = "try again"
+        raise FedappError(f"cannot reach {access.server} ({said}): {repair}") from error
+
+
+def _raise(access: Access, response: httpx.Response) -> None:
+    try:
+        body = response.json()
+        said = str(body.get("detail") or body.get("public_message") or body)
+    except (ValueError, AttributeError):
+        said = response.text.strip()[:200]
+    raise FedappError(f"{access.server} refuses ({response.status_code}): {said}")
+
+
+def _address(text: str) -> str:
+    host, _, port = text.rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) < 65536:
+        raise FedappError(f"--server {text} is no HOST:PORT: for example fed.example.org:8443")
+    return text
+
+
+def _path(name: str) -> Path | None:
+    return Path(os.environ[name]) if name in os.environ else None

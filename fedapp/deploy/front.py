@@ -1,0 +1,372 @@
+"""What stands before Flower's app on the network: who may ask what, and how much is read.
+
+Flower's SuperLink serves three APIs on one port, and its node keys guard only one of them, after the whole
+body is read. Here two listeners share the app: `Public` lets nodes with a registered key and the operator
+through, before a byte of the body is read; `Private`, on the loopback address, lets the Runtime API through,
+which its own secrets guard. Plain ASGI, so that streams stay streams.
+"""
+
+import asyncio
+import hmac
+import json
+import logging
+import time
+from base64 import b64decode
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import datetime
+from hashlib import sha256
+from typing import Any
+
+from cryptography.exceptions import UnsupportedAlgorithm
+from flwr.common.constant import SYSTEM_TIME_TOLERANCE, TIMESTAMP_HEADER, TIMESTAMP_TOLERANCE
+from flwr.proto.message_pb2 import PullObjectResponse
+from flwr.server.superlink.linkstate import LinkState
+from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIGNATURE_HEADER
+from flwr.supercore.date import now
+from flwr.supercore.primitives.asymmetric import bytes_to_public_key, uses_nist_ec_curve, verify_signature
+from starlette.concurrency import run_in_threadpool
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from fedapp.deploy.keys import fingerprint
+
+_FLEET, _RUNTIME = "/v1/fleet/", "/v1/runtime/"
+_HAS_IT = frozenset({"get-run", "get-fab", "pull-object", "confirm-message-received"})  # what a message holds
+_NODES_OWN = _HAS_IT | {  # what a node asks; registering is the operator's
+    *("activate-node", "deactivate-node", "send-node-heartbeat"),
+    *("pull-messages", "push-messages", "push-object"),
+}
+_PULL = f"{_FLEET}pull-messages"
+HOLD_S = 5.0  # a pull waits so long; clients give up after 30 s, and a signature is good for 300 s
+_SETTLE_S = 0.01  # pushes come in bursts: wait for the burst's end
+_QUESTION = 1 << 16  # bytes of a request that may be held, and be asked again
+_BODY_S = 60.0  # between two pieces of a body
+_log = logging.getLogger("fedapp.server")
+
+
+class Refused(Exception):  # noqa: N818
+    """A request that is not let through: its HTTP status, and why, in words for who asked."""
+
+    def __init__(self, status: int, why: str) -> None:
+        super().__init__(why)
+        self.status, self.why = status, why
+
+
+class Pushes:
+    """Tells those who wait that something was pushed. Take `next` before asking, then wait for it."""
+
+    def __init__(self) -> None:
+        self.next = asyncio.Event()
+        self.over = False  # the server ends, and nobody waits any more
+
+    def tell(self, over: bool = False) -> None:
+        """Wake all who wait."""
+        self.over = self.over or over
+        self.next.set()
+        self.next = asyncio.Event()
+
+
+class Refusals:
+    """One log line a refusal, at most 20 in 10 seconds; a count stands for the others."""
+
+    def __init__(self, most: int = 20, seconds: float = 10.0) -> None:
+        self._most, self._seconds = most, seconds
+        self._since, self._told = 0.0, 0
+
+    def tell(self, who: str, what: str, why: str) -> None:
+        """Log it. No header and no body is in any of the three."""
+        at = time.monotonic()
+        if at - self._since > self._seconds:
+            if self._told > self._most:
+                _log.warning("refused %d more requests", self._told - self._most)
+            self._since, self._told = at, 0
+        self._told += 1
+        if self._told <= self._most:
+            _log.warning("refused %s: %s: %s", who, what, why)
+
+
+@dataclass
+class Public:
+    """The listener for everybody.
+
+    `routes` are fedapp's own paths, `/fedapp/...`, behind the operator's token like Flower's Control API.
+    Without `keyed` (loopback only) nodes bring keys that nobody registered. `max_body` is in bytes.
+    """
+
+    app: ASGIApp
+    linkstate: Callable[[], LinkState]
+    token: str
+    pushes: Pushes
+    routes: ASGIApp
+    max_body: int
+    keyed: bool = True
+    refusals: Refusals = field(default_factory=Refusals)
+    _handed: dict[bytes, list[Message]] = field(default_factory=dict)  # to a key, not known to have arrived
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Let a request through, or answer it here."""
+        if scope["type"] == "lifespan":
+            await self.app(scope, receive, send)
+            return
+        if scope["type"] != "http":
+            return  # no WebSocket is offered
+        what, answer = f"{scope['method']} {_printable(scope['path'])}", _Answer(send, _who(scope))
+        try:
+            await self._answered(scope, receive, answer)
+        except Refused as refused:
+            self.refusals.tell(answer.who, what, refused.why)
+            await answer.refuse(refused)
+        else:
+            if answer.status >= 400:
+                self.refusals.tell(answer.who, what, f"answered {answer.status}")
+
+    async def _answered(self, scope: Scope, receive: Receive, answer: "_Answer") -> None:
+        method, path = scope["method"], scope["path"]
+        if path == "/health" and method == "GET":
+            for message in await _ask(self.app, scope, b""):
+                await answer(message)
+        elif path.startswith(_FLEET) and method == "POST":
+            key = await run_in_threadpool(self._node, path, _headers(scope))
+            answer.who += f" ({fingerprint(key)})"
+            if path.removeprefix(_FLEET) in _HAS_IT:
+                self._handed.pop(key, None)
+            if path == _PULL:
+                await self._pull(key, scope, receive, answer)
+            elif path == f"{_FLEET}pull-object":
+                await _hold(self.app, scope, receive, answer, self.pushes, _unavailable)
+            else:
+                await through(self.app, scope, receive, answer, self.max_body)
+                if path in (f"{_FLEET}push-messages", f"{_FLEET}push-object"):
+                    self.pushes.tell()
+        elif path.startswith(("/v1/control/", "/fedapp/")):
+            self._operator(_headers(scope))
+            _log.info("operator at %s: %s", answer.who, _printable(path))
+            own = path.startswith("/fedapp/")
+            await through(self.routes if own else self.app, scope, receive, answer, self.max_body)
+        else:
+            raise Refused(404, "there is nothing here")
+
+    async def _pull(self, key: bytes, scope: Scope, receive: Receive, answer: "_Answer") -> None:
+        """Answer a node that asks for a message. Flower marks one as delivered once it is handed out, so an
+        answer that a broken link swallowed is handed out again, until the node asks for what is in it."""
+        if key in self._handed:
+            await _body(receive, _QUESTION)
+            for message in self._handed[key]:
+                await answer(message)
+            return
+
+        def keep(messages: list[Message]) -> None:
+            self._handed[key] = messages
+
+        await _hold(self.app, scope, receive, answer, self.pushes, lambda body: not body, keep)
+
+    def _node(self, path: str, headers: dict[bytes, bytes]) -> bytes:
+        """The public key, in PEM, of the registered node that signed these headers."""
+        if path.removeprefix(_FLEET) not in _NODES_OWN and self.keyed:
+            raise Refused(404, "there is nothing here")
+        try:
+            pem = b64decode(headers[FLEET_HTTP_PUBLIC_KEY_HEADER.encode()], validate=True)
+            signature = b64decode(headers[FLEET_HTTP_SIGNATURE_HEADER.encode()], validate=True)
+            signed = headers[TIMESTAMP_HEADER.encode()]
+            age = (now() - datetime.fromisoformat(signed.decode("ascii"))).total_seconds()
+            public = bytes_to_public_key(pem)
+            if not uses_nist_ec_curve(public) or not verify_signature(public, signed, signature):
+                raise Refused(401, "the signature is not of this key")
+        except KeyError as error:
+            raise Refused(401, "no node key: nodes join with the key of `fedapp keys node`") from error
+        except (ValueError, TypeError, AttributeError, UnsupportedAlgorithm) as error:
+            raise Refused(401, "the node's key, time or signature cannot be read") from error
+        if not -SYSTEM_TIME_TOLERANCE < age < TIMESTAMP_TOLERANCE + SYSTEM_TIME_TOLERANCE:
+            raise Refused(401, f"signed {age:.0f} s ago by the node's clock: set that clock")
+        if self.keyed and self.linkstate().get_node_id_by_public_key(pem) is None:
+            raise Refused(401, "no node is registered with this key: send its public half to the operator")
+        return pem
+
+    def _operator(self, headers: dict[bytes, bytes]) -> None:
+        scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
+        right = hmac.compare_digest(sha256(given.strip()).digest(), sha256(self.token.encode()).digest())
+        if scheme.lower() != b"bearer" or not right:
+            raise Refused(401, "this needs the operator's token")
+
+
+@dataclass
+class Private:
+    """The listener on the loopback address, for SuperExec and the ServerApps: the Runtime API only."""
+
+    app: ASGIApp
+    pushes: Pushes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Let a request through; wake nodes that wait for what it pushed."""
+        if scope["type"] != "http":
+            return
+        path = scope["path"]
+        if not path.startswith(_RUNTIME):
+            await _Answer(send).refuse(Refused(404, "there is nothing here"))
+        elif path == f"{_RUNTIME}pull-object":
+            await _hold(self.app, scope, receive, _Answer(send), self.pushes, _unavailable)
+        else:
+            await self.app(scope, receive, send)
+            if path in (f"{_RUNTIME}push-messages", f"{_RUNTIME}push-object"):
+                self.pushes.tell()
+
+
+class _Answer:
+    """What goes back to whom, and whether it has begun."""
+
+    def __init__(self, send: Send, who: str = "") -> None:
+        self._send, self.who, self.status = send, who, 0
+
+    async def __call__(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+        await self._send(message)
+
+    async def refuse(self, refused: Refused) -> None:
+        if self.status:  # too late for another answer
+            return
+        body = json.dumps({"detail": refused.why}).encode()
+        headers = [
+            (b"content-type", b"application/json"),
+            (b"content-length", str(len(body)).encode()),
+            (b"connection", b"close"),  # a body that is not read must not be read by the server either
+        ]
+        await self({"type": "http.response.start", "status": refused.status, "headers": headers})
+        await self({"type": "http.response.body", "body": body})
+
+
+async def through(app: ASGIApp, scope: Scope, receive: Receive, send: Send, most: int) -> None:
+    """Ask the app, reading at most so many bytes of the body. Raises Refused, 413 or 408."""
+    length = _headers(scope).get(b"content-length", b"0")
+    if length.isdigit() and int(length) > most:
+        raise Refused(413, f"{int(length)} bytes, and the most is {most}: `fedapp server --max-body` sets it")
+    got, more, refused = 0, True, None
+
+    async def counted() -> Message:
+        nonlocal got, more, refused
+        if not more:
+            return await receive()  # when the other end leaves
+        try:
+            message = await asyncio.wait_for(receive(), _BODY_S)
+        except TimeoutError:
+            message, refused = {"type": "http.disconnect"}, Refused(408, f"no data for {_BODY_S:.0f} s")
+        got += len(message.get("body", b""))
+        if got > most:
+            message = {"type": "http.disconnect"}
+            refused = Refused(413, f"more than {most} bytes: `fedapp server --max-body` sets it")
+        more = message.get("more_body", False)
+        return message
+
+    async def unless_refused(message: Message) -> None:
+        if refused is None:
+            await send(message)
+
+    try:
+        await app(scope, counted, unless_refused)
+    except Exception:
+        if refused is None:
+            raise
+    if refused is not None:
+        raise refused
+
+
+async def _hold(
+    app: ASGIApp,
+    scope: Scope,
+    receive: Receive,
+    send: Send,
+    pushes: Pushes,
+    empty: Callable[[bytes], bool],
+    keep: Callable[[list[Message]], None] | None = None,
+) -> None:
+    """Answer when there is something to answer, at the latest after `HOLD_S`.
+
+    The app is asked again only where its former answer was empty, and not once the other end has left.
+    An answer that is not empty goes to `keep` before it is sent.
+    """
+    body = await _body(receive, _QUESTION)
+    until = asyncio.get_running_loop().time() + HOLD_S
+    left = asyncio.ensure_future(receive())  # after the body comes only that the other end has left
+    try:
+        while True:
+            pushed = pushes.next
+            messages = await _ask(app, scope, body)
+            content = b"".join(message.get("body", b"") for message in messages)
+            is_empty = messages[0]["status"] == 200 and empty(content)
+            remaining = until - asyncio.get_running_loop().time()
+            if not is_empty or remaining <= 0 or pushes.over:
+                break
+            waiting = asyncio.ensure_future(pushed.wait())
+            try:
+                await asyncio.wait({waiting, left}, timeout=remaining, return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                waiting.cancel()
+            if left.done():
+                return
+            await asyncio.sleep(_SETTLE_S)
+        if keep is not None and not is_empty and messages[0]["status"] == 200:
+            keep(messages)
+        for message in messages:
+            await send(message)
+    finally:
+        left.cancel()
+
+
+async def _ask(app: ASGIApp, scope: Scope, body: bytes) -> list[Message]:
+    """The app's whole answer to a small request; the scope is copied, for apps write into it."""
+    messages: list[Message] = []
+    given = False
+    over = asyncio.Event()
+
+    async def replayed() -> Message:
+        nonlocal given
+        if given:
+            await over.wait()
+            return {"type": "http.disconnect"}
+        given = True
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    async def kept(message: Message) -> None:
+        messages.append(message)
+
+    copy: dict[str, Any] = {**scope, "state": dict(scope.get("state", {}))}
+    try:
+        await app(copy, replayed, kept)
+    finally:
+        over.set()
+    return messages
+
+
+async def _body(receive: Receive, most: int) -> bytes:
+    body, more = b"", True
+    while more:
+        try:
+            message = await asyncio.wait_for(receive(), _BODY_S)
+        except TimeoutError as error:
+            raise Refused(408, f"no data for {_BODY_S:.0f} s") from error
+        body += message.get("body", b"")
+        if len(body) > most:
+            raise Refused(413, f"more than {most} bytes for a question")
+        more = message.get("more_body", False)
+    return body
+
+
+def _unavailable(body: bytes) -> bool:
+    """Whether an answer says that an object is announced, and not here yet."""
+    if len(body) > 8:
+        return False
+    answer = PullObjectResponse.FromString(body)
+    return answer.object_found and not answer.object_available
+
+
+def _headers(scope: Scope) -> dict[bytes, bytes]:
+    return dict(reversed(scope["headers"]))  # of several, the first, as in Flower's app
+
+
+def _who(scope: Scope) -> str:
+    client = scope.get("client")
+    return f"{client[0]}:{client[1]}" if client else "unknown"
+
+
+def _printable(text: str) -> str:
+    return text[:100].encode("unicode_escape").decode()

@@ -1,0 +1,333 @@
+"""`fedapp keys`: the server's certificate and its CA, the operator's token, a node's key.
+
+Certificates are X.509 on NIST curves; a node's key is ECDSA P-384 in OpenSSH's format, as flwr 1.41 wants it.
+"""
+
+import argparse
+import ipaddress
+import os
+import re
+import secrets
+import ssl
+import tempfile
+from base64 import b64decode, b64encode
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from hashlib import sha256
+from pathlib import Path
+
+from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+from fedapp.errors import FedappError
+
+FOLDER = Path("~/.fedapp/server").expanduser()
+CA, CA_KEY, CERTIFICATE, KEY, TOKEN = "ca.pem", "ca.key", "server.pem", "server.key", "operator.token"
+_CA_DAYS = 3650
+_LOCAL = "localhost", "127.0.0.1"  # the server's own machine reaches it by these
+_CLOCKS = timedelta(hours=1)  # a certificate holds from so long ago: clocks differ
+
+
+@dataclass(frozen=True)
+class Authority:
+    """A CA: its certificate and the key that signs with it."""
+
+    certificate: x509.Certificate
+    key: ec.EllipticCurvePrivateKey
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Run one subcommand; exits 2 on a wrong one. Raises FedappError for what does not fit."""
+    parser = argparse.ArgumentParser("fedapp keys", description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    first = commands.add_parser("init", help="operator: a CA, a server certificate, an operator's token")
+    again = commands.add_parser("renew", help="operator: a new server certificate of the same CA")
+    own = commands.add_parser("node", help="participant: a node's key; prints the half for the operator")
+    for command in (first, again):
+        command.add_argument("--host", action="append", default=[], help="a name or address of the server")
+        command.add_argument("--folder", type=Path, default=FOLDER, help="server's folder (%(default)s)")
+        command.add_argument("--days", type=int, default=365, help="the certificate holds (%(default)s)")
+        command.add_argument("--ca-key", type=Path, help="the key of a CA that exists already")
+    first.add_argument("--ca", type=Path, help="a CA that exists already: its certificate")
+    first.add_argument("--force", action="store_true", help="replace what is there: all must join anew")
+    own.add_argument("--out", type=Path, default=Path("node.key"), help="its file (%(default)s)")
+    own.add_argument("--force", action="store_true", help="replace the key that is there")
+    given = parser.parse_args(arguments)
+    if given.command == "init":
+        init(given.folder, given.host, given.days, given.ca, given.ca_key, given.force)
+        print(f"{given.folder}: give {CA} to all participants, and {CA} with {TOKEN} to who submits runs")
+        print("next: fedapp server" + ("" if given.folder == FOLDER else f" --folder {given.folder}"))
+    elif given.command == "renew":
+        hosts = renew(given.folder, given.host, given.days, given.ca_key)
+        print(f"{given.folder / CERTIFICATE} is new, for {', '.join(hosts)}")
+        print("a running server takes it on SIGHUP: systemctl reload, or kill -HUP with its process id")
+    else:
+        print(f"send this line to the operator; {given.out} stays here:", flush=True)
+        print(node(given.out, given.force))
+
+
+def init(
+    folder: Path,
+    hosts: Sequence[str],
+    days: int = 365,
+    ca: Path | None = None,
+    ca_key: Path | None = None,
+    force: bool = False,
+) -> None:
+    """Make all that a server needs to be reached safely. Nothing is written unless all of it can be.
+
+    Raises FedappError where there are keys already, unless `force`.
+    """
+    if not hosts:
+        raise FedappError("keys init needs the server's name or address: --host fed.example.org")
+    if (ca is None) != (ca_key is None):
+        raise FedappError("--ca and --ca-key belong together: give both, or neither")
+    there = [name for name in (CA, CA_KEY, CERTIFICATE, KEY, TOKEN) if (folder / name).exists()]
+    if there and not force:
+        raise FedappError(
+            f"{folder} holds {', '.join(there)}: `fedapp keys renew` makes a new certificate of the same CA; "
+            "--force replaces all, and then every participant needs the new ca.pem"
+        )
+    authority = _authority() if ca is None or ca_key is None else _read_authority(ca, ca_key)
+    certificate, key = issue(authority, hosts, timedelta(days=_days(days)))
+    private_folder(folder)
+    write(folder / CA, _pem(authority.certificate))
+    if ca is None:
+        write(folder / CA_KEY, _pem(authority.key), secret=True)
+    write(folder / KEY, _pem(key), secret=True)
+    write(folder / CERTIFICATE, _pem(certificate))
+    new_token(folder)
+
+
+def renew(folder: Path, hosts: Sequence[str] = (), days: int = 365, ca_key: Path | None = None) -> list[str]:
+    """Make a new server certificate and key of the folder's CA; returns its hosts (default: as before)."""
+    authority = _read_authority(folder / CA, ca_key or folder / CA_KEY)
+    names = list(hosts) or _hosts(_certificate(folder / CERTIFICATE))
+    certificate, key = issue(authority, names, timedelta(days=_days(days)))
+    write(folder / KEY, _pem(key), secret=True)
+    write(folder / CERTIFICATE, _pem(certificate))
+    return _hosts(certificate)
+
+
+def node(path: Path, force: bool = False) -> str:
+    """Make a node's key, `path` and `path`.pub; returns the public half, one line."""
+    public = path.with_name(path.name + ".pub")
+    for file in (path, public):
+        if file.exists() and not force:
+            raise FedappError(f"{file} exists: choose another --out; --force makes the old key useless")
+    key = ec.generate_private_key(ec.SECP384R1())
+    form, none = serialization.PrivateFormat.OpenSSH, serialization.NoEncryption()
+    line = openssh(key.public_key())
+    write(path, key.private_bytes(serialization.Encoding.PEM, form, none), secret=True)
+    write(public, line.encode() + b"\n")
+    return line
+
+
+def openssh(key: ec.EllipticCurvePublicKey) -> str:
+    """A public key as one line: `ecdsa-sha2-nistp384 AAAA...`."""
+    return key.public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH).decode()
+
+
+def fingerprint(pem: bytes) -> str:
+    """What `ssh-keygen -l` shows of a public key, here in PEM: SHA256:..."""
+    key = serialization.load_pem_public_key(pem)
+    assert isinstance(key, ec.EllipticCurvePublicKey)
+    digest = sha256(b64decode(openssh(key).split()[1])).digest()
+    return "SHA256:" + b64encode(digest).decode().rstrip("=")
+
+
+def new_token(folder: Path) -> None:
+    """Write an operator's token: 32 random bytes, URL-safe base64."""
+    write(folder / TOKEN, secrets.token_urlsafe(32).encode() + b"\n", secret=True)
+
+
+def token(path: Path) -> str:
+    """The token in a file that nobody else can read."""
+    text = private(path).decode(errors="replace").strip()
+    if not re.fullmatch(r"[\w-]{43}", text, re.ASCII):  # so that no other secret is ever sent
+        raise FedappError(f"{path} holds no operator's token: it is the operator.token of `fedapp keys init`")
+    return text
+
+
+def private(path: Path) -> bytes:
+    """The content of a file that only its owner may read; FedappError where others may, or it is missing."""
+    try:
+        mode = path.stat().st_mode
+        content = path.read_bytes()
+    except OSError as error:
+        raise FedappError(f"cannot read {path} ({error.strerror}): `fedapp keys` makes it") from error
+    if mode & 0o077:
+        raise FedappError(f"{path} can be read by others (mode {mode & 0o777:o}): chmod 600 {path}")
+    return content
+
+
+def check(folder: Path) -> tuple[datetime, list[str]]:
+    """Check the server's certificate and key: there, private, a pair, of ca.pem, in their time.
+
+    Returns when it ends, and the hosts it is for. Raises FedappError, which names the repair.
+    """
+    file, again = folder / CERTIFICATE, f"`fedapp keys renew --folder {folder}` makes a new one"
+    certificate, authority = _certificate(file), _certificate(folder / CA)
+    private(folder / KEY)
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(file, folder / KEY, lambda: "")
+    except (ssl.SSLError, ValueError) as error:
+        raise FedappError(f"{file} and {folder / KEY} are no pair ({error}): {again}") from error
+    begins, ends, now = certificate.not_valid_before_utc, certificate.not_valid_after_utc, datetime.now(UTC)
+    if now >= ends:
+        raise FedappError(f"{file} expired on {ends:%Y-%m-%d %H:%M} UTC: {again}")
+    if now < begins:
+        raise FedappError(f"{file} holds only from {begins:%Y-%m-%d %H:%M} UTC: set this machine's clock")
+    try:
+        certificate.verify_directly_issued_by(authority)
+    except Exception as error:
+        raise FedappError(f"{file} was not issued by {folder / CA}: {again}") from error
+    if now >= authority.not_valid_after_utc:
+        raise FedappError(f"{folder / CA} expired: `fedapp keys init --force`, and all take the new ca.pem")
+    return ends, _hosts(certificate)
+
+
+def issue(
+    authority: Authority, hosts: Iterable[str], lasts: timedelta, begins: datetime | None = None
+) -> tuple[x509.Certificate, ec.EllipticCurvePrivateKey]:
+    """A certificate for a server under `hosts`, 127.0.0.1 and localhost, and its key."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    names = [_name(host) for host in dict.fromkeys([*hosts, *_LOCAL])]
+    now = begins or datetime.now(UTC) - _CLOCKS
+    builder = _builder("fedapp server", authority.certificate.subject, key, now, now + _CLOCKS + lasts)
+    builder = (
+        builder.add_extension(x509.BasicConstraints(False, None), critical=True)
+        .add_extension(x509.SubjectAlternativeName(names), critical=False)
+        .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
+        .add_extension(_usage(digital_signature=True), critical=True)
+        .add_extension(
+            x509.AuthorityKeyIdentifier.from_issuer_public_key(authority.key.public_key()), critical=False
+        )
+    )
+    return builder.sign(authority.key, hashes.SHA256()), key
+
+
+def write(path: Path, content: bytes, secret: bool = False) -> None:
+    """Replace a file at once, by one that only its owner can read where it is secret."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".", delete=False) as file:  # mode 0600
+            try:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+                os.chmod(file.name, 0o600 if secret else 0o644)
+                os.replace(file.name, path)
+            except BaseException:
+                Path(file.name).unlink(missing_ok=True)
+                raise
+    except OSError as error:
+        raise FedappError(f"cannot write {path} ({error.strerror}): choose another place") from error
+
+
+def private_folder(folder: Path) -> None:
+    """Make a folder that only its owner may enter."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        folder.chmod(0o700)
+    except OSError as error:
+        raise FedappError(f"cannot make {folder} ({error.strerror}): choose another --folder") from error
+
+
+def _authority() -> Authority:
+    key = ec.generate_private_key(ec.SECP384R1())
+    begins = datetime.now(UTC) - _CLOCKS
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "fedapp CA")])
+    builder = _builder("fedapp CA", name, key, begins, begins + timedelta(days=_CA_DAYS))
+    builder = builder.add_extension(x509.BasicConstraints(True, 0), critical=True).add_extension(
+        _usage(key_cert_sign=True, crl_sign=True), critical=True
+    )
+    return Authority(builder.sign(key, hashes.SHA384()), key)
+
+
+def _read_authority(file: Path, key_file: Path) -> Authority:
+    certificate = _certificate(file)
+    try:
+        key = serialization.load_pem_private_key(private(key_file), None)
+    except (ValueError, TypeError, UnsupportedAlgorithm) as error:
+        raise FedappError(
+            f"{key_file} is no key in PEM without a password: give the key of {file}"
+        ) from error
+    if not isinstance(key, ec.EllipticCurvePrivateKey):
+        raise FedappError(f"{key_file} is no elliptic-curve key: let fedapp make its own CA instead")
+    if key.public_key() != certificate.public_key():
+        raise FedappError(f"{key_file} is not the key of {file}: give the two that belong together")
+    return Authority(certificate, key)
+
+
+def _certificate(file: Path) -> x509.Certificate:
+    try:
+        return x509.load_pem_x509_certificate(file.read_bytes())
+    except OSError as error:
+        raise FedappError(f"cannot read {file} ({error.strerror}): `fedapp keys init` makes it") from error
+    except ValueError as error:
+        raise FedappError(f"{file} is no certificate in PEM: `fedapp keys init` makes one") from error
+
+
+def _builder(
+    name: str, issuer: x509.Name, key: ec.EllipticCurvePrivateKey, begins: datetime, ends: datetime
+) -> x509.CertificateBuilder:
+    return (
+        x509.CertificateBuilder()
+        .subject_name(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)]))
+        .issuer_name(issuer)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(begins)
+        .not_valid_after(ends)
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
+    )
+
+
+def _usage(
+    digital_signature: bool = False, key_cert_sign: bool = False, crl_sign: bool = False
+) -> x509.KeyUsage:
+    return x509.KeyUsage(
+        digital_signature=digital_signature,
+        content_commitment=False,
+        key_encipherment=False,
+        data_encipherment=False,
+        key_agreement=False,
+        key_cert_sign=key_cert_sign,
+        crl_sign=crl_sign,
+        encipher_only=False,
+        decipher_only=False,
+    )
+
+
+def _name(host: str) -> x509.GeneralName:
+    try:
+        return x509.IPAddress(ipaddress.ip_address(host.strip("[]")))
+    except ValueError:
+        pass
+    try:
+        return x509.DNSName(host.encode("idna").decode())
+    except (ValueError, UnicodeError) as error:
+        raise FedappError(f"--host {host} is neither a name nor an address: no port, no https://") from error
+
+
+def _hosts(certificate: x509.Certificate) -> list[str]:
+    names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    return [*names.get_values_for_type(x509.DNSName), *map(str, names.get_values_for_type(x509.IPAddress))]
+
+
+def _days(days: int) -> int:
+    if not 1 <= days <= _CA_DAYS:
+        raise FedappError(f"--days {days} is out of range: 1 to {_CA_DAYS}")
+    return days
+
+
+def _pem(made: x509.Certificate | ec.EllipticCurvePrivateKey) -> bytes:
+    if isinstance(made, x509.Certificate):
+        return made.public_bytes(serialization.Encoding.PEM)
+    form, none = serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    return made.private_bytes(serialization.Encoding.PEM, form, none)

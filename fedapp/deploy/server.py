@@ -1,0 +1,326 @@
+"""`fedapp server`: Flower's SuperLink behind fedapp's front, and the process that starts the runs."""
+
+import argparse
+import asyncio
+import logging
+import os
+import secrets
+import shutil
+import signal
+import socket
+import ssl
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from logging.handlers import RotatingFileHandler
+from pathlib import Path
+
+import uvicorn
+from flwr.common.constant import ISOLATION_MODE_PROCESS, TRANSPORT_TYPE_GRPC_RERE
+from flwr.superlink.auth_plugin import NoOpControlAuthnPlugin
+from flwr.superlink.cli.flower_superlink import SuperLinkLifespan
+from flwr.superlink.config_loader import SuperLinkLifespanConfig
+from flwr.superlink.main import create_app
+from starlette.types import ASGIApp
+
+from fedapp.deploy import keys
+from fedapp.deploy.control import ADDRESS, is_loopback
+from fedapp.deploy.front import Private, Public, Pushes, Refusals
+from fedapp.deploy.runs import RunFolders
+from fedapp.errors import FedappError
+
+LEAST_DISK = 1 << 30  # bytes: a database that cannot grow loses runs
+_READ_S = 60.0
+_LOG_BYTES, _LOG_FILES = 10 << 20, 5
+_log = logging.getLogger("fedapp.server")
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Run the server until SIGINT or SIGTERM. Raises FedappError for what is not in order."""
+    parser = argparse.ArgumentParser("fedapp server", description=__doc__)
+    parser.add_argument("--folder", type=Path, default=keys.FOLDER, help="keys, state, runs (%(default)s)")
+    parser.add_argument("--host", help="the address to listen on (0.0.0.0; 127.0.0.1 with --insecure)")
+    parser.add_argument("--port", type=int, default=8443)
+    parser.add_argument("--max-body", type=int, default=100 << 20, metavar="BYTES", help="(%(default)s)")
+    parser.add_argument("--insecure", action="store_true", help="no TLS, no node keys: on this machine only")
+    given = parser.parse_args(arguments)
+    host = given.host or ("127.0.0.1" if given.insecure else "0.0.0.0")
+    server = Server(given.folder.expanduser().absolute(), host, given.port, given.max_body, given.insecure)
+    asyncio.run(server.run())
+
+
+@dataclass(frozen=True)
+class Server:
+    """All that one server is made of; `run` checks it and runs it. `max_body` is in bytes."""
+
+    folder: Path
+    host: str = "0.0.0.0"
+    port: int = 8443
+    max_body: int = 100 << 20
+    insecure: bool = False
+
+    async def run(self) -> None:
+        """Serve until SIGINT or SIGTERM; SIGHUP takes a renewed certificate."""
+        said = self.check()
+        with self._bound(self.host, self.port) as public, self._bound("127.0.0.1", 0) as private:
+            self._prepare(public.getsockname()[1])
+            try:
+                await self._serve(public, private, said)
+            finally:
+                (self.folder / ADDRESS).unlink(missing_ok=True)
+                self._forget()
+
+    def check(self) -> str:
+        """Whether all is in order; returns what to say of it. Raises FedappError, which names the repair."""
+        if self.insecure:
+            if not is_loopback(self.host):
+                raise FedappError(
+                    f"--insecure listens on 127.0.0.1 only, not on {self.host}: leave it away there"
+                )
+            keys.private_folder(self.folder)
+            if not (self.folder / keys.TOKEN).exists():
+                keys.new_token(self.folder)
+            said = "without TLS and node keys, for this machine only"
+        else:
+            ends, hosts = keys.check(self.folder)
+            said = f"certificate for {', '.join(hosts)} until {ends:%Y-%m-%d}"
+        if self.max_body < 1 << 20:
+            raise FedappError(f"--max-body {self.max_body} is too small: 1048576 or more")
+        keys.token(self.folder / keys.TOKEN)
+        free = shutil.disk_usage(self.folder).free
+        if free < LEAST_DISK:
+            raise FedappError(
+                f"{self.folder} has {free >> 20} MB left of its disk: free 1 GB, or choose another --folder"
+            )
+        if shutil.which(_superexec()) is None:
+            raise FedappError(f"{_superexec()} is missing: install flwr beside fedapp")
+        return said
+
+    @contextmanager
+    def _bound(self, host: str, port: int) -> Iterator[socket.socket]:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        try:
+            bound = socket.create_server((host.strip("[]"), port), family=family)
+        except (OSError, OverflowError) as error:
+            raise FedappError(
+                f"cannot listen on {host} port {port} ({error}): choose another --port"
+            ) from error
+        with bound:
+            yield bound
+
+    def _prepare(self, port: int) -> None:
+        for name in ("flwr", "runs", "log"):
+            (self.folder / name).mkdir(mode=0o700, exist_ok=True)
+        os.environ["FLWR_HOME"] = str(self.folder / "flwr")
+        os.environ["FEDAPP_RUNS"] = str(self.folder / "runs")
+        local = self.host if is_loopback(self.host) else "127.0.0.1"
+        scheme = "http" if self.insecure else "https"
+        keys.write(self.folder / ADDRESS, f"{scheme}://{local}:{port}\n".encode())
+
+    async def _serve(self, public: socket.socket, private: socket.socket, said: str) -> None:
+        _logs(self.folder / "log")
+        secret, token = secrets.token_bytes(32), keys.token(self.folder / keys.TOKEN)
+        app = create_app(self._config(secret), SuperLinkLifespan)
+        pushes = Pushes()
+        front = Public(
+            app,
+            app.state.linkstate_factory.state,
+            token,
+            pushes,
+            RunFolders(self.folder / "runs"),
+            self.max_body,
+            keyed=not self.insecure,
+        )
+        outer = _listener(front, "on", None if self.insecure else self.folder)
+        inner = _listener(Private(app, pushes), "off", None)
+        over = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, over.set)
+        loop.add_signal_handler(signal.SIGHUP, self._renew, outer.config)
+        serving = [asyncio.create_task(outer.serve([public])), asyncio.create_task(inner.serve([private]))]
+        child = await self._superexec(secret, private.getsockname()[1])
+        copying = asyncio.create_task(_copy(child, self.folder / "log" / "superexec.log"))
+        while not (outer.started and inner.started) and not any(task.done() for task in serving):
+            await asyncio.sleep(0.01)
+        print(self._next(public.getsockname()[1], said), flush=True)
+        _log.info("serving on %s port %d, %s", self.host, public.getsockname()[1], said)
+        died = asyncio.create_task(child.wait())
+        ending = asyncio.create_task(over.wait())
+        try:
+            await asyncio.wait({died, ending, *serving}, return_when=asyncio.FIRST_COMPLETED)
+            if not over.is_set():
+                raise FedappError(
+                    f"a part of the server ended: see {self.folder / 'log'}, and start it again"
+                )
+        finally:
+            _log.info("ending")
+            await _end(child)
+            pushes.tell(over=True)
+            outer.should_exit = inner.should_exit = True
+            await asyncio.gather(*serving, copying, died, return_exceptions=True)
+            ending.cancel()
+
+    def _config(self, secret: bytes) -> SuperLinkLifespanConfig:
+        return SuperLinkLifespanConfig(
+            control_address="",
+            health_server_address=None,
+            host=self.host,
+            port=self.port,
+            insecure=self.insecure,
+            certificates=None,  # TLS is uvicorn's, below
+            superexec_auth_secret=secret,
+            authn_plugin=NoOpControlAuthnPlugin(),  # who may ask is the front's
+            event_log_plugin=None,
+            fleet_event_log_plugin=None,
+            enable_event_log=False,
+            artifact_provider=None,
+            enable_supernode_auth=not self.insecure,
+            fleet_api_type=TRANSPORT_TYPE_GRPC_RERE,
+            fleet_api_address=None,
+            simulation=False,
+            ssl_ca_certfile=None,
+            ssl_certfile=None,
+            ssl_keyfile=None,
+            database=str(self.folder / "state.db"),
+            isolation=ISOLATION_MODE_PROCESS,
+            runtime_dependency_install=False,
+        )
+
+    async def _superexec(self, secret: bytes, port: int) -> asyncio.subprocess.Process:
+        """Start what starts ServerApps. Its secret is in a file (mode 0600) while it may still read."""
+        with tempfile.NamedTemporaryFile(dir=self.folder, prefix=".superexec", delete=False) as file:
+            file.write(secret)
+        child = await asyncio.create_subprocess_exec(
+            _superexec(),
+            *("--insecure", "--runtime-api-address", f"127.0.0.1:{port}"),
+            *("--superexec-auth-secret-file", file.name, "--parent-pid", str(os.getpid())),
+            env=os.environ | {"FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.1", "PYTHONUNBUFFERED": "1"},
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.STDOUT,
+            start_new_session=True,  # Ctrl-C is ours to pass on
+        )
+        asyncio.get_running_loop().call_later(_READ_S, self._forget)
+        return child
+
+    def _forget(self) -> None:
+        for file in self.folder.glob(".superexec*"):
+            file.unlink(missing_ok=True)
+
+    def _renew(self, config: uvicorn.Config) -> None:
+        """Take the certificate that is in the folder now, for connections from now on."""
+        if self.insecure or config.ssl is None:
+            return
+        try:
+            ends, _ = keys.check(self.folder)
+            config.ssl.load_cert_chain(self.folder / keys.CERTIFICATE, self.folder / keys.KEY)
+        except (FedappError, OSError) as error:
+            _log.error("the certificate stays as it was: %s", error)
+        else:
+            _log.info("a new certificate, until %s", f"{ends:%Y-%m-%d}")
+
+    def _next(self, port: int, said: str) -> str:
+        there = "" if self.folder == keys.FOLDER else f" --folder {self.folder}"
+        name = "HOST" if not is_loopback(self.host) else self.host
+        join = f"fedapp client --server {name}:{port}" + (
+            "" if self.insecure else " --ca ca.pem --key node.key"
+        )
+        return (
+            f"fedapp server on {self.host} port {port}, {said}\n"
+            f"  register a node:   fedapp nodes register node.key.pub{there}\n"
+            f"  a node joins:      {join}\n"
+            f"  submit a run:      fedapp submit task=digits privacy=none clients=2{there}\n"
+            f"  logs and runs:     {self.folder}"
+        )
+
+
+class _Listener(uvicorn.Server):
+    """A uvicorn server that leaves signals alone: two of them share one loop."""
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Capture none."""
+        yield
+
+
+def _listener(app: ASGIApp, lifespan: str, folder: Path | None) -> _Listener:
+    config = uvicorn.Config(
+        app,
+        lifespan="on" if lifespan == "on" else "off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        ws="none",
+        proxy_headers=False,
+        timeout_keep_alive=30,
+        timeout_graceful_shutdown=10,
+        ssl_certfile=None if folder is None else folder / keys.CERTIFICATE,
+        ssl_keyfile=None if folder is None else folder / keys.KEY,
+    )
+    config.load()
+    if config.ssl is not None:
+        config.ssl.minimum_version = ssl.TLSVersion.TLSv1_2
+        config.ssl.sslobject_class = _Handshake
+    return _Listener(config)
+
+
+_HANDSHAKES = Refusals()
+
+
+class _Handshake(ssl.SSLObject):
+    """Tells of handshakes that fail, which asyncio does not: plain HTTP, a client that trusts another CA."""
+
+    def do_handshake(self) -> None:
+        """Shake hands."""
+        try:
+            super().do_handshake()
+        except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
+            raise
+        except ssl.SSLError as error:
+            _HANDSHAKES.tell("a connection", "TLS", (error.reason or str(error)).lower().replace("_", " "))
+            raise
+
+
+def _superexec() -> str:
+    return str(Path(sys.executable).with_name("flower-superexec"))
+
+
+async def _copy(child: asyncio.subprocess.Process, path: Path) -> None:
+    """Copy a child's output to a file that rotates."""
+    output = logging.getLogger("fedapp.superexec")
+    output.propagate = False
+    handler = RotatingFileHandler(path, maxBytes=_LOG_BYTES, backupCount=_LOG_FILES)
+    output.addHandler(handler)
+    assert child.stdout is not None
+    try:
+        while piece := await child.stdout.read(1 << 16):
+            output.info("%s", piece.decode(errors="replace").rstrip("\n"))
+    finally:
+        output.removeHandler(handler)
+        handler.close()
+
+
+async def _end(child: asyncio.subprocess.Process) -> None:
+    """End the child and all that it started: they report their runs first, for some seconds."""
+    with suppress(ProcessLookupError):  # the group is empty
+        for number, seconds in ((signal.SIGTERM, 5), (signal.SIGKILL, 1)):
+            os.killpg(child.pid, number)
+            for _ in range(10 * seconds):
+                await asyncio.sleep(0.1)
+                os.killpg(child.pid, 0)
+
+
+def _logs(folder: Path) -> None:
+    """fedapp's and Flower's lines to a file that rotates; to the terminal only warnings of either."""
+    file = RotatingFileHandler(folder / "server.log", maxBytes=_LOG_BYTES, backupCount=_LOG_FILES)
+    file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    terminal = logging.StreamHandler()
+    terminal.setLevel(logging.WARNING)
+    terminal.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    for name in ("fedapp", "flwr", "uvicorn"):
+        logger = logging.getLogger(name)
+        logger.handlers, logger.propagate = [file, terminal], False
+        logger.setLevel(logging.WARNING if name == "uvicorn" else logging.INFO)
