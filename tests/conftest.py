@@ -1,9 +1,21 @@
 """Where tests train: on one thread, as workers do, since their number changes the last bits."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
+from shell import Shell
+
+
+@pytest.fixture
+def shell(tmp_path: Path) -> Iterator[Shell]:
+    """Programs in a folder of their own."""
+    running = Shell(tmp_path)
+    try:
+        yield running
+    finally:
+        running.close()
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -1,19 +1,13 @@
 """The same app in Flower's own runtimes, by Flower's own commands: simulation, deployment, bundle, wheel."""
 
 import json
-import os
 import shutil
-import signal
-import socket
-import subprocess
-import sys
-import time
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from shell import Shell, free_port, listens
 
 pytestmark = pytest.mark.slow
 
@@ -22,83 +16,6 @@ SETTINGS = "task=digits privacy=none rounds=2 clients=2"
 FLOAT32 = 4 * 30498  # bytes of a small_cnn on digits
 CONF = {str(path.relative_to(ROOT)) for path in (ROOT / "conf").rglob("*.yaml")}
 FEDAPP = {str(path.relative_to(ROOT)) for path in (ROOT / "fedapp").rglob("*.py")}
-
-
-class Shell:
-    """Runs commands, each in a process group of its own, in a folder that is also their FLWR_HOME."""
-
-    def __init__(self, home: Path) -> None:
-        self.home = home
-        inherited = {key: value for key, value in os.environ.items() if not key.startswith(("FLWR_", "RAY_"))}
-        self._env = inherited | {
-            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-            "FLWR_TELEMETRY_ENABLED": "0",
-            "FLWR_DISABLE_UPDATE_CHECK": "1",
-        }
-        self._running: list[subprocess.Popen[bytes]] = []
-
-    def start(self, command: str, home: str = "") -> subprocess.Popen[bytes]:
-        """Start a command; its output goes to a file. `home` names another folder inside this one."""
-        flwr_home = self.home / home
-        flwr_home.mkdir(exist_ok=True)
-        log = self.home / f"{len(self._running):02d}.log"
-        log.write_text(f"$ {command}\n")
-        with log.open("ab") as output:
-            process = subprocess.Popen(
-                f"exec {command}",
-                shell=True,
-                cwd=flwr_home,
-                env=self._env | {"FLWR_HOME": str(flwr_home)},
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-        self._running.append(process)
-        return process
-
-    def run(self, command: str, timeout: float = 60) -> None:
-        """Run a command to its end, which must come in time and be a success."""
-        assert self.start(command).wait(timeout) == 0, command
-
-    def close(self) -> None:
-        """End what still runs, group by group, last first; show all output to a failing test."""
-        for process in reversed(self._running):
-            if process.poll() is None:
-                process.terminate()  # SuperLinks and SuperNodes then end their own processes
-                try:
-                    process.wait(15)
-                except subprocess.TimeoutExpired:
-                    os.killpg(process.pid, signal.SIGKILL)
-                    process.wait()
-        for log in sorted(self.home.glob("*.log")):
-            print(f"--- {log.name}\n{log.read_text()}")
-
-
-@pytest.fixture
-def shell(tmp_path: Path) -> Iterator[Shell]:
-    running = Shell(tmp_path)
-    try:
-        yield running
-    finally:
-        running.close()
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def listens(port: int, server: subprocess.Popen[bytes]) -> None:
-    """Wait until a server answers on its port."""
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and server.poll() is None:
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)) == 0:
-                return
-        time.sleep(0.1)
-    pytest.fail(f"nothing listens on port {port}")
 
 
 def app_in(home: Path, marked: bool = True) -> None:
@@ -166,7 +83,7 @@ def test_flowers_simulation_runtime_gives_the_bits_of_the_local_engine(shell: Sh
 
 
 def deploy(shell: Shell, node_configs: list[str]) -> None:
-    """One SuperLink and its SuperNodes on loopback, with TLS and node keys: the recipe of the README."""
+    """One SuperLink and its SuperNodes on loopback, with TLS and node keys, by Flower's own commands."""
     home, port = shell.home, free_port()
     shell.run(
         'openssl req -x509 -newkey rsa:3072 -nodes -days 3650 -subj "/CN=fedapp CA" '
@@ -254,8 +171,7 @@ def test_a_node_declines_what_its_policy_or_its_ledger_does_not_allow(shell: She
     rounds = [json.loads(line) for line in (home / "run/rounds.jsonl").read_text().splitlines()]
     assert [(r["replies"], r["failures"]) for r in rounds][:1] == [(1, 1)]
     assert rounds[-1]["replies"] == 0  # a filter over adaptive choices is above the run's own figure
-    shell.run("fedapp ledger show ledger.db")
-    shown = (home / f"{len(shell._running) - 1:02d}.log").read_text()
+    shown = shell.run("fedapp ledger show ledger.db")
     assert f"ward: {sum(r['replies'] for r in rounds)} release" in shown
 
 
@@ -318,5 +234,6 @@ def test_the_wheel_carries_the_settings_inside_the_package(shell: Shell) -> None
     shell.run("python compose.py")
     shell.run(f"flwr build --app {ROOT}")
     (built,) = home.glob("fedapp*.fab")
-    sent, built = (zipfile.ZipFile(file) for file in (home / "sent.fab", built))
-    assert {name: sent.read(name) for name in sent.namelist()} == {n: built.read(n) for n in built.namelist()}
+    bundles = [zipfile.ZipFile(file) for file in (home / "sent.fab", built)]
+    sent, found = ({name: bundle.read(name) for name in bundle.namelist()} for bundle in bundles)
+    assert sent == found

@@ -1,0 +1,140 @@
+"""A federation by fedapp's own commands: a server, clients and a researcher, as the README sets them up."""
+
+import json
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from shell import Shell, free_port
+
+pytestmark = pytest.mark.slow
+
+# Error feedback and a coded downlink: both keep state on the nodes, and in the server, from round to round.
+SETTINGS = "task=digits model=logistic privacy=none clients=2 codec.rate=0.5 codec.feedback=true"
+
+
+class Federation:
+    """A server and its clients on loopback, with TLS and keys."""
+
+    def __init__(self, shell: Shell, clients: int) -> None:
+        self.shell, self.home, self.port = shell, shell.home, free_port()
+        shell.run("fedapp keys init --host localhost")
+        self.server = self.serve()
+        self.clients = [self.join(number, clients) for number in range(clients)]
+
+    def serve(self) -> subprocess.Popen[bytes]:
+        log = self.shell._log()
+        server = self.shell.start(f"fedapp server --host 127.0.0.1 --port {self.port}")
+        wait(lambda: "register a node" in log.read_text(), server)
+        return server
+
+    def join(self, number: int, of: int) -> subprocess.Popen[bytes]:
+        """Make a key, register it, start the client."""
+        folder = self.home / f"client{number}"
+        self.shell.run(f"fedapp keys node --out {folder}/node.key")
+        self.shell.run(f"fedapp nodes register {folder}/node.key.pub")
+        (folder / "data.yaml").write_text(f"partition-id: {number}\nnum-partitions: {of}\n")
+        return self.start(number)
+
+    def start(self, number: int) -> subprocess.Popen[bytes]:
+        folder = self.home / f"client{number}"
+        return self.shell.start(
+            f"fedapp client --server 127.0.0.1:{self.port} --ca {self.home}/.fedapp/server/ca.pem "
+            f"--folder {folder} --data-config {folder}/data.yaml"
+        )
+
+    def said(self, number: int) -> str:
+        """A client's own log."""
+        path = self.home / f"client{number}" / "node.log"
+        return path.read_text() if path.exists() else ""
+
+
+def wait(done: Any, process: subprocess.Popen[bytes], seconds: float = 120) -> None:
+    """Wait until something is so; fails where the process ends before."""
+    deadline = time.monotonic() + seconds
+    while not done():
+        assert process.poll() is None, "it ended"
+        assert time.monotonic() < deadline, "it did not come"
+        time.sleep(0.05)
+
+
+def lines(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "rounds.jsonl").read_text().splitlines()]
+
+
+def same_as_simulated(shell: Shell, settings: str, run: Path) -> None:
+    """The model, bit for bit, and what was sent."""
+    shell.run(f"fedapp simulate {settings} run_dir={shell.home}/local", timeout=240)
+    summaries = [json.loads((f / "summary.json").read_text()) for f in (run, shell.home / "local")]
+    for key in ("accuracy", "loss", "uplink_bytes", "downlink_bytes", "parameters", "seed", "rounds"):
+        assert summaries[0][key] == summaries[1][key], key
+    models = [(f / "model.safetensors").read_bytes() for f in (run, shell.home / "local")]
+    assert models[0] == models[1]
+
+
+def test_a_submitted_run_ends_as_the_simulated_one(shell: Shell) -> None:
+    """With what is kept on both sides from round to round; a second run on the same nodes starts clean."""
+    federation = Federation(shell, 2)
+    for place in ("first", "second"):
+        shell.run(f"fedapp submit {SETTINGS} rounds=3 run_dir={place}", timeout=300)
+    same_as_simulated(shell, f"{SETTINGS} rounds=3", shell.home / "first")
+    assert (shell.home / "second/model.safetensors").read_bytes() == (
+        shell.home / "first/model.safetensors"
+    ).read_bytes()
+    listed = shell.run("fedapp runs list")
+    assert listed.count("completed") == 2
+    federation.clients[0].send_signal(signal.SIGTERM)
+    assert federation.clients[0].wait(30) == 0
+    federation.server.send_signal(signal.SIGTERM)
+    assert federation.server.wait(60) == 0
+
+
+def test_a_client_killed_at_work_and_started_again_changes_nothing(shell: Shell) -> None:
+    """It goes on with the message that it had not answered; nothing is lost, and nothing counts twice."""
+    federation = Federation(shell, 2)
+    settings = f"{SETTINGS} rounds=6 trainer.epochs=40"
+    submitted = shell.start(f"fedapp submit {settings} run_dir=got")
+    wait(lambda: "round 2: train took" in federation.said(0), submitted)
+    time.sleep(0.3)  # in the midst of round 3, most likely; wherever it is, the end is the same
+    os.killpg(federation.clients[0].pid, signal.SIGKILL)
+    federation.clients[0].wait()
+    federation.start(0)
+    assert submitted.wait(400) == 0
+    rounds = lines(shell.home / "got")
+    assert [(r["replies"], r["failures"]) for r in rounds] == [(2, 0)] * 6
+    same_as_simulated(shell, settings, shell.home / "got")
+
+
+def test_a_client_that_stays_away_costs_its_replies_only(shell: Shell) -> None:
+    federation = Federation(shell, 2)
+    submitted = shell.start(f"fedapp submit {SETTINGS} rounds=3 round_timeout=20 run_dir=got")
+    wait(lambda: "round 1: train took" in federation.said(0), submitted)
+    os.killpg(federation.clients[1].pid, signal.SIGKILL)
+    assert submitted.wait(400) == 0
+    rounds = lines(shell.home / "got")
+    assert (rounds[-1]["replies"], rounds[-1]["failures"]) == (1, 1)
+
+
+def test_closing_the_terminal_does_not_stop_a_run(shell: Shell) -> None:
+    federation = Federation(shell, 1)
+    log = shell._log()
+    submitted = shell.start("fedapp submit task=digits model=logistic privacy=none clients=1 rounds=4")
+    wait(lambda: "round 1: train took" in federation.said(0), submitted)
+    submitted.send_signal(signal.SIGINT)
+    assert submitted.wait(30) == 130
+    said = log.read_text()
+    number = said.partition("run ")[2].split()[0]
+    assert f"fedapp runs watch {number}" in said
+    assert f"fedapp runs stop {number}" in said
+    shell.run(f"fedapp runs watch {number} --into got", timeout=240)
+    assert len(lines(shell.home / "got")) == 4
+
+
+def test_settings_that_make_no_job_are_told_before_anything_is_sent(shell: Shell) -> None:
+    log = shell._log()
+    assert shell.start("fedapp submit codec.rate=-1").wait(120) == 1
+    assert "codec.rate" in log.read_text()
