@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -84,3 +85,12 @@ def listens(port: int, server: subprocess.Popen[bytes]) -> None:
                 return
         time.sleep(0.1)
     pytest.fail(f"nothing listens on port {port}")
+
+
+def wait(done: Callable[[], bool], process: subprocess.Popen[bytes], seconds: float = 120) -> None:
+    """Wait until something is so; fails where the process ends before."""
+    deadline = time.monotonic() + seconds
+    while not done():
+        assert process.poll() is None, "it ended"
+        assert time.monotonic() < deadline, "it did not come"
+        time.sleep(0.05)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from shell import Shell, free_port
+from shell import Shell, free_port, wait
 
 pytestmark = pytest.mark.slow
 
@@ -51,15 +51,6 @@ class Federation:
         """A client's own log."""
         path = self.home / f"client{number}" / "node.log"
         return path.read_text() if path.exists() else ""
-
-
-def wait(done: Any, process: subprocess.Popen[bytes], seconds: float = 120) -> None:
-    """Wait until something is so; fails where the process ends before."""
-    deadline = time.monotonic() + seconds
-    while not done():
-        assert process.poll() is None, "it ended"
-        assert time.monotonic() < deadline, "it did not come"
-        time.sleep(0.05)
 
 
 def lines(folder: Path) -> list[dict[str, Any]]:

@@ -25,7 +25,7 @@ from fedapp.deploy import preflight
 from fedapp.deploy.bundle import bundle, difference
 from fedapp.deploy.frames import message_of, of_message
 from fedapp.deploy.link import Over
-from fedapp.deploy.memory import Memory
+from fedapp.deploy.memory import Kept, Memory
 from fedapp.deploy.node import Node
 from fedapp.errors import ConfigError
 from fedapp.records import CONFIG
@@ -97,37 +97,53 @@ class TestMemory:
     ) -> None:
         path = tmp_path / "node.sqlite"
         memory = Memory(path)
-        assert (memory.in_work(), memory.unsent(), memory.context(RUN)) == (None, None, None)
+        assert (memory.in_work(), memory.unsent(), memory.context(RUN, RUN, 9)) == (None, None, None)
         memory.receive(b"asked")
         memory.close()
         memory = Memory(path)
         assert (memory.in_work(), memory.unsent()) == (b"asked", None)
-        memory.answer(RUN, b"context", b"reply")
+        memory.answer(b"reply", Kept(RUN, RUN, 1, b"context"))
         memory.close()
         memory = Memory(path)
-        assert (memory.in_work(), memory.unsent(), memory.context(RUN)) == (None, b"reply", b"context")
+        assert (memory.in_work(), memory.unsent()) == (None, b"reply")
+        assert memory.context(RUN, RUN, 2) == b"context"
         memory.sent()
-        assert (memory.unsent(), memory.context(RUN)) == (None, b"context")
+        assert (memory.unsent(), memory.context(RUN, RUN, 2)) == (None, b"context")
         memory.close()
 
     def test_an_answer_that_cannot_be_written_changes_nothing(self, tmp_path: Path) -> None:
         memory = Memory(tmp_path / "node.sqlite")
         memory.receive(b"asked")
-        memory.answer(RUN, b"old", b"first")
+        memory.answer(b"first", Kept(RUN, RUN, 1, b"old"))
         memory.receive(b"asked again")
         memory._db.execute(
             "CREATE TRIGGER full BEFORE INSERT ON outbox BEGIN SELECT RAISE(FAIL, 'full'); END"
         )
         with pytest.raises(ConfigError, match="cannot be used"):
-            memory.answer(RUN, b"new", b"second")
-        assert (memory.in_work(), memory.unsent(), memory.context(RUN)) == (b"asked again", b"first", b"old")
+            memory.answer(b"second", Kept(RUN, RUN, 2, b"new"))
+        assert (memory.in_work(), memory.unsent()) == (b"asked again", b"first")
+        assert memory.context(RUN, RUN, 3) == b"old"
         memory.close()
 
-    def test_the_runs_used_last_are_kept(self, tmp_path: Path) -> None:
+    def test_the_contexts_used_last_are_kept(self, tmp_path: Path) -> None:
         memory = Memory(tmp_path / "node.sqlite")
-        for run in range(25):
-            memory.answer(run, b"%d" % run, b"reply")
-        assert [memory.context(run) for run in (0, 4, 5, 24)] == [None, None, b"5", b"24"]
+        for run in range(45):
+            memory.answer(b"reply", Kept(run, run, 1, b"%d" % run))
+        assert [memory.context(run, run, 2) for run in (0, 4, 5, 44)] == [None, None, b"5", b"44"]
+        memory.close()
+
+    def test_an_experiment_that_goes_on_finds_what_was_before_the_round_played_again(
+        self, tmp_path: Path
+    ) -> None:
+        memory = Memory(tmp_path / "node.sqlite")
+        for at in range(1, 6):
+            memory.answer(b"reply", Kept(RUN, RUN, at, b"after %d" % at))
+        later = 8
+        found = [memory.context(RUN, later, at) for at in (6, 5, 4, 3)]
+        assert found == [b"after 5", b"after 4", b"after 3", None]  # three rounds are kept
+        assert memory.context(RUN, RUN, 5) == b"after 5"  # the same run, in the midst of a round
+        memory.answer(b"reply", Kept(RUN, later, 4, b"again 4"))
+        assert memory.context(RUN, later, 6) == b"again 4"  # round 5 as it was before is gone
         memory.close()
 
     def test_another_file_is_refused(self, tmp_path: Path) -> None:
@@ -314,7 +330,7 @@ class TestNode:
         assert [reply.has_error() for reply in link.sent] == [False]
         kept = of_message(link.sent[0])
         memory = Memory(tmp_path / "node.sqlite")
-        memory.answer(RUN, None, kept)  # and then it was killed before the reply left
+        memory.answer(kept)  # and then it was killed before the reply left
         memory.close()
         own = node(link, tmp_path)
         own.catch_up()
@@ -339,7 +355,7 @@ def test_the_process_that_works_ends_with_its_node(tmp_path: Path) -> None:
         "import os, sys\n"
         "from fedapp.deploy.node import _Run\n"
         "from flwr.app import Context, RecordDict\n"
-        "run = _Run(Context(1, 1, {}, RecordDict(), {'overrides': ''}), None)\n"
+        "run = _Run(Context(1, 1, {}, RecordDict(), {'overrides': ''}), None, 1)\n"
         "run._start()\n"
         "print(run._process.pid, flush=True)\n"
         "os.kill(os.getpid(), 9)\n"

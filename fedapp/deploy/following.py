@@ -1,4 +1,4 @@
-"""`fedapp runs`: what runs on a server, what they say, how they end; and their run folders, brought here."""
+"""`fedapp runs`: what runs on a server, what it says, how it ends or goes on; run folders, brought here."""
 
 import argparse
 import sys
@@ -13,6 +13,7 @@ from flwr.proto.control_pb2 import ListRunsRequest, StopRunRequest, StreamLogsRe
 from flwr.supercore.run import Run
 
 from fedapp.deploy.control import Access, access, arguments
+from fedapp.deploy.starting import experiment, go_on, overrides_of
 from fedapp.errors import FedappError
 
 _PATIENCE = 120.0  # seconds that a server may be away while its run is watched
@@ -29,6 +30,11 @@ def main(given: Sequence[str]) -> None:
         with at.control() as client:
             stopped = client.StopRun(StopRunRequest(run_id=options.run)).success
         print(f"run {options.run} {'is stopped' if stopped else 'was over already'}")
+    elif options.command == "resume":
+        with at.control() as client:
+            number = go_on(client, of(at, options.run)[0])
+        print(f"run {number} goes on with it", file=sys.stderr)
+        watch(at, number, options.into)
     elif options.command == "fetch":
         fetch(at, options.run, options.into)
     else:
@@ -83,12 +89,22 @@ def _followed(at: Access, number: int) -> Run:
             run = of(at, number)[0]
             lost = None
             if run.status.status == Status.FINISHED:
-                return run
+                if run.status.sub_status == SubStatus.COMPLETED or (later := _later(at, run)) is None:
+                    return run
+                print(f"run {later.run_id} goes on with it", file=sys.stderr)
+                number, after = later.run_id, 0.0
         except FedappError:
             lost = lost or time.monotonic()
             if time.monotonic() > lost + _PATIENCE:
                 raise
         time.sleep(0.2 if lost is None else 2.0)
+
+
+def _later(at: Access, run: Run) -> Run | None:
+    """The newest run that goes on with this one's experiment; None if this one is it."""
+    own = experiment(run.run_id, overrides_of(run))
+    newest = next(one for one in of(at) if experiment(one.run_id, overrides_of(one)) == own)
+    return None if newest.run_id == run.run_id else newest
 
 
 def _list(at: Access) -> None:
@@ -102,7 +118,7 @@ def _list(at: Access) -> None:
             run.status.sub_status or run.status.status,
             run.running_at[:19].replace("T", " ") or "-",
             _took(run),
-            str(run.override_config.get("overrides", "")),
+            overrides_of(run),
         )
     Console().print(table if table.row_count else "no runs yet: `fedapp submit` starts one")
 
@@ -123,11 +139,12 @@ def _parser() -> argparse.ArgumentParser:
         "watch": "print what a run says until it ends, then bring its folder",
         "fetch": "bring the folder of a run",
         "stop": "end a run",
+        "resume": "go on with a run that was stopped or failed, from its last checkpoint",
     }.items():
         command = commands.add_parser(name, help=does, description=does)
         if name != "list":
             command.add_argument("run", type=int, metavar="RUN", help="its number")
-        if name in ("watch", "fetch"):
+        if name in ("watch", "fetch", "resume"):
             command.add_argument("--into", type=Path, metavar="DIR", help="the folder to make (runs/RUN)")
         arguments(command)
     return parser

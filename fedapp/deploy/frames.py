@@ -10,6 +10,8 @@ from flwr.common.serde import (
 from flwr.proto.message_pb2 import Context as ContextProto
 from flwr.proto.message_pb2 import Message as MessageProto
 
+from fedapp.records import CONFIG
+
 
 def of_message(message: Message) -> bytes:
     """A message with all that it carries."""
@@ -19,6 +21,13 @@ def of_message(message: Message) -> bytes:
 def message_of(data: bytes) -> Message:
     """The message that `of_message` wrote."""
     return message_from_proto(MessageProto.FromString(data))
+
+
+def round_of(message: Message) -> int:
+    """Which round a message belongs to; 0 for one before the rounds."""
+    if message.has_error() or CONFIG not in message.content.config_records:
+        return 0
+    return int(str(message.content.config_records[CONFIG].get("server-round", 0)))
 
 
 def of_context(context: Context) -> bytes:

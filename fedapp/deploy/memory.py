@@ -1,22 +1,42 @@
-"""What a node keeps on its own disk: the message it works on, its context in each run, the last reply."""
+"""What a node keeps on its disk: the message it works on, the last reply, its context in each experiment."""
 
 import sqlite3
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from fedapp.errors import ConfigError
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS inbox (only INTEGER PRIMARY KEY CHECK (only = 1), message BLOB NOT NULL);
-CREATE TABLE IF NOT EXISTS runs (run TEXT PRIMARY KEY, context BLOB NOT NULL, used REAL NOT NULL);
+CREATE TABLE IF NOT EXISTS contexts (
+    experiment TEXT NOT NULL, round INTEGER NOT NULL, run TEXT NOT NULL,
+    context BLOB NOT NULL, used REAL NOT NULL,
+    PRIMARY KEY (experiment, round));
 CREATE TABLE IF NOT EXISTS outbox (only INTEGER PRIMARY KEY CHECK (only = 1), reply BLOB NOT NULL)"""
-_KEPT = 20  # runs; the ones used last
+_KEPT = 40  # contexts; the ones used last
+_ROUNDS = 3  # of them in one experiment: a server that was gone may ask for its last rounds once more
+_FORGET = """
+DELETE FROM contexts WHERE experiment = ? AND round NOT IN (
+    SELECT round FROM contexts WHERE experiment = ? ORDER BY round DESC LIMIT ?)"""
+_FORGET_OTHERS = """
+DELETE FROM contexts WHERE rowid NOT IN (SELECT rowid FROM contexts ORDER BY used DESC LIMIT ?)"""
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A node's context after a message of a round."""
+
+    experiment: int
+    run: int
+    round: int
+    context: bytes
 
 
 class Memory:
-    """The message in work, the reply that has not left, and a context for each run.
+    """The message in work, the reply that has not left, and the contexts of an experiment's last rounds.
 
     A message is written down before the work begins. Its reply and the context after it are written together,
     before the reply leaves. So a node that was killed works once more on a message that it has not answered,
@@ -37,18 +57,23 @@ class Memory:
         with self._explained():
             self._db.execute("INSERT OR REPLACE INTO inbox VALUES (1, ?)", (message,))
 
-    def answer(self, run: int, context: bytes | None, reply: bytes) -> None:
-        """Write down a reply and the context after it, in one step; the message is done."""
+    def answer(self, reply: bytes, after: Kept | None = None) -> None:
+        """Write down a reply and the context after it, in one step; the message is done.
+
+        What was kept of later rounds of the experiment is gone, for they are played again.
+        """
         with self._explained():
             self._db.execute("BEGIN IMMEDIATE")
             try:
-                if context is not None:
-                    row = str(run), context, time.time()
-                    self._db.execute("INSERT OR REPLACE INTO runs VALUES (?, ?, ?)", row)
+                if after is not None:
+                    own, run = str(after.experiment), str(after.run)
                     self._db.execute(
-                        "DELETE FROM runs WHERE run NOT IN (SELECT run FROM runs ORDER BY used DESC LIMIT ?)",
-                        (_KEPT,),
+                        "DELETE FROM contexts WHERE experiment = ? AND round > ?", (own, after.round)
                     )
+                    row = own, after.round, run, after.context, time.time()
+                    self._db.execute("INSERT OR REPLACE INTO contexts VALUES (?, ?, ?, ?, ?)", row)
+                    self._db.execute(_FORGET, (own, own, _ROUNDS))
+                    self._db.execute(_FORGET_OTHERS, (_KEPT,))
                 self._db.execute("INSERT OR REPLACE INTO outbox VALUES (1, ?)", (reply,))
                 self._db.execute("DELETE FROM inbox")
                 self._db.execute("COMMIT")
@@ -74,11 +99,15 @@ class Memory:
         """The reply that may not have left, if any."""
         return self._one("SELECT reply FROM outbox")
 
-    def context(self, run: int) -> bytes | None:
-        """The context in a run, if this node took part in it."""
-        return self._one("SELECT context FROM runs WHERE run = ?", str(run))
+    def context(self, experiment: int, run: int, at: int) -> bytes | None:
+        """What was kept before a round, and by the same run in it; None if this node took no part by then."""
+        return self._one(
+            "SELECT context FROM contexts WHERE experiment = ? AND (round < ? OR round = ? AND run = ?) "
+            "ORDER BY round DESC LIMIT 1",
+            *(str(experiment), at, at, str(run)),
+        )
 
-    def _one(self, query: str, *values: str) -> bytes | None:
+    def _one(self, query: str, *values: str | int) -> bytes | None:
         with self._explained():
             row = self._db.execute(query, values).fetchone()
         return None if row is None else bytes(row[0])

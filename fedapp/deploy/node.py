@@ -17,9 +17,10 @@ from flwr.app import Context, Error, Message, RecordDict
 from flwr.common.constant import ErrorCode
 
 from fedapp.deploy.bundle import difference
-from fedapp.deploy.frames import context_of, message_of, of_context, of_message
+from fedapp.deploy.frames import context_of, message_of, of_context, of_message, round_of
 from fedapp.deploy.link import Link, Over, Refused
-from fedapp.deploy.memory import Memory
+from fedapp.deploy.memory import Kept, Memory
+from fedapp.deploy.starting import experiment, overrides_of
 
 _ASKED = 5.0  # seconds from one question whether a run goes on to the next, while its process works
 _log = logging.getLogger("fedapp.client")
@@ -84,7 +85,7 @@ class Node:
     def _work(self, message: Message, data: bytes) -> None:
         number, begun = message.metadata.run_id, time.monotonic()
         try:
-            run = self._runs.get(number) or self._join(number)
+            run = self._runs.get(number) or self._join(number, round_of(message))
             found = run.work(data, lambda: self._goes_on(number))
         except Over:
             _log.info("run %d is over: its message is left", number)
@@ -93,14 +94,14 @@ class Node:
                 self._runs.pop(number).end()
             return
         took = time.monotonic() - begun
-        reply, context = (
-            (of_message(Message(found, reply_to=message)), None) if isinstance(found, Error) else found
-        )
-        self._memory.answer(number, context, reply)
+        if isinstance(found, Error):
+            reply, after = of_message(Message(found, reply_to=message)), None
+        else:
+            reply, after = found[0], Kept(run.experiment, number, round_of(message), found[1])
+        self._memory.answer(reply, after)
         sent = self._send(message_of(reply), took)
-        asked = message.metadata
-        at = f"run {number} round {asked.group_id}" if asked.group_id else f"run {number}"
-        _log.info("%s: %s took %.2f s, %s", at, asked.message_type, took, sent)
+        at, what = round_of(message), message.metadata.message_type
+        _log.info("run %d%s: %s took %.2f s, %s", number, f" round {at}" if at else "", what, took, sent)
 
     def _send(self, reply: Message, seconds: float) -> str:
         try:
@@ -120,28 +121,30 @@ class Node:
             return False
         return True
 
-    def _join(self, number: int) -> "_Run":
+    def _join(self, number: int, at: int) -> "_Run":
         """Look at a run for the first time: is its code the installed one? Raises Over."""
         info = self._link.run(number)
         said = difference(self._link.bundle(info))
-        kept = self._memory.context(number)
+        overrides = overrides_of(info)
+        origin = experiment(number, overrides)
+        kept = self._memory.context(origin, number, at)
         context = Context(
             run_id=number,
             node_id=self._id,
             node_config=dict(self._config),
             state=RecordDict() if kept is None else context_of(kept).state,
-            run_config={"overrides": str(info.override_config.get("overrides", ""))},
+            run_config={"overrides": overrides},
         )
-        _log.info("run %d: %s", number, context.run_config["overrides"] or "default settings")
-        run = self._runs[number] = _Run(context, said)
+        _log.info("run %d: %s", number, overrides or "default settings")
+        run = self._runs[number] = _Run(context, said, origin)
         return run
 
 
 class _Run:
     """One run on this node: who the node is in it, and the process that works."""
 
-    def __init__(self, context: Context, declined: str | None) -> None:
-        self._context, self._declined = of_context(context), declined
+    def __init__(self, context: Context, declined: str | None, origin: int) -> None:
+        self._context, self._declined, self.experiment = of_context(context), declined, origin
         self._process: subprocess.Popen[bytes] | None = None
         self._pipe: Connection | None = None
 

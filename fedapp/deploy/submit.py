@@ -1,22 +1,17 @@
-"""`fedapp submit`: send the installed fedapp and settings to a federation, follow the run, bring its folder."""
+"""`fedapp submit`: send fedapp and settings to a federation, follow the run, bring its folder."""
 
 import argparse
 import itertools
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
-from hashlib import sha256
 from pathlib import Path
-
-from flwr.common.serde import fab_to_proto, user_config_to_proto
-from flwr.proto.control_pb2 import StartRunRequest
-from flwr.supercore.fab import Fab
 
 from fedapp import config
 from fedapp.deploy import following
-from fedapp.deploy.bundle import bundle
-from fedapp.deploy.control import Access, access, arguments
-from fedapp.errors import ConfigError, FedappError
+from fedapp.deploy.control import access, arguments
+from fedapp.deploy.starting import start
+from fedapp.errors import ConfigError
 
 
 def main(given: Sequence[str]) -> None:
@@ -32,7 +27,9 @@ def main(given: Sequence[str]) -> None:
         if len(jobs) > 1:
             print(f"[{number + 1}/{len(jobs)}] {' '.join(job)}")
             place = place / str(number)
-        run = _start(at, job)
+        sent = [word for word in job if not word.startswith("run_dir=")]  # which is a place on this machine
+        with at.control() as client:
+            run = start(client, sent)
         print(f"run {run} is submitted; it goes on when this window is closed", file=sys.stderr)
         if not options.detach:
             following.watch(at, run, place)
@@ -42,28 +39,12 @@ def _checked(overrides: Sequence[str]) -> Path:
     """See that the settings make a job; returns the run folder that they name."""
     tree = config.compose(shlex.join(overrides))
     if tree.resume is not None:
-        raise ConfigError(f"resume={tree.resume} names a folder on this machine: a submitted run begins anew")
+        raise ConfigError(f"resume={tree.resume}: a run on a server goes on by `fedapp runs resume RUN`")
     config.job(tree)
     place = Path(str(tree.run_dir))
     if place.exists() and any(place.iterdir()):
         raise ConfigError(f"run_dir={place} is not empty: set run_dir to another folder")
     return place
-
-
-def _start(at: Access, overrides: Sequence[str]) -> int:
-    """Send fedapp and the settings; returns the number of the run."""
-    content = bundle()
-    sent = [word for word in overrides if not word.startswith("run_dir=")]  # a place on this machine
-    with at.control() as client:
-        answer = client.StartRun(
-            StartRunRequest(
-                fab=fab_to_proto(Fab(sha256(content).hexdigest(), content, {})),
-                override_config=user_config_to_proto({"overrides": shlex.join(sent)}),
-            )
-        )
-    if not answer.HasField("run_id"):
-        raise FedappError(f"the server did not start the run: {answer.note or 'its log says why'}")
-    return int(answer.run_id)
 
 
 def _sweep(overrides: Sequence[str]) -> Iterator[list[str]]:
