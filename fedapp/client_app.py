@@ -1,7 +1,9 @@
 """The Flower ClientApp: what a client answers to train, evaluate and query messages."""
 
 import logging
+import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -10,12 +12,14 @@ from flwr.clientapp import ClientApp
 from flwr.common.constant import ErrorCode
 
 from fedapp import ckks, config
+from fedapp.assignment import SECONDS, WHOLE, Part, part_in
 from fedapp.ckks import Ckks
 from fedapp.downlink import Plain
 from fedapp.dp_step import DpStep
 from fedapp.errors import FedappError
+from fedapp.facts import ASKS
 from fedapp.job import Job
-from fedapp.privacy.consent import consent, data_of
+from fedapp.privacy.consent import consent, data_of, facts_of
 from fedapp.privacy.secret import BATCH, CLIENT, source
 from fedapp.records import ARRAYS, CONFIG, METRICS, UPDATE, WEIGHT, load_state, store_state
 from fedapp.scaffold import STEERED
@@ -56,18 +60,21 @@ def client_app(job_of: Callable[[Context], Job]) -> ClientApp:
         if job.wire_codec is None:
             return call_next(message, context)
         rng = job.public_rng(*at, use=1)
-        return compress(job.wire_codec, rng, job.mechanism, secret, job.recall)(message, context, call_next)
+        coded = compress(job.wire_codec, rng, job.mechanism, secret, job.recall, _part(job, message))
+        return coded(message, context, call_next)
 
     @app.train(mods=[guard, consent(job_of), downlink, uplink])
     @TRAIN
     def train(message: Message, context: Context) -> Message:
         """Load, fit, reply with the trained weights, or a sum; the mod `uplink` then encodes the update."""
-        job = job_of(context)
+        job, started = job_of(context), time.perf_counter()
         load(job, message.content.array_records[ARRAYS])
         trainer = job.trainer
         mu = message.content.config_records[CONFIG].get("proximal-mu")  # strategy=fedprox sends it
         if isinstance(trainer, Sgd) and isinstance(mu, float):
             trainer = trainer.pulled(mu)
+        if job.assigns and isinstance(trainer, Sgd):
+            trainer = replace(trainer, part=_part(job, message))
         at = _round(message), partition_of(context)
         rng, data = job.public_rng(*at, use=0), _on(job, data_of(job, message, context))
         if isinstance(trainer, DpStep):
@@ -83,6 +90,8 @@ def client_app(job_of: Callable[[Context], Job]) -> ClientApp:
         metrics, state = fit(job.task, job.model, data, state, rng, progress)
         store_state(context, "trainer", state)
         trained = ArrayRecord(job.model.state_dict())
+        if job.assigns:
+            metrics |= {SECONDS: time.perf_counter() - started}
         return Message(RecordDict({ARRAYS: trained, METRICS: MetricRecord({**metrics})}), reply_to=message)
 
     @app.evaluate(mods=[guard, consent(job_of), downlink])
@@ -102,6 +111,13 @@ def client_app(job_of: Callable[[Context], Job]) -> ClientApp:
         """Say which partition this node holds; -1 where it brings its own data."""
         return Message(RecordDict({CONFIG: ConfigRecord({"partition-id": partition_of(context, -1)})}),
                        reply_to=message)  # fmt: skip
+
+    @app.query("facts", mods=[guard])
+    def facts(message: Message, context: Context) -> Message:
+        """Tell what the server asks of this node, as far as that may leave."""
+        asked = message.content.config_records[CONFIG][ASKS]
+        told = facts_of(job_of(context), context, asked if isinstance(asked, list) else [])
+        return Message(RecordDict({CONFIG: ConfigRecord({**told})}), reply_to=message)
 
     def take_part(stage: str) -> None:
         @app.query(stage, mods=[guard])
@@ -166,6 +182,11 @@ def load(job: Job, arrays: ArrayRecord) -> None:
 def partition_of(context: Context, default: int = 0) -> int:
     """The partition that a node holds, by its configuration."""
     return int(context.node_config.get("partition-id", default))
+
+
+def _part(job: Job, message: Message) -> Part:
+    """The part of the work that a client is asked for."""
+    return part_in(message) if job.assigns else WHOLE
 
 
 def _round(message: Message) -> int:

@@ -17,6 +17,7 @@ from fedapp.privacy.central import CentralGaussian
 from fedapp.privacy.distributed_example import DistributedExample
 from fedapp.privacy.example import ExamplePrivacy
 from fedapp.secagg.wire import Summed
+from fedapp.selection import Poisson, PowerOfChoice, Uniform
 from fedapp.training import DpSgd, Sgd
 from fedapp.wire import STREAMED
 
@@ -60,6 +61,57 @@ def check_time(job: "Job") -> None:
     if isinstance(job.strategy, FedBuff):
         check.whole("strategy.buffer", job.strategy.buffer, 1, job.clients)
         check.whole("strategy.concurrency", job.at_once, 1, job.clients)
+
+
+def check_sampling(job: "Job") -> None:
+    """One word on how a cohort is drawn, or two that say the same."""
+    if job.sampling == "fixed" and isinstance(job.selection, Poisson):
+        raise ConfigError("selection=poisson draws a cohort of no set size: leave sampling out")
+    if job.sampling == "poisson" and not isinstance(job.selection, (Uniform, Poisson)):
+        raise ConfigError(
+            f"selection={job.choices['selection']} draws cohorts of a set size: leave sampling out"
+        )
+
+
+def check_selection(job: "Job") -> None:
+    """Who is drawn by what it has is no random cohort of all, on which privacy and steering count."""
+    selection = job.selection
+    if isinstance(selection, (Uniform, Poisson)):
+        return
+    refused = (
+        (
+            job.privacy.unit is not None,
+            f"privacy={job.choices['privacy']}, which does not cover what they tell: set selection=uniform",
+        ),
+        (isinstance(job.strategy, FedBuff), "strategy=fedbuff, which asks whoever is free"),
+        (job.steers, "strategy=scaffold, which counts on all clients coming back: choose strategy=fedavg"),
+        (isinstance(job.aggregation, Ckks), "aggregation=ckks: set aggregation=open"),
+    )
+    given = f"selection={job.choices['selection']} draws clients by what they tell, and does not go with"
+    _refuse(given, refused)
+    if isinstance(selection, PowerOfChoice) and selection.candidates is not None:
+        check.whole("selection.candidates", selection.candidates, job.at_once, job.clients)
+
+
+def check_assignment(job: "Job") -> None:
+    """Parts of the work are made up for in a weighted mean of updates that plain SGD made."""
+    if not job.assigns:
+        return
+    strategy = job.choices["strategy"]
+    linear = type(job.strategy).__name__ in STREAMED and not job.steers
+    refused = (
+        (job.deadline is None, "needs one: set deadline to seconds"),
+        (
+            job.privacy.unit is not None,
+            f"asks for other work than the noise of privacy={job.choices['privacy']} is set for: "
+            f"set privacy=none",
+        ),
+        (not isinstance(job.trainer, Sgd), f"asks for steps of trainer=sgd, not {job.choices['trainer']}"),
+        (isinstance(job.trainer, Sgd) and not job.trainer.epochs, "divides epochs: set trainer.epochs=1"),
+        (not linear, f"scales the mean update, which strategy={strategy} does not take: set strategy=fedavg"),
+        (isinstance(job.aggregation, Ckks), "does not go with aggregation=ckks: set aggregation=open"),
+    )
+    _refuse("assignment=deadline", refused)
 
 
 def check_clock(job: "Job", simulated: bool) -> None:
@@ -201,11 +253,12 @@ def check_model(job: "Job", model: nn.Module) -> None:
     if isinstance(job.trainer, (DpSgd, DpStep)):
         _check_private_model(job, model)
     summed = job.privacy.unit == "client" or isinstance(job.privacy, Summed)
-    summed |= isinstance(job.aggregation, Ckks) or job.steers
+    summed |= isinstance(job.aggregation, Ckks) or job.steers or job.assigns
     if summed and any(True for _ in model.buffers()):
         raise ConfigError(
             f"privacy={job.choices['privacy']} aggregation={job.choices['aggregation']} "
-            f"strategy={job.choices['strategy']} deals in parameters, and this model has other state too "
+            f"strategy={job.choices['strategy']} assignment={job.choices['assignment']} "
+            f"deals in parameters, and this model has other state too "
             f"({next(name for name, _ in model.named_buffers())}): use model.norm=group for resnet18"
         )
 

@@ -45,6 +45,8 @@ _NAMES = {  # group: where its classes live, and which
     ),
     "engine": ("fedapp.engine.local", "Local"),
     "speeds": ("fedapp.speeds", "Untimed Stragglers"),
+    "selection": ("fedapp.selection", "Uniform Poisson BySize PowerOfChoice Tags"),
+    "assignment": ("fedapp.assignment", "Whole Deadline"),
     "aggregation": ("fedapp.ckks", "Open Ckks"),
     "privacy": (
         "fedapp.privacy",
@@ -70,7 +72,7 @@ _KEYS = (
 _WITHOUT_EFFECT = ("run_dir", "resume", "checkpoint", "profile", "engine.workers", "engine.state_mb")
 _GROUPS = (
     "task", "partition", "model", "trainer", "codec", "downlink", "strategy", "aggregation", "engine",
-    "speeds", "privacy", "experiment",
+    "speeds", "selection", "assignment", "privacy", "experiment",
 )  # fmt: skip
 
 
@@ -169,6 +171,8 @@ def job(config: DictConfig) -> Job:
         aggregation=build(tree["aggregation"], "aggregation"),
         engine=build(tree["engine"], "engine"),
         speeds=build(tree["speeds"], "speeds"),
+        selection=build(tree["selection"], "selection"),
+        assignment=build(tree["assignment"], "assignment"),
         choices=tree["choices"],
     )
 

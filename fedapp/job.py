@@ -3,7 +3,7 @@
 import math
 import os
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, cast
@@ -16,6 +16,7 @@ from flwr.serverapp.strategy import Strategy
 from torch import nn
 
 from fedapp import check, combinations, secagg
+from fedapp.assignment import Deadline, Whole, Workloads
 from fedapp.ckks import SLOTS, Ckks, Open
 from fedapp.codec import Codec
 from fedapp.codec.chain import Identity
@@ -23,6 +24,7 @@ from fedapp.codec.feedback import AutoFeedback
 from fedapp.downlink import Coded, Plain, receive
 from fedapp.dp_step import DpStep
 from fedapp.errors import ConfigError
+from fedapp.facts import Facts
 from fedapp.fedbuff import FedBuff
 from fedapp.fold import Fold
 from fedapp.privacy.accounting import Gaussian, Release, Sampling, Spent
@@ -35,9 +37,10 @@ from fedapp.privacy.example import ExamplePrivacy
 from fedapp.privacy.local import LocalGaussian
 from fedapp.privacy.mechanism import Mechanism, Plan
 from fedapp.privacy.none import NoPrivacy
-from fedapp.privacy.secret import COHORT, Secret, source, uniform
+from fedapp.privacy.secret import COHORT, Secret, source
 from fedapp.scaffold import Control, Controls, Course, Scaffold
 from fedapp.secagg.wire import Summed
+from fedapp.selection import BySize, Poisson, PowerOfChoice, Selection, Uniform
 from fedapp.speeds import Stragglers, Untimed
 from fedapp.tasks import Task
 from fedapp.training import DpSgd, Sgd, Trainer, scheduled
@@ -73,6 +76,8 @@ class Job:
     aggregation: Open | Ckks
     engine: "Local"
     speeds: Untimed | Stragglers
+    selection: Selection
+    assignment: Whole | Deadline
     choices: Mapping[str, str | None]
     said: str | None = field(init=False, default=None)  # how updates are coded, where that was left open
 
@@ -94,15 +99,25 @@ class Job:
         check.flag("profile", self.profile)
         if self.device == "cuda" and not torch.cuda.is_available():
             raise ConfigError("device=cuda, but torch sees no CUDA device: set device=cpu or device=auto")
-        central = isinstance(self.privacy, CentralGaussian)
-        if self.sampling == "auto":
-            object.__setattr__(self, "sampling", "poisson" if central else "fixed")
+        self._decide_sampling()
         combinations.check_time(self)
+        combinations.check_selection(self)
+        combinations.check_assignment(self)
         combinations.check_privacy(self)
         combinations.check_aggregation(self)
         combinations.check_steering(self)
         self._tell_what_they_need()
         self._decide_codec()
+
+    def _decide_sampling(self) -> None:
+        """`sampling` and `selection` say the same of who is drawn."""
+        combinations.check_sampling(self)
+        central, alike = isinstance(self.privacy, CentralGaussian), isinstance(self.selection, Uniform)
+        poisson = isinstance(self.selection, Poisson) or self.sampling == "poisson"
+        poisson |= central and alike and self.sampling == "auto"
+        object.__setattr__(self, "sampling", "poisson" if poisson else "fixed")
+        if poisson:
+            object.__setattr__(self, "selection", Poisson())
 
     def _tell_what_they_need(self) -> None:
         """Trainer and mechanism learn of the run what their accounting needs."""
@@ -119,24 +134,23 @@ class Job:
 
     @cached_property
     def _most(self) -> int:
-        """Rounds that public draws give one client at most; asynchronous ones, where answers decide, any."""
+        """Rounds that public draws give one client at most; any, where answers or facts decide."""
         everyone = self.in_round == self.clients and self.sampling == "fixed"
-        if everyone or isinstance(self.strategy, FedBuff):
+        alike = isinstance(self.selection, (Uniform, Poisson))
+        if everyone or not alike or isinstance(self.strategy, FedBuff):
             return self.rounds
         drawn = Counter(i for r in range(1, self.rounds + 1) for i in self.draw(r, self.clients))
         return max(drawn.values(), default=0)
 
-    def draw(self, server_round: int, nodes: int) -> list[int]:
-        """Who trains in a round: of so many nodes, by partition.
+    def draw(self, server_round: int, nodes: int, facts: Sequence[Facts] = ()) -> list[int]:
+        """Who is drawn for a round: of so many nodes, by partition; what the selection asks is in `facts`.
 
         By the operating system's randomness where amplification counts on it, else by the seed.
         """
         secret: Secret = self.public_rng(server_round, partition=0, use=2).bytes
         if isinstance(self.privacy, CentralGaussian):
             secret = source(self.privacy.test_seed, COHORT, server_round)
-        numbers, size = uniform(nodes, secret), min(self.at_once, nodes)
-        chosen = numbers < size / nodes if self.sampling == "poisson" else numbers.argsort().argsort() < size
-        return [int(i) for i in np.flatnonzero(chosen)]
+        return self.selection.draw(facts or [Facts()] * nodes, min(self.at_once, nodes), secret)
 
     def _decide_codec(self) -> None:
         """Both ends get the same: none where only sums are seen, else what `codec.feedback=auto` comes to."""
@@ -180,6 +194,13 @@ class Job:
             epochs, rng = int(getattr(self.trainer, "epochs", 1)), self.public_rng(0, 0, use=5)
             return self.speeds.times(self.clients, epochs, rng)
         return (lambda partition, examples: 0.0) if isinstance(self.strategy, FedBuff) else None
+
+    @property
+    def sending(self) -> Callable[[int, int], float] | None:
+        """Simulated seconds that the client of a partition sends so many bytes; None: no time."""
+        if not isinstance(self.speeds, Stragglers):
+            return None
+        return self.speeds.links(self.clients, self.public_rng(0, 0, use=6))
 
     @property
     def checkpointed(self) -> float | None:
@@ -228,7 +249,12 @@ class Job:
         """None where weights come back as plain Flower sends them."""
         plain = isinstance(self.codec, Identity) and isinstance(self.downlink, Plain) and not self.mechanism
         buffered = isinstance(self.strategy, FedBuff)  # which adds updates of different weights
-        return None if plain and not buffered and not self.steers else self.codec
+        return None if plain and not buffered and not self.steers and not self.assigns else self.codec
+
+    @property
+    def assigns(self) -> bool:
+        """Whether clients are asked for parts of their work."""
+        return isinstance(self.assignment, Deadline)
 
     @property
     def steers(self) -> bool:
@@ -250,17 +276,20 @@ class Job:
     def wire(self) -> Wire:
         """The strategy behind the wire."""
         controls = Controls(self.clients, self.course) if self.steers else None
-        uniform = self.privacy.unit is not None
-        return Wire(self.strategy, self.wire_codec, self.mechanism, uniform, controls)
+        uniform, workloads = self.privacy.unit is not None, None
+        if isinstance(self.assignment, Deadline) and self.deadline is not None:
+            workloads = Workloads(self.assignment, self.deadline)
+        return Wire(self.strategy, self.wire_codec, self.mechanism, uniform, controls, workloads)
 
     @property
     def fold(self) -> Callable[[int], Fold] | None:
         """Makes sums for so many workers; None where a strategy needs more than sums, or others make them.
 
-        And where not all count that answer, which a worker does not know.
+        And where not all count that answer, or as many examples as they say, which a worker does not know.
         """
         wire, sums = self.wire(), self.terms is not None or isinstance(self.aggregation, Ckks)
         some = self.over_selection > 1 or self.deadline is not None or self.timed
+        some |= isinstance(self.selection, (BySize, PowerOfChoice))
         if wire.reader is None or not wire.streams or sums or some:
             return None
         return partial(Fold, wire.reader, self.initial)

@@ -1,19 +1,23 @@
-"""The nodes of a run: which partition each holds, whom a strategy sees, what crosses the wire to them."""
+"""The nodes of a run: which partition each holds, what it tells; whom a strategy sees; bytes on the wire."""
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from logging import WARNING
 
-from flwr.app import Message, MessageType, RecordDict
+from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 from flwr.supercore import log
 
 from fedapp.engine.grid import arrivals, stream
 from fedapp.engine.local import LocalGrid
 from fedapp.errors import FedappError
+from fedapp.facts import ASKS, Facts, read, simulated
 from fedapp.fold import Folded
+from fedapp.job import Job
 from fedapp.records import CONFIG, size_of
+from fedapp.replies import refuse
+from fedapp.selection import Tags
 from fedapp.stages import TRANSFER
 
 
@@ -100,3 +104,23 @@ def partitions(grid: Grid, clients: int, timeout: float) -> dict[int, int]:
     if len(held) > clients:
         log(WARNING, "%s nodes are there, and clients=%s of them take part", len(held), clients)
     return {node: partition for node, partition in held.items() if partition < clients}
+
+
+def facts(grid: Grid, job: Job, partitions: Mapping[int, int]) -> dict[int, Facts]:
+    """What each node tells of what the run's selection asks; nothing of one whose answer is none of ours."""
+    asked, classes = job.selection.asks, job.task.classes
+    if not asked:
+        return {}
+    if isinstance(grid, LocalGrid):
+        sizes = [len(part) for part in job.task.partitions()]
+        given = job.selection.given if isinstance(job.selection, Tags) else ()
+        here = simulated(sizes, lambda: job.task.label_counts().tolist(), asked, given)
+        return {node: here[partition] for node, partition in partitions.items()}
+    content, told = RecordDict({CONFIG: ConfigRecord({ASKS: list(asked)})}), dict[int, Facts]()
+    messages = [Message(content, node, f"{MessageType.QUERY}.facts") for node in partitions]
+    for reply in stream(grid, messages, job.round_timeout):
+        try:
+            told[reply.metadata.src_node_id] = read(reply.content.config_records[CONFIG], classes)
+        except Exception as error:  # hostile bytes may reach any line
+            refuse(reply, error)
+    return told

@@ -38,12 +38,15 @@ def metrics_of(reply: Message, names: tuple[str, ...]) -> MetricRecord:
     return metrics
 
 
-def weight_of(metrics: MetricRecord, uniform: bool) -> int:
-    """What a client weighs in the mean: 1 where all weigh the same; DecodeError if it says otherwise."""
+def weight_of(metrics: MetricRecord, uniform: bool, least: int = 0) -> int:
+    """What a client weighs in the mean: 1 where all weigh the same; DecodeError if it says otherwise.
+
+    `least` is what one with any examples weighs at least.
+    """
     weight = cast(int, metrics[WEIGHT])
     if uniform and weight != 1:
         raise DecodeError(f"under privacy every client weighs 1, this one says {weight}")
-    return weight
+    return max(weight, least) if weight else 0
 
 
 @DECODE

@@ -9,6 +9,7 @@ from typing import Any, cast
 from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 
+from fedapp.assignment import Workloads
 from fedapp.asynchronous import Asynchronous
 from fedapp.ckks import Ckks, CkksSum
 from fedapp.client_app import load
@@ -16,9 +17,10 @@ from fedapp.downlink import Coded, Downlink
 from fedapp.engine.grid import now, stream
 from fedapp.engine.local import LocalGrid
 from fedapp.errors import DataError, FedappError
+from fedapp.facts import Facts
 from fedapp.fedbuff import FedBuff
 from fedapp.job import Job
-from fedapp.nodes import Cohort, Traffic, partitions
+from fedapp.nodes import Cohort, Traffic, facts, partitions
 from fedapp.privacy.accounting import Spent
 from fedapp.privacy.begun import Begun
 from fedapp.records import ARRAYS, METRICS
@@ -26,6 +28,7 @@ from fedapp.report.folder import Round
 from fedapp.report.progress import Progress
 from fedapp.secagg import Server
 from fedapp.secagg.wire import SecureSum
+from fedapp.selection import PowerOfChoice
 from fedapp.stages import AGGREGATE, CLOCK, ENCODE, EVALUATE
 from fedapp.vector import arrays_in, layout_of, record_of
 
@@ -50,6 +53,10 @@ class Federation:
         coded = self.job.downlink
         self._downlink = Downlink(coded, self.arrays) if isinstance(coded, Coded) else None
         self._partitions = partitions(self.grid, self.job.clients, self.job.round_timeout)
+        self._nodes = sorted(self._partitions, key=self._partitions.__getitem__)  # a node's id is random
+        told = facts(self.grid, self.job, self._partitions)
+        self._facts = [told.get(node, Facts()) for node in self._nodes]
+        self._wire.weigh_at_least(self.job.selection.least_weight(self._facts, self.job.at_once))
         self._late = 0
         self._asynchronous: Asynchronous | None = None
         if isinstance(self.job.strategy, FedBuff):
@@ -69,6 +76,7 @@ class Federation:
             "finished": self.finished,
             "weights": arrays_in(self.arrays),
             "wire": self._wire.state(),
+            "workloads": self._wire.workloads and self._wire.workloads.state(self._partitions),
             "controls": self._wire.controls and self._wire.controls.state(self._partitions),
             "downlink": self._downlink and self._downlink.state(self._partitions, self.arrays),
             "asynchronous": self._asynchronous and self._asynchronous.state(),
@@ -82,6 +90,8 @@ class Federation:
         self._wire.restore(state["wire"])
         local = isinstance(self.grid, LocalGrid)
         nodes = {partition: node for node, partition in self._partitions.items()} if local else {}
+        if self._wire.workloads is not None:
+            self._wire.workloads.restore(state["workloads"], nodes)
         if self._wire.controls is not None:
             self._wire.controls.restore(state["controls"], nodes)
         if self._downlink is not None:
@@ -164,9 +174,8 @@ class Federation:
             self.arrays, self.messages = step.arrays, self.messages + step.asked
             self.accepted += step.accepted
             return step.accepted + step.failed
-        nodes = sorted(self._partitions, key=self._partitions.__getitem__)  # a node's id is random
-        cohort = [nodes[i] for i in self.job.draw(number, len(nodes))]
-        view = cast(Grid, Cohort(cohort or nodes))  # strategies wait for nodes, and keep what they configure
+        cohort = self._drawn(number)
+        view = cast(Grid, Cohort(cohort or self._nodes))  # strategies wait for nodes, and keep these
         asked = self._wire.configure_train(number, self.arrays, ConfigRecord(), view)
         messages = sorted(asked, key=self._partition) if cohort else []
         self.begun.add(number, [self._partitions[node] for node in cohort])  # before anything is sent
@@ -175,7 +184,10 @@ class Federation:
             self._train_on_sums(number, messages, summed, progress)
             return len(messages)
         until = now(self.grid) + (float("inf") if self.job.deadline is None else self.job.deadline)
-        replies = self._watched(self._in_time(messages, until), progress, len(messages))
+        in_time = self._in_time(messages, until)
+        if self._wire.workloads:
+            in_time = self._timed(in_time, self._wire.workloads)
+        replies = self._watched(in_time, progress, len(messages))
         if not self._wire.streams:  # then the order of summation is the order of arrival
             replies = iter(sorted(replies, key=self._partition))
         collect = self.grid.collect if isinstance(self.grid, LocalGrid) else None
@@ -184,6 +196,29 @@ class Federation:
         self.accepted -= self._wire.failures
         self.arrays = self.arrays if arrays is None else arrays
         return len(messages) - self._late
+
+    def _drawn(self, number: int) -> list[int]:
+        """The nodes that train in a round; where their losses decide, of those drawn the worst."""
+        job, nodes = self.job, self._nodes
+        drawn = [nodes[i] for i in job.draw(number, len(nodes), self._facts)]
+        if not isinstance(job.selection, PowerOfChoice):
+            return drawn
+        losses = self._wire.losses(self._tests(number, drawn))
+        if not losses:
+            raise FedappError(
+                f"round {number}: none of {len(drawn)} candidates told its loss; the log says why"
+            )
+        places = {self._partitions[node]: loss for node, loss in losses.items()}
+        worst = job.selection.worst(places, job.at_once)
+        return [node for node in drawn if self._partitions[node] in worst]
+
+    def _timed(self, replies: Iterator[Message], workloads: Workloads) -> Iterator[Message]:
+        """The replies; how long each took tells what to ask of its node next."""
+        started = now(self.grid)
+        for reply in replies:
+            workloads.hear(reply, now(self.grid) - started)
+            yield reply
+        workloads.end(now(self.grid) - started)
 
     def _summed(self, number: int, nodes: list[int]) -> SecureSum | CkksSum | None:
         """How the server comes by the sum of a round where it is to see nothing else."""
@@ -266,11 +301,15 @@ class Federation:
             return metrics["accuracy"], metrics["loss"]
         if self.job.evaluate == "none":
             return None, None
-        view = cast(Grid, Cohort(list(self._partitions)))
-        messages = list(self._wire.configure_evaluate(number, self.arrays, ConfigRecord(), view))
-        replies = sorted(self._exchange(messages), key=self._partition)
-        means = self._wire.aggregate_evaluate(number, replies)
+        means = self._wire.aggregate_evaluate(number, self._tests(number, list(self._partitions)))
         return (float(means["accuracy"]), float(means["loss"])) if means else (None, None)  # type: ignore[arg-type]
+
+    @EVALUATE
+    def _tests(self, number: int, nodes: list[int]) -> list[Message]:
+        """What these nodes say of the weights, each on its own data, in order of their partitions."""
+        view = cast(Grid, Cohort(nodes))
+        messages = list(self._wire.configure_evaluate(number, self.arrays, ConfigRecord(), view))
+        return sorted(self._exchange(messages), key=self._partition)
 
     def _tested_aside(self, number: int) -> tuple[float, float]:
         """The same on the server's test set by a worker, and by another where that one dies."""

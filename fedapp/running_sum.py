@@ -22,12 +22,14 @@ from fedapp.vector import buffers_of, layout_of, ravel, record_of, unravel, valu
 class Reader:
     """What a reply that `wire.compress` made says, by public settings alone.
 
-    `uniform` refuses replies that weigh anything but 1: no client then counts more.
+    `uniform` refuses replies that weigh anything but 1: no client then counts more. `least` is what one with
+    any examples weighs at least.
     """
 
     codec: Codec
     mechanism: Mechanism | None = None
     uniform: bool = False
+    least: int = 0
 
     @DECODE
     def update_in(
@@ -65,7 +67,7 @@ class RunningSum:
         self, reply: Message, read: Reader, received: ArrayRecord, terms: Numbers, factor: float = 1.0
     ) -> Tally:
         """Add a reply to these received weights, its update times `factor`; whole, or DecodeError and not."""
-        weight = weight_of(metrics_of(reply, (WEIGHT,)), read.uniform)
+        weight = weight_of(metrics_of(reply, (WEIGHT,)), read.uniform, read.least)
         update, side = read.update_in(reply, self.layout, terms)
         trained = values_of(reply.content.array_records[ARRAYS], self.buffers)
         if trained:

@@ -96,7 +96,7 @@ def simulate(
         file = folder.checkpoint / CLIENTS if lasting else None
         CLOCK.begin(job.profile)  # workers, which are forked now, do as this process
         with job.engine.grid(
-            local_app(job), sizes, job.at_once, job.fold, file, begin.finished, job.seconds
+            local_app(job), sizes, job.at_once, job.fold, file, begin.finished, job.seconds, job.sending
         ) as grid:
             summary = run(job, begin.tree, grid, folder, console, started, begin)
         folder.clear()

@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any, Protocol
 
 import numpy as np
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from fedapp import check
+from fedapp.assignment import WHOLE, Part
 from fedapp.dp_step import Step
 from fedapp.errors import ConfigError
 from fedapp.privacy.example import ExamplePrivacy, History
@@ -53,7 +55,8 @@ def scheduled(lr: float, schedule: str, progress: float) -> float:
 class Sgd:
     """Stochastic gradient descent for some epochs, with FedProx's pull towards the received weights.
 
-    Clients weigh by their number of examples. Momentum starts at zero each round.
+    Clients weigh by their number of examples. Momentum starts at zero each round. Of a `part` of the work,
+    the update is scaled to as far as all steps would have gone along one gradient (`reach`).
     Source of `proximal_mu`: Li et al. 2020, "Federated optimization in heterogeneous networks".
     """
 
@@ -64,6 +67,7 @@ class Sgd:
     batch_size: int = 32
     epochs: int = 1
     proximal_mu: float = 0.0
+    part: Part = WHOLE
 
     def __post_init__(self) -> None:
         check.real("trainer.lr", self.lr, above=0.0, high=1e3)
@@ -78,6 +82,14 @@ class Sgd:
         """The same trainer with the pull that the FedProx strategy asks for."""
         return replace(self, proximal_mu=mu)
 
+    def reach(self, steps: int, lr: float) -> float:
+        """How many times as far as one step so many go along a constant gradient: FedNova's ||a||_1."""
+        way = velocity = 0.0
+        for _ in range(steps):
+            velocity = self.momentum * velocity + 1 - self.proximal_mu * lr * way
+            way += velocity
+        return way
+
     def fit(
         self,
         task: Task,
@@ -91,40 +103,53 @@ class Sgd:
         """As `Trainer.fit`; all steps together also go this way, one tensor a parameter, in equal parts."""
         model.train()
         parameters: list[torch.Tensor] = [p for p in model.parameters() if p.requires_grad]
-        steps = max(1, self.epochs * -(-len(data) // self.batch_size))
+        whole, size = self.epochs * -(-len(data) // self.batch_size), self._batch_size
+        steps = max(1, int(self.part.work * self.epochs * -(-len(data) // size) + 1e-9))
         pushes = [part / steps for part in way]
-        received = [p.detach().clone() for p in parameters] if self.proximal_mu else []
+        received = [p.detach().clone() for p in parameters] if self.proximal_mu or self.part != WHOLE else []
         lr, velocity = scheduled(self.lr, self.schedule, progress), list[torch.Tensor]()
         shuffle = torch.Generator().manual_seed(_seeded(data.x.device, int(rng.integers(2**63))))
         # Batch statistics of a single example do not exist, so such a remainder sits out an epoch.
         smallest = 2 if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules()) else 1
         losses, seen = [], 0
-        for _ in range(self.epochs):
-            order = torch.randperm(len(data), generator=shuffle).to(data.x.device)
-            for batch in order.split(self.batch_size):
-                if len(batch) < smallest:
-                    continue
-                loss = task.loss(model(data.x[batch]), data.y[batch])
-                losses.append(loss.detach() * len(batch))
-                seen += len(batch)
-                # As torch.optim.SGD does it; its bookkeeping costs as much as a small model's step.
-                gradients = list(torch.autograd.grad(loss, parameters, materialize_grads=True))
-                with torch.no_grad():
-                    if self.weight_decay:
-                        torch._foreach_add_(gradients, parameters, alpha=self.weight_decay)
-                    if received:
-                        pull = [p - w for p, w in zip(parameters, received, strict=True)]
-                        torch._foreach_add_(gradients, pull, alpha=self.proximal_mu)
-                    if velocity:
-                        torch._foreach_mul_(velocity, self.momentum)
-                        torch._foreach_add_(velocity, gradients)
-                    elif self.momentum:
-                        velocity = [g.clone() for g in gradients]
-                    torch._foreach_add_(parameters, velocity or gradients, alpha=-lr)
-                    if pushes:
-                        torch._foreach_add_(parameters, pushes)
+        for batch in islice(self._batches(data, size, shuffle), steps):
+            if len(batch) < smallest:
+                continue
+            loss = task.loss(model(data.x[batch]), data.y[batch])
+            losses.append(loss.detach() * len(batch))
+            seen += len(batch)
+            # As torch.optim.SGD does it; its bookkeeping costs as much as a small model's step.
+            gradients = list(torch.autograd.grad(loss, parameters, materialize_grads=True))
+            with torch.no_grad():
+                if self.weight_decay:
+                    torch._foreach_add_(gradients, parameters, alpha=self.weight_decay)
+                if self.proximal_mu:
+                    pull = [p - w for p, w in zip(parameters, received, strict=True)]
+                    torch._foreach_add_(gradients, pull, alpha=self.proximal_mu)
+                if velocity:
+                    torch._foreach_mul_(velocity, self.momentum)
+                    torch._foreach_add_(velocity, gradients)
+                elif self.momentum:
+                    velocity = [g.clone() for g in gradients]
+                torch._foreach_add_(parameters, velocity or gradients, alpha=-lr)
+                if pushes:
+                    torch._foreach_add_(parameters, pushes)
+        if self.part != WHOLE and whole:
+            scale = self.reach(whole, lr) / self.reach(steps, lr)
+            with torch.no_grad():
+                for p, w in zip(parameters, received, strict=True):
+                    p.copy_(w + scale * (p - w))
         mean_loss = float(torch.stack(losses).sum()) / seen if losses else 0.0
         return {"num-examples": len(data), "train_loss": mean_loss}, {}
+
+    @property
+    def _batch_size(self) -> int:
+        return max(1, round(self.part.batch * self.batch_size))
+
+    def _batches(self, data: Data, size: int, shuffle: torch.Generator) -> Iterator[torch.Tensor]:
+        """Places of examples, in a new order each epoch."""
+        for _ in range(self.epochs):
+            yield from torch.randperm(len(data), generator=shuffle).to(data.x.device).split(size)
 
 
 def _seeded(device: torch.device, seed: int) -> int:

@@ -10,6 +10,7 @@ import os
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from logging import WARNING
 from typing import Any
 
@@ -22,6 +23,7 @@ from flwr.serverapp.strategy import Strategy
 from flwr.supercore import log
 from numpy.typing import NDArray
 
+from fedapp.assignment import WHOLE, Part, Workloads
 from fedapp.codec import Codec
 from fedapp.codec.packet import pack, padded
 from fedapp.fold import Collect, Folded
@@ -44,13 +46,15 @@ def compress(
     mechanism: Mechanism | None = None,
     secret: Secret = os.urandom,
     recall: Recall | None = None,
+    part: Part = WHOLE,
 ) -> Mod:
     """The client mod: replaces the trained weights in a train reply by the encoded update.
 
     A mechanism of client-level privacy makes it private first, and nothing else of the reply then leaves the
     client. What codec and mechanism keep stays in `context.state`. Integer buffers go beside the packet,
     unchanged, but never under a mechanism: they count batches. `recall` brings the client's control variate,
-    where clients are steered: then news of an update is encoded, not all of it.
+    where clients are steered: then news of an update is encoded, not all of it. `part` may ask
+    for fewer bits.
     """
 
     def mod(message: Message, context: Context, call_next: Callable[[Message, Context], Message]) -> Message:
@@ -73,7 +77,7 @@ def compress(
             require_finite(update)  # before error feedback could remember it
             update = control.news(update) if control else update
         state = load_state(context, "codec")
-        packet, state = codec.encode(update, layout, state, rng)
+        packet, state = part.thinned(codec).encode(update, layout, state, rng)
         store_state(context, "codec", state)
         data = pack(packet, codec, layout)
         if mechanism is not None and mechanism.packet_bytes:
@@ -132,13 +136,14 @@ class Wire(Strategy):
         mechanism: Mechanism | None = None,
         uniform: bool = False,
         controls: Controls | None = None,
+        workloads: Workloads | None = None,
     ) -> None:
-        self.controls = controls
+        self.controls, self.workloads = controls, workloads
         self.inner, self.codec, self.mechanism = inner, codec, mechanism
         self.reader = None if codec is None else Reader(codec, mechanism, uniform or mechanism is not None)
         self.streams = codec is not None and type(inner).__name__ in STREAMED
         self.failures = 0
-        self._uniform, self._kept = uniform, dict[str, float]()
+        self._uniform, self._least, self._kept = uniform, 0, dict[str, float]()
         self._uses = (WEIGHT, LOSS) if type(inner).__name__ == "QFedAvg" else (WEIGHT,)
         self._weights = ArrayRecord()
 
@@ -148,7 +153,14 @@ class Wire(Strategy):
         self._weights = arrays
         config = ConfigRecord({**config, **self._terms})
         messages = self.inner.configure_train(server_round, arrays, config, grid)
-        return self.controls.tell(list(messages)) if self.controls else messages
+        for told in (self.controls, self.workloads):
+            messages = told.tell(list(messages)) if told else messages
+        return messages
+
+    def weigh_at_least(self, examples: int) -> None:
+        """From here on a client with any examples counts as many in the mean, or more."""
+        self._least = examples
+        self.reader = self.reader and replace(self.reader, least=examples)
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message], collect: Collect | None = None
@@ -176,6 +188,8 @@ class Wire(Strategy):
             mean = self.controls.mean(server_round, exact.total(), weights)
         else:
             mean = exact.total() / exact.weight
+            if self.workloads:
+                mean *= self.workloads.pace({tally.node: tally.weight for tally in tallies})
         return self._stepped(server_round, [total.reply(mean, self._weights)])
 
     def _summed(self, replies: Iterable[Message], collect: Collect | None) -> tuple[RunningSum, list[Tally]]:
@@ -204,7 +218,7 @@ class Wire(Strategy):
         """The reply with the weights that its client trained; none where it does not count."""
         with self._at_its_own_cost(reply):
             metrics, arrays = metrics_of(reply, self._uses), reply.content.array_records[ARRAYS]
-            weight = weight_of(metrics, self._uniform)
+            metrics[WEIGHT] = weight = weight_of(metrics, self._uniform, self._least)
             if self.reader is None:
                 trained = values_of(arrays, self._weights)
             else:
@@ -252,6 +266,15 @@ class Wire(Strategy):
                 reply.content = RecordDict({METRICS: metrics})
                 good += [reply] if metrics[WEIGHT] else []
         return self.inner.aggregate_evaluate(server_round, good) if good else None
+
+    def losses(self, replies: Iterable[Message]) -> dict[int, float]:
+        """The loss that each node with any examples says that the model has on them."""
+        found = dict[int, float]()
+        for reply in replies:
+            with self._at_its_own_cost(reply):
+                metrics = metrics_of(reply, (WEIGHT, "loss"))
+                found |= {reply.metadata.src_node_id: float(metrics["loss"])} if metrics[WEIGHT] else {}  # type: ignore[arg-type]
+        return found
 
     def summary(self) -> None:
         self.inner.summary()

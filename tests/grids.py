@@ -92,7 +92,7 @@ def rounds_here(job: Job, app: Any = None, fold: bool = True) -> tuple[Federatio
     job.prepare()
     sizes, app = [len(part) for part in job.task.partitions()], app or local_app(job)
     fold_of = job.fold if fold else None
-    with job.engine.grid(app, sizes, job.at_once, fold_of, seconds=job.seconds) as grid:
+    with job.engine.grid(app, sizes, job.at_once, fold_of, seconds=job.seconds, sending=job.sending) as grid:
         return rounds_on(job, grid)
 
 

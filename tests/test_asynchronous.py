@@ -298,7 +298,7 @@ def test_the_first_are_taken_and_the_rest_leave_no_trace(
     federation, records = run(job)
     alone = job_of(f"cohort=null {codec} speeds=stragglers")
     with monkeypatch.context() as patch:
-        patch.setattr(Job, "draw", lambda self, number, nodes: sorted(cohorts[number]))
+        patch.setattr(Job, "draw", lambda self, number, nodes, facts: sorted(cohorts[number]))
         wanted, _ = run(alone)
     assert bits(federation.arrays) == bits(wanted.arrays)
     assert [record.replies for record in records] == [len(cohorts[number]) for number in range(1, 6)]

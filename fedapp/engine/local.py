@@ -20,12 +20,14 @@ from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
 from fedapp import check
+from fedapp.assignment import SECONDS, part_in
 from fedapp.engine.grid import stream
 from fedapp.engine.states import States
 from fedapp.engine.timeline import Answer, Timeline
 from fedapp.engine.worker import Worker
 from fedapp.exact_sum import ExactSum
 from fedapp.fold import Fold, Folded
+from fedapp.records import size_of
 from fedapp.stages import CLOCK, TRANSFER
 
 _WAIT = 0.05  # seconds that a pull waits for a reply before it returns with none
@@ -53,15 +55,17 @@ class Local:
         file: Path | None = None,
         finished: int = 0,
         seconds: Callable[[int, int], float] | None = None,
+        sending: Callable[[int, int], float] | None = None,
     ) -> Iterator["LocalGrid"]:
         """A running grid; node i + 2 holds partition i, of sizes[i] examples. Ends its processes.
 
         Where `fold` makes sums for so many workers, train replies come `Folded`. What nodes keep is as of the
         end of round `finished`, by that file (`States`). `seconds` is how long the client of a partition, and
-        so many examples, trains; given that, time is simulated (`Timeline`).
+        so many examples, trains; given that, time is simulated (`Timeline`). `sending` is how long it
+        sends so many bytes.
         """
         workers = min(self.workers or len(os.sched_getaffinity(0)), at_once)
-        grid = LocalGrid(app, sizes, workers, fold and fold(workers), seconds)
+        grid = LocalGrid(app, sizes, workers, fold and fold(workers), seconds, sending)
         try:
             grid._contexts = States(grid.partitions, grid._context, self.state_mb * 1e6, file, finished)
             yield grid
@@ -81,11 +85,13 @@ class LocalGrid(Grid):
         workers: int,
         fold: Fold | None = None,
         seconds: Callable[[int, int], float] | None = None,
+        sending: Callable[[int, int], float] | None = None,
     ) -> None:
         # Message() reads the run from here, process-wide, outside Flower's own runtimes.
         TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, SUPERLINK_NODE_ID, 1
         self.partitions = {SUPERLINK_NODE_ID + 1 + i: i for i in range(len(sizes))}
-        self._app, self._sizes, self._fold, self._seconds = app, sizes, fold, seconds
+        self._app, self._sizes, self._fold = app, sizes, fold
+        self._seconds, self._sending = seconds, sending
         self.timeline = None if seconds is None else Timeline(self._seconds_of)
         self._contexts = States(self.partitions, self._context)
         self._queue: list[Message] = []
@@ -103,7 +109,13 @@ class LocalGrid(Grid):
         assert self._seconds is not None
         partition = self.partitions[message.metadata.dst_node_id]
         train = message.metadata.message_type == MessageType.TRAIN
-        return self._seconds(partition, self._sizes[partition]) if train else 0.0
+        return self._seconds(partition, self._sizes[partition]) * part_in(message).work if train else 0.0
+
+    def _sending_of(self, reply: Message) -> float:
+        """How long a client sends its answer."""
+        if self._sending is None or reply.has_error():
+            return 0.0
+        return self._sending(self.partitions[reply.metadata.src_node_id], size_of(reply.content))
 
     def get_node_ids(self) -> Iterable[int]:
         return list(self.partitions)
@@ -140,7 +152,7 @@ class LocalGrid(Grid):
         timeline.keep(wanted)
         for pause in (0.0, _WAIT):
             for answer in self._work_done(pause):
-                timeline.done(answer)
+                timeline.done(answer, self._sending_of(answer[0]))
             self._dispatch()
             if (due := timeline.next()) is not None:
                 return [self._delivered(due)]
@@ -203,7 +215,12 @@ class LocalGrid(Grid):
         if isinstance(answer, tuple):
             tally, size = answer
             return Folded(worker.slot, tally, size, asked), context
-        return Message(answer, reply_to=asked), context
+        reply = Message(answer, reply_to=asked)
+        if self.timeline is not None and reply.has_content():
+            for metrics in reply.content.metric_records.values():
+                if SECONDS in metrics:  # the client's clock is simulated too
+                    metrics[SECONDS] = self._seconds_of(asked)
+        return reply, context
 
     def _replace(self, worker: Worker) -> Worker:
         worker.end()

@@ -12,9 +12,10 @@ Answer = tuple[Message, Context | None]
 class Timeline:
     """A clock that moves from one answer to the next, so that nobody waits, and workers change no order.
 
-    A client that is sent a message at time t answers it at t + `seconds`; of those that answer at one time,
-    the one that was sent its message first. `now` is the time of the last answer, and never later than
-    `until`. What is not waited for any more is dropped: its client was stopped, and keeps what it had.
+    A client that is sent a message at time t has its answer at t + `seconds`, and then sends it as long as
+    `done` says; of those that answer at one time, the one that was sent its message first comes first. `now`
+    is the time of the last answer, and never later than `until`. What is not waited for any more is dropped:
+    its client was stopped, and keeps what it had.
     """
 
     def __init__(self, seconds: Callable[[Message], float]) -> None:
@@ -31,10 +32,12 @@ class Timeline:
         """What sorts messages by when they are answered."""
         return self._due[message.metadata.message_id]
 
-    def done(self, answer: Answer) -> None:
-        """Somebody has computed an answer; it comes when it is due."""
-        if answer[0].metadata.reply_to_message_id in self._due:
-            self._done[answer[0].metadata.reply_to_message_id] = answer
+    def done(self, answer: Answer, sending: float = 0.0) -> None:
+        """Somebody has computed an answer; it comes when it is due, which is so many seconds later."""
+        name = answer[0].metadata.reply_to_message_id
+        if name in self._due:
+            due, order = self._due[name]
+            self._due[name], self._done[name] = (due + sending, order), answer
 
     def keep(self, wanted: Container[str]) -> None:
         """Drop what nobody waits for."""

@@ -19,7 +19,7 @@ SuperNode a user that can read no more than it needs.
 
 import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import nullcontext
 from importlib.machinery import PathFinder
 from pathlib import Path
@@ -31,7 +31,8 @@ from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 
 import fedapp
 from fedapp.deploy.bundle import digests
-from fedapp.errors import ConfigError
+from fedapp.errors import ConfigError, FedappError
+from fedapp.facts import OF_DATA, Told, of_data, of_machine
 from fedapp.job import Job
 from fedapp.privacy.accounting import Release
 from fedapp.privacy.central import CentralGaussian
@@ -114,6 +115,31 @@ def data_of(job: Job, message: Message, context: Context) -> Data:
             once=central and bool(released),
         )
     return data
+
+
+def facts_of(job: Job, context: Context, asked: Collection[object]) -> Told:
+    """What a node tells of itself before the rounds, of what it is asked.
+
+    Of its data only what its policy lists under `facts`, and of a run that this accepts. Nothing under any
+    privacy, or where a ledger keeps books: no mechanism covers it. Reads the data, and charges nothing.
+    """
+    wanted = {str(name) for name in asked}
+    told, policy = of_machine(wanted, context.node_config), _policy(context)
+    wanted &= OF_DATA if policy is None else OF_DATA.intersection(policy.facts)
+    if not wanted or job.privacy.unit is not None or _books(context):
+        return told
+    try:
+        if policy is None:
+            data = job.task.client_data(context.node_config)
+        elif _same(digests(Path(fedapp.__file__).parent), digests(installed())):
+            policy.check(job, "query", 1, ())
+            data = policy.data(job.task, context.node_config)
+        else:
+            return told
+        return told | of_data(wanted, data, job.task.classes)
+    except FedappError as refusal:
+        _log.warning("node %s tells nothing of its data: %s", context.node_id, refusal)
+        return told
 
 
 def releases(job: Job) -> Sequence[Release]:

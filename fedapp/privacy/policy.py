@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from fedapp.job import Job
 
-_LISTS = ("tasks", "privacy", "metrics", "versions", "columns", "classes")
+_LISTS = ("tasks", "privacy", "metrics", "facts", "versions", "columns", "classes")
 _NEEDED = {"train": ("num-examples",), "evaluate": ("num-examples", "accuracy", "loss")}  # by the server
 
 
@@ -44,9 +44,10 @@ class Policy:
     """What a client lets runs do. A rule that is not given bounds nothing; the first three must be given.
 
     tasks, privacy: the choices accepted, as `task=` and `privacy=` name them; what protects nothing counts as
-    none, whatever it is called. metrics: names of the metrics that may leave, and of what a
-    mechanism sends beside its update; num-examples is the weight of a client, without which a run under
-    privacy=none is refused. versions: of fedapp.
+    none, whatever it is called. metrics: names of the metrics that may leave, and of what a mechanism sends
+    beside its update; num-examples is the weight of a client, without which a run under privacy=none is
+    refused. facts: what a run without privacy may be told of the data before it begins, examples (how many)
+    and labels (how many of each class); not given, nothing. versions: of fedapp.
 
     epsilon, delta: the most that a whole planned run may cost, one update a round. noise: the least noise
     multiplier. secure_aggregation: true refuses all runs without it.
@@ -67,6 +68,7 @@ class Policy:
     tasks: tuple[str, ...]
     privacy: tuple[str, ...]
     metrics: tuple[str, ...]
+    facts: tuple[str, ...] = ()
     versions: tuple[str, ...] | None = None
     epsilon: float | None = None
     delta: float | None = None
@@ -92,6 +94,8 @@ class Policy:
                 )
             rows = {str(column): _words(f"policy.rows.{column}", of) for column, of in self.rows.items()}
             object.__setattr__(self, "rows", rows)
+        for name in self.facts:
+            check.choice("each of policy.facts", name, ("examples", "labels"))
         check.flag("policy.secure_aggregation", self.secure_aggregation)
         check.real("policy.fraction", self.fraction, above=0.0, high=1.0)
         for name in ("epsilon", "noise", "seconds"):
