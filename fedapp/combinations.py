@@ -100,7 +100,7 @@ def check_assignment(job: "Job") -> None:
     strategy = job.choices["strategy"]
     linear = type(job.strategy).__name__ in STREAMED and not job.steers
     refused = (
-        (job.deadline is None, "needs one: set deadline to seconds"),
+        (job.deadline is None, "needs a deadline: set deadline to seconds"),
         (
             job.privacy.unit is not None,
             f"asks for other work than the noise of privacy={job.choices['privacy']} is set for: "

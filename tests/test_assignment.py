@@ -392,7 +392,7 @@ def test_elsewhere_time_is_real_and_clients_tell_theirs() -> None:
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
-        ("assignment=deadline", r"assignment=deadline needs one: set deadline"),
+        ("assignment=deadline", r"assignment=deadline needs a deadline: set deadline"),
         (f"{TIMED} privacy=example", r"noise of privacy=example is set for"),
         (f"{TIMED} privacy=local_gaussian", r"noise of privacy=local_gaussian is set for"),
         (f"{TIMED} strategy=scaffold", r"strategy=scaffold does not take"),

@@ -27,6 +27,10 @@ COMPANIONS = {  # what a choice cannot be without
     "strategy=qfedavg": "privacy=none",
     "strategy=fedprox": "privacy=none",
     "strategy=scaffold": "privacy=none",
+    "selection=by_size": "privacy=none",
+    "selection=power_of_choice": "privacy=none",
+    "selection=tags": "privacy=none",
+    "assignment=deadline": "privacy=none deadline=9",
 }
 
 
@@ -169,6 +173,15 @@ SAID = [
     ("task=nope", r"task/nope"),
     ("choices=1", r"choices"),
     ("strategy.fraction_train=0.5", r"strategy.fraction_train"),
+    ("selection=by_size", r"selection=by_size .* privacy=example"),
+    ("privacy=none selection=power_of_choice selection.candidates=0", r"selection.candidates .* got 0"),
+    ("privacy=none selection=tags selection.tags=eu", r"selection.tags must be a list of words, got 'eu'"),
+    ("privacy=none selection=tags selection.nope=1", r"selection.nope"),
+    ("privacy=none assignment=deadline", r"assignment=deadline needs a deadline: set deadline"),
+    (
+        "privacy=none assignment=deadline deadline=9 assignment.first=0",
+        r"assignment.first .* above 0 .*, got 0",
+    ),
 ]
 
 
@@ -235,7 +248,20 @@ def test_overrides_that_are_not_plain_are_refused(overrides: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("group", ["task", "model", "trainer", "codec", "strategy", "engine", "privacy"])
+@pytest.mark.parametrize(
+    "group",
+    [
+        "task",
+        "model",
+        "trainer",
+        "codec",
+        "strategy",
+        "engine",
+        "privacy",
+        "selection",
+        "assignment",
+    ],
+)
 @pytest.mark.parametrize(
     "target",
     [

@@ -198,8 +198,9 @@ class TestPreflight:
 
     def test_node_configs(self, tmp_path: Path) -> None:
         path = tmp_path / "data.yaml"
-        path.write_text("partition-id: 1\nnum-partitions: 3\n")
-        assert preflight.node_config(path) == {"partition-id": 1, "num-partitions": 3}
+        path.write_text("partition-id: 1\nnum-partitions: 3\ntags: eu,ward\n")
+        found = {"partition-id": 1, "num-partitions": 3, "tags": "eu,ward"}
+        assert preflight.node_config(path) == found
         assert preflight.node_config(None) == {}
 
     @pytest.mark.parametrize(

@@ -26,6 +26,7 @@ _KEYS: Mapping[str, str] = {
     "num-partitions": "of how many",
     "data": "a table, or a folder of images",
     "data-id": "a name for the data in the ledger",
+    "tags": "words by which runs may ask for this node, with commas between",
 }
 _SKEW = 4.0  # seconds: Flower refuses signatures from 5 s in the future
 _FREE = 200e6  # bytes on the disk of the node's folder
