@@ -11,7 +11,7 @@ from fedapp import check
 from fedapp.codec import Codec, Layout, Packet, State, context
 from fedapp.codec.chain import with_feedback
 from fedapp.codec.feedback import AutoFeedback
-from fedapp.codec.layers import largest, require_finite, require_whole
+from fedapp.codec.layers import extent, require_finite, require_whole
 from fedapp.codec.target import Floats, Target, meet
 from fedapp.errors import DecodeError
 from fedapp.jit import jit
@@ -84,14 +84,14 @@ class RateDistortion:
         self, x: NDArray[Any], layout: Layout, state: State, rng: np.random.Generator
     ) -> tuple[Packet, State]:
         require_whole(x, layout)
-        most = largest(x)
+        most, energy = extent(x)
         if not np.isfinite(most):
             require_finite(x, layout)
         if not most:
             return Packet(np.zeros(0, np.uint8), bytes(self._header.size)), {}
         finest, coarsest = _FINEST * most, _COARSEST * most
         if self.step is not None:
-            rms = float(np.sqrt(_energy(x, 1.0) / len(x)))
+            rms = float(np.sqrt(energy / len(x)))
             return self._code(x, layout, min(max(self.step * rms, finest), coarsest)), {}
         if self.nmse is not None:
             target = Target(
@@ -146,7 +146,7 @@ class RateDistortion:
             code, places, _ = context.encode(unit, 2 * scale, _WEIGHT, shapes(layout), dependent=True)
             moves = [128 * move for move in _beyond(unit, 2 * scale, places)]
         else:
-            code, _, beyond = context.encode(unit, scale, edges(LAMBDA, least), shapes(layout))
+            code, _, beyond = context.encode(unit, scale, edges(LAMBDA, least), shapes(layout), keep=False)
             moves = [256 * beyond[k] / max(beyond[k + 2], 1) for k in (0, 1)]
         rounded = [max(-127, min(127, round(move))) for move in moves]
         return Packet(np.frombuffer(code, np.uint8), self._header.pack(step32, *rounded))
@@ -154,8 +154,8 @@ class RateDistortion:
     def _nmse(self, x: NDArray[np.float32], packet: Packet, layout: Layout) -> float:
         error = self.decode(packet, layout)
         np.subtract(x, error, out=error)
-        scale = 1 / largest(x)  # the smallest float32 have no squares in float64
-        return float(_energy(error, scale) / _energy(x, scale))
+        scale = 1 / extent(x)[0]  # the smallest float32 have no squares in float64
+        return extent(error, scale)[1] / extent(x, scale)[1]
 
 
 def edges(weight: float, least: float = 0.0) -> NDArray[np.float32]:
@@ -174,19 +174,6 @@ def edges(weight: float, least: float = 0.0) -> NDArray[np.float32]:
 
 
 _WEIGHT = np.array([4 * TRELLIS_LAMBDA], np.float32)  # in squared half steps
-
-
-@jit
-def _energy(x: NDArray[np.float32], scale: float) -> Any:
-    """Sum of (x * scale)^2: of sixteen sums, which is quick and the same everywhere."""
-    sums = np.zeros(16)
-    whole = len(x) // 16 * 16
-    for i in range(0, whole, 16):
-        for k in range(16):
-            sums[k] += (np.float64(x[i + k]) * scale) ** 2
-    for i in range(whole, len(x)):
-        sums[0] += (np.float64(x[i]) * scale) ** 2
-    return sums.sum()
 
 
 @jit

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedapp.codec import Packet
-from fedapp.codec.layers import largest
+from fedapp.codec.layers import extent
 
 _SAMPLE = 2**19  # values that the estimate looks at, at least where there are so many
 Floats = NDArray[np.float64]
@@ -112,7 +112,7 @@ def _magnitudes(x: NDArray[np.float32]) -> tuple[Floats, Floats]:
     count = np.bincount(bits >> 15)
     kind = np.flatnonzero(count)
     middle = (kind.astype(np.int32) << 15 | 1 << 14).view(np.float32)
-    return np.append(middle, largest(x)).astype(np.float64), np.append(count[kind], 1.0)
+    return np.append(middle, extent(x)[0]).astype(np.float64), np.append(count[kind], 1.0)
 
 
 def _solve(
