@@ -88,6 +88,24 @@ def test_a_rate_is_met_in_bytes_on_the_wire(
     assert encodes[0] <= 3
 
 
+@pytest.mark.parametrize("rate", [0.3, 1.0, 3.0])
+def test_a_long_update_is_coded_once_after_a_part_of_it(rate: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    layout = layout_of([(32, 1, 3, 3), (192, 6144), (192,)])
+    rng = np.random.default_rng(0)
+    grid = rng.standard_normal((192, 6144)) * np.exp(rng.standard_normal((192, 1)) + rng.standard_normal(6144))
+    x = np.concatenate([rng.standard_normal(288), grid.ravel(), rng.standard_normal(192)]).astype(np.float32)
+    coded_values, encode = [0], context.encode
+
+    def counting(x: NDArray[np.float32], *given: Any, **named: Any) -> Any:
+        coded_values[0] += len(x)
+        return encode(x, *given, **named)
+
+    monkeypatch.setattr(context, "encode", counting)
+    size, _ = coded(RateDistortion(rate=rate), x, layout)
+    assert size == pytest.approx(rate * len(x) / 8, rel=0.03)
+    assert coded_values[0] < 1.3 * len(x)
+
+
 @every_vector
 @pytest.mark.parametrize("error", ERRORS)
 def test_an_error_is_met(x: NDArray[np.float32], layout: Layout, error: float, encodes: list[int]) -> None:

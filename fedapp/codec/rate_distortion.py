@@ -1,6 +1,7 @@
 """The default codec: the lowest error that a number of bytes buys, by scalar quantization."""
 
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -11,8 +12,8 @@ from fedapp import check
 from fedapp.codec import Codec, Layout, Packet, State, context
 from fedapp.codec.chain import with_feedback
 from fedapp.codec.feedback import AutoFeedback
-from fedapp.codec.layers import extent, require_finite, require_whole
-from fedapp.codec.target import Floats, Target, meet
+from fedapp.codec.layers import extent, require_finite, require_whole, size
+from fedapp.codec.target import Floats, Target, magnitudes, meet
 from fedapp.errors import DecodeError
 from fedapp.jit import jit
 
@@ -25,6 +26,9 @@ _ENCODES = {False: 3, True: 6}  # by trellis: under it noise falls from 0.8 to 0
 # which an edge and its probability settle.
 _LIKE = {False: (1.0, LAMBDA, 3), True: (1.6, 0.17, 8)}
 _REST = 7  # what a packet holds beside header and code: the header's length, version, dtype, CRC
+_LONG = 2**19  # updates from this length on are coded in part first
+_EIGHTH, _TOGETHER = 8, 16  # the part: of so many times as many columns, so many in a row
+_DEARER = 0.027  # log of what it takes more than its share, 1 to 4 percent: rows learn from fewer columns
 _COARSEST, _FINEST = 0.9, 2.0**-24  # steps, of the largest magnitude: below, some value is always sent
 
 
@@ -43,8 +47,9 @@ class RateDistortion:
 
     Aims at one of: step, in root mean squares of the vector; else nmse, squared error over squared norm;
     else rate, bits per parameter of the whole packet. Targets are met within 3 % or 32 bytes by a search
-    on an estimate with at most three full encodes. From the second round on one is usual, since the state
-    says what the estimate missed in the last one (`miss`, float64 (1,)); should that mislead, four are the
+    on an estimate with at most three full encodes; to a rate, of a long update, one is usual, after two of an
+    eighth of it. From the second round on one is usual everywhere, since the state says what the estimate
+    missed in the last one (`miss`, float64 (1,)); should that mislead, four are the
     most, and what is no such state is passed over. Under error feedback, where a rate may lie between two
     steps, up to seven more find it. The coarsest step is 0.9 of the largest magnitude, since
     error feedback would owe a vector that is never sent for ever; the finest is 2^-24 of it. A target
@@ -100,17 +105,18 @@ class RateDistortion:
                 encodes=_ENCODES[self.trellis],
             )  # fmt: skip
         else:
-            size, frame = self.rate * len(x) / 8, self._header.size + _REST
+            goal, frame = self.rate * len(x) / 8, self._header.size + _REST
             target = Target(
-                "bytes for codec.rate", size,
+                "bytes for codec.rate", goal,
                 lambda a, count: len(x) * _bits_estimate(a, count, self.trellis) / 8 + frame,
-                lambda packet: len(packet.body) + frame, falls=True, tolerance=max(0.01, 10 / size),
+                lambda packet: len(packet.body) + frame, falls=True, tolerance=max(0.01, 10 / goal),
                 encodes=_ENCODES[self.trellis],
             )  # fmt: skip
-        thins = self.nmse is None and not self.trellis
+        to_rate = self.nmse is None and not self.trellis
         packet, miss = meet(
             target, x, lambda step: self._code(x, layout, step), finest, coarsest, _remembered(state),
-            (lambda step, least: self._code(x, layout, step, least)) if thins else None,
+            (lambda step, least: self._code(x, layout, step, least)) if to_rate else None,
+            _pilot(x, layout) if to_rate and len(x) >= _LONG else None,
         )  # fmt: skip
         return packet, {"miss": np.array([miss])}
 
@@ -209,6 +215,31 @@ def _beyond(x: NDArray[np.float32], scale: float, places: NDArray[np.int32]) -> 
 
 def shapes(layout: Layout) -> list[tuple[int, ...]]:
     return [slot.shape for slot in layout.slots]
+
+
+def _pilot(x: NDArray[np.float32], layout: Layout) -> Callable[[float], float]:
+    """What says how far the estimate is off at a step: log of bits taken over bits estimated, for a part of x.
+
+    The part is an eighth of the columns: each is learned over all rows, and neighbours stay together.
+    """
+    parts = [_columns(x[slot.offset : slot.offset + size(slot)], slot.shape) for slot in layout.slots]
+    part, grids = np.concatenate([one.ravel() for one in parts]), [one.shape for one in parts]
+    magnitude, count = magnitudes(part)
+
+    def miss(step: float) -> float:
+        code, _, _ = context.encode(part, 1 / step, edges(LAMBDA), grids, keep=False)
+        estimate = len(part) * _bits_estimate(magnitude / step, count, False)
+        return float(np.log(8 * max(len(code), 1) / estimate)) - _DEARER
+
+    return miss
+
+
+def _columns(x: NDArray[np.float32], shape: tuple[int, ...]) -> NDArray[np.float32]:
+    """Some columns in a row of each so many, if the layer is wide; else all."""
+    rows = shape[0] if len(shape) > 1 else 1
+    grid = x.reshape(rows, len(x) // max(rows, 1))
+    taken = np.arange(grid.shape[1]) // _TOGETHER % _EIGHTH == _EIGHTH // 2
+    return grid[:, taken] if len(taken) >= 4 * _TOGETHER * _EIGHTH else grid
 
 
 def _remembered(state: State) -> float | None:

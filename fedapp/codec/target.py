@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from fedapp.codec import Packet
 from fedapp.codec.layers import extent
+from fedapp.jit import jit
 
 _SAMPLE = 2**19  # values that the estimate looks at, at least where there are so many
 Floats = NDArray[np.float64]
@@ -43,17 +44,19 @@ def meet(
     coarsest: float,
     usual: float | None,
     thin: Callable[[float, float], Packet] | None = None,
+    pilot: Callable[[float], float] | None = None,
 ) -> tuple[Packet, float]:
     """The packet nearest to the target of a few, each of which corrects the estimate for the next.
 
     `code` encodes at a step in [finest, coarsest]. A target that lies beyond these gets the packet of that
     limit, and a warning in the log names what it has. `usual`: log of what the estimate missed in the update
-    before; returned with the packet is what it missed in this one.
+    before; returned with the packet is what it missed in this one. Where nothing is usual yet, `pilot(step)`
+    says what the estimate misses, from a part of the update.
 
     What error feedback owes lies dense just below the level 1 of the round before: a little finer step sends
     most of it at once. So where no step does, `thin(step, least)` encodes magnitudes from so many steps on.
     """
-    magnitude, count = _magnitudes(x)
+    magnitude, count = magnitudes(x)
     magnitude /= coarsest
 
     def estimate(at: float) -> float:
@@ -61,17 +64,22 @@ def meet(
 
     bottom = low = float(np.log2(finest / coarsest))
     high = 0.0
+    guess, near = [(0.0, usual or 0.0)], usual is not None or pilot is not None
+    if usual is None and pilot is not None:
+        for _ in range(2):  # the first may have been far away
+            at = _solve(target, estimate, guess, low, high)
+            guess = [(at, pilot(2.0**at * coarsest))]
     missed: list[tuple[float, float]] = []  # log2 of a step, log of what the estimate missed there
     packets: list[Packet] = []
     most = target.encodes + (usual is not None)  # what was usual may mislead the first
     while len(packets) < most:
-        at = _solve(target, estimate, missed or [(0.0, usual or 0.0)], low, high)
+        at = _solve(target, estimate, missed or guess, low, high)
         if any(abs(at - earlier) < 1e-4 for earlier, _ in missed):
             break  # a limit, or as near as it gets
         packets.append(code(2.0**at * coarsest))
         found = target.of(packets[-1])
         missed.append((at, float(np.log(found / estimate(at)))))
-        if target.miss(packets[-1]) < target.tolerance * (1 if usual is None and len(packets) < 3 else 3):
+        if target.miss(packets[-1]) < target.tolerance * (3 if near or len(packets) > 2 else 1):
             return packets[-1], missed[-1][1]
         low, high = (at, high) if (found > target.goal) == target.falls else (low, at)
     best = min(range(len(packets)), key=lambda i: target.miss(packets[i]))
@@ -106,13 +114,21 @@ def _thinned(
     return packets
 
 
-def _magnitudes(x: NDArray[np.float32]) -> tuple[Floats, Floats]:
-    """Magnitudes within 2^-9 of themselves, and how many values have each; the largest is among them."""
-    bits = np.abs(x[:: max(len(x) // _SAMPLE, 1)]).view(np.int32)
-    count = np.bincount(bits >> 15)
+def magnitudes(x: NDArray[np.float32]) -> tuple[Floats, Floats]:
+    """Magnitudes within 2^-8 of themselves, and how many values have each; the largest is among them."""
+    count = _count(np.ascontiguousarray(x).view(np.int32), max(len(x) // _SAMPLE, 1))
     kind = np.flatnonzero(count)
-    middle = (kind.astype(np.int32) << 15 | 1 << 14).view(np.float32)
+    middle = (kind.astype(np.int32) << 16 | 1 << 15).view(np.float32)
     return np.append(middle, extent(x)[0]).astype(np.float64), np.append(count[kind], 1.0)
+
+
+@jit
+def _count(bits: NDArray[np.int32], stride: int) -> NDArray[np.int64]:
+    """How many of every stride-th float32 have these leading bits, but for their sign."""
+    count = np.zeros(1 << 15, np.int64)
+    for i in range(0, len(bits), stride):
+        count[np.uint64(bits[i] & np.int32(0x7FFFFFFF)) >> np.uint64(16)] += 1
+    return count
 
 
 def _solve(
