@@ -36,6 +36,7 @@ from fedapp.privacy.local import LocalGaussian
 from fedapp.privacy.mechanism import Mechanism, Plan
 from fedapp.privacy.none import NoPrivacy
 from fedapp.privacy.secret import COHORT, Secret, source, uniform
+from fedapp.running_sum import Own
 from fedapp.scaffold import Control, Controls, Course, Scaffold
 from fedapp.secagg.wire import Summed
 from fedapp.speeds import Stragglers, Untimed
@@ -263,7 +264,12 @@ class Job:
         some = self.over_selection > 1 or self.deadline is not None or self.timed
         if wire.reader is None or not wire.streams or sums or some:
             return None
-        return partial(Fold, wire.reader, self.initial)
+        return partial(Fold, replace(wire.reader, own=self.own), self.initial)
+
+    @cached_property
+    def own(self) -> Own:
+        """What a worker knows of the packet that it has made, and is about to add."""
+        return Own()
 
     @cached_property
     def receive(self) -> Mod:

@@ -261,7 +261,9 @@ def _walk(
             model.begin_layer(states, column, units, mean)
             part = slice(start, start + size)
             values = x[part].reshape(rows, -1) if len(x) else x.reshape(1, 0)
-            into = (level[part] if part.stop <= len(level) else level[: size // rows]).reshape(-1, size // rows)
+            into = (level[part] if part.stop <= len(level) else level[: size // rows]).reshape(
+                -1, size // rows
+            )
             if not layer(values, scale, edge, into, column, now, states, coder, words, beyond):
                 return False
             mean, start = max(int(now.sum()) // rows, 8), start + size
