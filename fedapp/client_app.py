@@ -22,6 +22,7 @@ from fedapp.job import Job
 from fedapp.privacy.consent import consent, data_of, facts_of
 from fedapp.privacy.secret import BATCH, CLIENT, source
 from fedapp.records import ARRAYS, CONFIG, METRICS, UPDATE, WEIGHT, load_state, store_state
+from fedapp.running_sum import Own
 from fedapp.scaffold import STEERED
 from fedapp.secagg import Client
 from fedapp.secagg.wire import answer, masked
@@ -36,8 +37,11 @@ Next = Callable[[Message, Context], Message]
 _log = logging.getLogger("fedapp.client")
 
 
-def client_app(job_of: Callable[[Context], Job]) -> ClientApp:
-    """The app of a run; `job_of` finds the job from the context (deployment) or knows it (local engine)."""
+def client_app(job_of: Callable[[Context], Job], own: Own | None = None) -> ClientApp:
+    """The app of a run; `job_of` finds the job from the context (deployment) or knows it (local engine).
+
+    `own` is told what packets decode to, where the same process adds them up.
+    """
     app = ClientApp(mods=[])
 
     @DECODE
@@ -60,8 +64,9 @@ def client_app(job_of: Callable[[Context], Job]) -> ClientApp:
         if job.wire_codec is None:
             return call_next(message, context)
         rng = job.public_rng(*at, use=1)
-        coded = compress(job.wire_codec, rng, job.mechanism, secret, job.recall, _part(job, message))
-        return coded(message, context, call_next)
+        part = _part(job, message)
+        mod = compress(job.wire_codec, rng, job.mechanism, secret, job.recall, part, own)
+        return mod(message, context, call_next)
 
     @app.train(mods=[guard, consent(job_of), downlink, uplink])
     @TRAIN
@@ -139,7 +144,7 @@ def local_app(job: Job) -> ClientApp:
     A process that has touched CUDA forks no more workers that could. So the server never does, and has one of
     them test its model.
     """
-    app = client_app(lambda _: job)
+    app = client_app(lambda _: job, job.own if job.fold else None)
 
     @app.query("test", mods=[guard])
     @EVALUATE

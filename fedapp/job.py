@@ -38,6 +38,7 @@ from fedapp.privacy.local import LocalGaussian
 from fedapp.privacy.mechanism import Mechanism, Plan
 from fedapp.privacy.none import NoPrivacy
 from fedapp.privacy.secret import COHORT, Secret, source
+from fedapp.running_sum import Own
 from fedapp.scaffold import Control, Controls, Course, Scaffold
 from fedapp.secagg.wire import Summed
 from fedapp.selection import BySize, Poisson, PowerOfChoice, Selection, Uniform
@@ -292,7 +293,12 @@ class Job:
         some |= isinstance(self.selection, (BySize, PowerOfChoice))
         if wire.reader is None or not wire.streams or sums or some:
             return None
-        return partial(Fold, wire.reader, self.initial)
+        return partial(Fold, replace(wire.reader, own=self.own), self.initial)
+
+    @cached_property
+    def own(self) -> Own:
+        """What a worker knows of the packet that it has made, and is about to add."""
+        return Own()
 
     @cached_property
     def receive(self) -> Mod:

@@ -18,18 +18,35 @@ from fedapp.stages import DECODE
 from fedapp.vector import buffers_of, layout_of, ravel, record_of, unravel, values
 
 
+class Own:
+    """The packet that this process made last, and what it decodes to: its maker need not decode it again."""
+
+    def __init__(self) -> None:
+        self._last: tuple[bytes, NDArray[np.float32]] | None = None
+
+    def keep(self, packet: bytes, update: NDArray[np.float32]) -> None:
+        """This packet decodes to this update."""
+        self._last = packet, update
+
+    def take(self, packet: bytes) -> NDArray[np.float32] | None:
+        """What this very object decodes to, if it is the last one; once."""
+        last, self._last = self._last, None
+        return last[1] if last is not None and last[0] is packet else None
+
+
 @dataclass(frozen=True)
 class Reader:
     """What a reply that `wire.compress` made says, by public settings alone.
 
     `uniform` refuses replies that weigh anything but 1: no client then counts more. `least` is what one with
-    any examples weighs at least.
+    any examples weighs at least. `own` is what this process knows of a packet that it has made itself.
     """
 
     codec: Codec
     mechanism: Mechanism | None = None
     uniform: bool = False
     least: int = 0
+    own: Own | None = None
 
     @DECODE
     def update_in(
@@ -38,10 +55,14 @@ class Reader:
         """The update in the packet, bounded by the mechanism, and the numbers beside it."""
         data = packet_in(reply.content.array_records[ARRAYS].pop(UPDATE))
         if self.mechanism is None:
-            return decode_update(data, self.codec, layout), {}
+            return self._decoded(data, layout), {}
         if self.mechanism.packet_bytes:
             data = unpadded(data, self.mechanism.packet_bytes)
-        return self.mechanism.on_reply(decode_update(data, self.codec, layout), side_of(reply), terms)
+        return self.mechanism.on_reply(self._decoded(data, layout), side_of(reply), terms)
+
+    def _decoded(self, data: bytes, layout: Layout) -> NDArray[np.float32]:
+        known = None if self.own is None else self.own.take(data)
+        return decode_update(data, self.codec, layout) if known is None else known
 
 
 @dataclass(frozen=True)

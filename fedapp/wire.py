@@ -11,6 +11,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from logging import WARNING
 from typing import Any
 
@@ -24,14 +25,14 @@ from flwr.supercore import log
 from numpy.typing import NDArray
 
 from fedapp.assignment import WHOLE, Part, Workloads
-from fedapp.codec import Codec
+from fedapp.codec import Codec, encode_known
 from fedapp.codec.packet import pack, padded
 from fedapp.fold import Collect, Folded
 from fedapp.privacy.mechanism import Mechanism, Numbers
 from fedapp.privacy.secret import SERVER, Secret, source
 from fedapp.records import ARRAYS, CONFIG, LOSS, METRICS, STYPE, UPDATE, WEIGHT, load_state, store_state
 from fedapp.replies import metrics_of, refuse, values_of, weight_of
-from fedapp.running_sum import Reader, RunningSum, Tally, terms_in
+from fedapp.running_sum import Own, Reader, RunningSum, Tally, terms_in
 from fedapp.scaffold import Control, Controls, ForgottenError
 from fedapp.vector import arrays_in, buffers_of, layout_of, ravel, record_of, unravel, values
 
@@ -47,14 +48,15 @@ def compress(
     secret: Secret = os.urandom,
     recall: Recall | None = None,
     part: Part = WHOLE,
+    own: Own | None = None,
 ) -> Mod:
     """The client mod: replaces the trained weights in a train reply by the encoded update.
 
     A mechanism of client-level privacy makes it private first, and nothing else of the reply then leaves the
     client. What codec and mechanism keep stays in `context.state`. Integer buffers go beside the packet,
     unchanged, but never under a mechanism: they count batches. `recall` brings the client's control variate,
-    where clients are steered: then news of an update is encoded, not all of it. `part` may ask
-    for fewer bits.
+    where clients are steered: then news of an update is encoded, not all of it. `part` may ask for fewer bits.
+    `own` is told what the packet decodes to, where the same process reads it.
     """
 
     def mod(message: Message, context: Context, call_next: Callable[[Message, Context], Message]) -> Message:
@@ -77,9 +79,13 @@ def compress(
             require_finite(update)  # before error feedback could remember it
             update = control.news(update) if control else update
         state = load_state(context, "codec")
-        packet, state = part.thinned(codec).encode(update, layout, state, rng)
+        asked = part.thinned(codec)
+        encode = asked.encode if own is None else partial(encode_known, asked)
+        packet, state = encode(update, layout, state, rng)
         store_state(context, "codec", state)
         data = pack(packet, codec, layout)
+        if own is not None and packet.known is not None:
+            own.keep(data, packet.known)
         if mechanism is not None and mechanism.packet_bytes:
             nothing, _ = codec.encode(np.zeros_like(update), layout, {}, rng)
             data = padded(data, pack(nothing, codec, layout), mechanism.packet_bytes)

@@ -19,12 +19,13 @@ from torch import nn
 
 from fedapp import config
 from fedapp.client_app import client_app, partition_of
+from fedapp.codec import context
 from fedapp.engine import channel
 from fedapp.engine.channel import Channel
 from fedapp.exact_sum import ExactSum
 from fedapp.fold import Folded
 from fedapp.job import Job
-from fedapp.running_sum import RunningSum
+from fedapp.running_sum import Own, RunningSum
 
 FAST = "task=digits privacy=none model=logistic clients=5 rounds=2 engine.workers=2"
 
@@ -75,6 +76,33 @@ def test_workers_add_up_what_the_server_would(setting: str) -> None:
         assert (a.accuracy, a.uplink_bytes, a.downlink_bytes, a.replies) == (
             b.accuracy, b.uplink_bytes, b.downlink_bytes, b.replies,
         )  # fmt: skip
+
+
+def test_a_worker_decodes_no_packet_that_it_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    decoded, decode, parent = multiprocessing.Value("i", 0), context.decode, os.getpid()
+
+    def counting(*given: Any) -> Any:
+        if os.getpid() != parent:
+            with decoded.get_lock():
+                decoded.value += 1
+        return decode(*given)
+
+    monkeypatch.setattr(context, "decode", counting)
+    job = job_of("downlink=plain")
+    told, _ = run(job)
+    assert decoded.value == 0
+    not_told, _ = run(job, client_app(lambda _: job))
+    assert decoded.value == 10
+    assert bits(told.arrays) == bits(not_told.arrays)
+
+
+def test_what_is_known_is_of_one_object_and_told_once() -> None:
+    own, packet, update = Own(), bytes(bytearray(range(9))), np.ones(3, np.float32)
+    for same, found in ((bytes(bytearray(packet)), None), (packet, update)):
+        own.keep(packet, update)
+        assert same == packet
+        assert own.take(same) is found
+        assert own.take(packet) is None
 
 
 @pytest.mark.parametrize(

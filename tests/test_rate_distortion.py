@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from numpy.typing import NDArray
 
-from fedapp.codec import Codec, Layout, Packet, Slot, State, context
+from fedapp.codec import Codec, Layout, Packet, Slot, State, context, encode_known
 from fedapp.codec import rate_distortion as module
 from fedapp.codec.packet import decode_update, pack
 from fedapp.codec.per_layer import PerLayer
@@ -86,6 +86,26 @@ def test_a_rate_is_met_in_bytes_on_the_wire(
     wanted = rate * len(x) / 8
     assert abs(size - wanted) <= max(0.03 * wanted, 32)
     assert encodes[0] <= 3
+
+
+@pytest.mark.parametrize("rate", [0.3, 1.0, 3.0])
+def test_a_long_update_is_coded_once_after_a_part_of_it(rate: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    layout = layout_of([(32, 1, 3, 3), (192, 6144), (192,)])
+    rng = np.random.default_rng(0)
+    grid = rng.standard_normal((192, 6144)) * np.exp(
+        rng.standard_normal((192, 1)) + rng.standard_normal(6144)
+    )
+    x = np.concatenate([rng.standard_normal(288), grid.ravel(), rng.standard_normal(192)]).astype(np.float32)
+    coded_values, encode = [0], context.encode
+
+    def counting(x: NDArray[np.float32], *given: Any, **named: Any) -> Any:
+        coded_values[0] += len(x)
+        return encode(x, *given, **named)
+
+    monkeypatch.setattr(context, "encode", counting)
+    size, _ = coded(RateDistortion(rate=rate), x, layout)
+    assert size == pytest.approx(rate * len(x) / 8, rel=0.03)
+    assert coded_values[0] < 1.3 * len(x)
 
 
 @every_vector
@@ -170,6 +190,46 @@ def test_a_target_out_of_reach_gets_the_nearest_packet_and_a_warning_that_names_
     size, y = coded(RateDistortion(rate=0.1), x, layout_of([(8000,)]))
     assert nmse(x, y) < 1e-4
     assert f"the target is 100 and the nearest that this update allows {size}" in caplog.text
+
+
+@every_vector
+@pytest.mark.parametrize(
+    "codec",
+    [
+        default(rate=0.05), default(rate=1.0), default(nmse=0.1), default(step=0.5),
+        default(rate=0.2, feedback=True), default(rate=1.0, trellis=True),
+        default(step=3.0, trellis=True, feedback=True),
+    ],
+    ids=repr,
+)  # fmt: skip
+def test_an_encoder_that_is_asked_knows_what_its_packet_decodes_to(
+    codec: Codec, x: NDArray[np.float32], layout: Layout
+) -> None:
+    rng, state = np.random.default_rng(0), {"residual": x[::-1].copy()}
+    for vector in (x, np.zeros_like(x), x * np.float32(1e-38)):
+        packet, after = encode_known(codec, vector, layout, state, rng)
+        plain, same = codec.encode(vector, layout, state, rng)
+        assert packet.known is not None
+        assert packet.known.tobytes() == decode_update(pack(packet, codec, layout), codec, layout).tobytes()
+        assert pack(packet, codec, layout) == pack(plain, codec, layout)
+        assert {name: value.tobytes() for name, value in after.items()} == {
+            name: value.tobytes() for name, value in same.items()
+        }
+
+
+def test_nothing_is_known_of_a_packet_that_decodes_beyond_float32() -> None:
+    x = np.full(64, np.finfo(np.float32).max, np.float32)
+    x[::2] *= np.float32(0.4)
+    layout = layout_of([(64,)])
+    packets = [encode_known(RateDistortion(step=step), x, layout, {}, np.random.default_rng(0))[0]
+               for step in np.linspace(0.3, 1.2, 40)]  # fmt: skip
+    for packet in packets:
+        if packet.known is None:
+            with pytest.raises(DecodeError, match="beyond float32"):
+                RateDistortion().decode(packet, layout)
+        else:
+            assert np.array_equal(packet.known, RateDistortion().decode(packet, layout))
+    assert any(packet.known is None for packet in packets)
 
 
 def test_the_frame_takes_thirteen_bytes() -> None:

@@ -7,7 +7,7 @@ as prune -> quantize -> entropy-code is three small stages, and only the last bo
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,10 +35,14 @@ class Layout:
 
 @dataclass(frozen=True)
 class Packet:
-    """What a stage made: `header` is its side information, `body` (1-d) is what the next stage codes."""
+    """What a stage made: `header` is its side information, `body` (1-d) is what the next stage codes.
+
+    `known` is what `decode` makes of it, where the encoder was asked (`encode_known`) and could say.
+    """
 
     body: NDArray[Any]
     header: bytes = field(default=b"")
+    known: NDArray[Any] | None = field(default=None, compare=False, repr=False)
 
 
 class Codec(Protocol):
@@ -54,3 +58,19 @@ class Codec(Protocol):
     ) -> tuple[Packet, State]: ...
 
     def decode(self, packet: Packet, layout: Layout) -> NDArray[Any]: ...
+
+
+class Knowing(Codec, Protocol):
+    """A codec that knows what `decode` makes of a packet sooner than by decoding it."""
+
+    def encode_known(
+        self, x: NDArray[Any], layout: Layout, state: State, rng: np.random.Generator
+    ) -> tuple[Packet, State]: ...
+
+
+def encode_known(
+    codec: Codec, x: NDArray[Any], layout: Layout, state: State, rng: np.random.Generator
+) -> tuple[Packet, State]:
+    """As `encode`; the packet also has what `decode` makes of it, bit for bit, where the codec can say."""
+    encode = cast(Knowing, codec).encode_known if hasattr(codec, "encode_known") else codec.encode
+    return encode(x, layout, state, rng)

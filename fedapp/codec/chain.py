@@ -1,13 +1,13 @@
 """Stages in a row, and the memory that makes a lossy codec lose nothing in the long run."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fedapp import check
-from fedapp.codec import Codec, Layout, Packet, State
+from fedapp.codec import Codec, Layout, Packet, State, encode_known
 from fedapp.codec.entropy import Ans
 from fedapp.codec.huffman import Huffman
 from fedapp.codec.prune import TopK
@@ -88,9 +88,12 @@ class ErrorFeedback:
     ) -> tuple[Packet, State]:
         owed = x + state["residual"] if "residual" in state else x
         inner = {key.partition(".")[2]: v for key, v in state.items() if key.startswith("codec.")}
-        packet, after = self.codec.encode(owed, layout, inner, rng)
-        residual = owed - self.codec.decode(packet, layout)
-        return packet, {"residual": residual, **{f"codec.{key}": v for key, v in after.items()}}
+        packet, after = encode_known(self.codec, owed, layout, inner, rng)
+        known = self.codec.decode(packet, layout) if packet.known is None else packet.known
+        after = {"residual": owed - known, **{f"codec.{key}": v for key, v in after.items()}}
+        return replace(packet, known=known), after
+
+    encode_known = encode
 
     def decode(self, packet: Packet, layout: Layout) -> NDArray[Any]:
         return self.codec.decode(packet, layout)

@@ -102,7 +102,7 @@ def _layer_coder(encoding: bool, dependent: bool) -> Callable[..., bool]:
             for c in range(CONTEXTS):
                 begins[c] = edges[states[2 * BINS * c] >> np.uint32(22)]
         for row in range(len(units)):
-            x, level = updates[row if encoding else 0], levels[row]
+            x, level = updates[row if encoding else 0], levels[row if row < len(levels) else 0]
             expected = column.sum() // width + 1  # what the column means promise of this row so far
             found = expected  # and what came; their quotient is the row factor
             begin: Whole = 0
@@ -247,7 +247,10 @@ def _walk(
     encoding: bool, dependent: bool, x: NDArray[np.float32], scale: Any, edge: NDArray[np.float32],
     level: Levels, shapes: Shapes, coder: NDArray[np.int64], words: Words, beyond: Beyond,
 ) -> bool:  # fmt: skip
-    """All layers in turn; a vector is one row, whatever holds nothing is passed over."""
+    """All layers in turn; a vector is one row, whatever holds nothing is passed over.
+
+    Where `level` has no room for a layer, each of its rows takes the place of the one before.
+    """
     layer = _CODERS[encoding, dependent]
     states = (model.INITIAL_DEPENDENT if dependent else model.INITIAL).copy()
     units, mean, start = np.zeros(0, np.int64), 800 if dependent else 400, 0
@@ -258,7 +261,9 @@ def _walk(
             model.begin_layer(states, column, units, mean)
             part = slice(start, start + size)
             values = x[part].reshape(rows, -1) if len(x) else x.reshape(1, 0)
-            into = level[part].reshape(rows, -1)
+            into = (level[part] if part.stop <= len(level) else level[: size // rows]).reshape(
+                -1, size // rows
+            )
             if not layer(values, scale, edge, into, column, now, states, coder, words, beyond):
                 return False
             mean, start = max(int(now.sum()) // rows, 8), start + size
@@ -267,17 +272,21 @@ def _walk(
 
 
 def encode(
-    x: NDArray[np.float32], scale: float, edge: NDArray[np.float32], shapes: Shapes, dependent: bool = False
-) -> tuple[bytes, Levels, Beyond]:
+    x: NDArray[np.float32], scale: float, edge: NDArray[np.float32], shapes: Shapes, dependent: bool = False,
+    keep: bool = True,
+) -> tuple[bytes, Levels, Beyond]:  # fmt: skip
     """Code of float32 (n,) x * scale, its levels (int32 (n,)), and how far the values lie beyond them.
+
+    The levels of a packet that nobody asks for are not kept (`keep`), which is quicker by a tenth: they are
+    as long as x.
 
     `edge`: how far above m - 1 level m begins, by ten bits of the state's probability: 1024 entries for
     m = 1, then for m > 1. With `dependent` quantizers levels are places in units of scale, `edge` holds one
     number, what a bit costs in squares of that unit, and nothing is said of what lies beyond.
     Raises ValueError where x is not finite or beyond 2^30 steps.
     """
-    level = np.empty(len(x), np.int32)
-    room = 2 * len(x) + 4096
+    room, widest = 2 * len(x) + 4096, max((prod(s[1:] if len(s) > 1 else s) for s in shapes), default=0)
+    level = np.empty(len(x) if keep or dependent else widest, np.int32)
     while True:  # once, unless the levels are huge
         words, coder, beyond = np.empty(room, np.uint32), np.array([0, _FULL, 0]), np.zeros(4)
         if _walk(True, dependent, x, np.float32(scale), edge, level, shapes, coder, words, beyond):

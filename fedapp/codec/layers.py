@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedapp.codec import Layout, Slot
+from fedapp.jit import jit
 
 PER = ("layer", "channel")
 """What may have a scale of its own: an array of the model, or each of its output channels (rows)."""
@@ -27,9 +28,26 @@ def require_whole(x: NDArray[Any], layout: Layout) -> None:
         raise TypeError(f"this stage needs the layers, got {len(x)} of {layout.size} values: put it first")
 
 
-def largest(x: NDArray[np.float32]) -> float:
-    """The largest magnitude, NaN if there is one; without a copy of the vector, which may be long."""
-    return float(np.maximum(np.max(x, initial=0.0), -np.min(x, initial=0.0)))
+def extent(x: NDArray[np.float32], scale: float = 1.0) -> tuple[float, float]:
+    """The largest magnitude, NaN if there is one, and the sum of (x * scale)^2; x is read once."""
+    bits, energy = _extent(np.ascontiguousarray(x), scale)
+    return float(np.int32(bits).view(np.float32)), energy
+
+
+@jit
+def _extent(x: NDArray[np.float32], scale: float) -> tuple[Any, Any]:
+    """Of so many sums, which is quick and the same everywhere; magnitudes are in the order of their bits."""
+    bits, most, sums = x.view(np.int32), np.int32(0), np.zeros(128)
+    whole = len(x) // len(sums) * len(sums)
+    for begin in range(0, whole, len(sums)):
+        for k in range(len(sums)):
+            sums[k] += (np.float64(x[begin + k]) * scale) ** 2
+        for k in range(begin, begin + len(sums)):
+            most = max(most, bits[k] & np.int32(0x7FFFFFFF))
+    for k in range(whole, len(x)):
+        sums[0] += (np.float64(x[k]) * scale) ** 2
+        most = max(most, bits[k] & np.int32(0x7FFFFFFF))
+    return most, sums.sum()
 
 
 def size(slot: Slot) -> int:

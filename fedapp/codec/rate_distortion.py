@@ -1,7 +1,9 @@
 """The default codec: the lowest error that a number of bytes buys, by scalar quantization."""
 
 import struct
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -11,8 +13,8 @@ from fedapp import check
 from fedapp.codec import Codec, Layout, Packet, State, context
 from fedapp.codec.chain import with_feedback
 from fedapp.codec.feedback import AutoFeedback
-from fedapp.codec.layers import largest, require_finite, require_whole
-from fedapp.codec.target import Floats, Target, meet
+from fedapp.codec.layers import extent, require_finite, require_whole, size
+from fedapp.codec.target import Floats, Target, magnitudes, meet, within
 from fedapp.errors import DecodeError
 from fedapp.jit import jit
 
@@ -25,7 +27,9 @@ _ENCODES = {False: 3, True: 6}  # by trellis: under it noise falls from 0.8 to 0
 # which an edge and its probability settle.
 _LIKE = {False: (1.0, LAMBDA, 3), True: (1.6, 0.17, 8)}
 _REST = 7  # what a packet holds beside header and code: the header's length, version, dtype, CRC
-_COARSEST, _FINEST = 0.9, 2.0**-24  # steps, of the largest magnitude: below, some value is always sent
+_LONG = 2**19  # updates from this length on are coded in part first
+_EIGHTH, _TOGETHER = 8, 16  # the part: of so many times as many columns, so many in a row
+_DEARER = 0.022  # log of what it takes more than its share, 1 to 4 percent: rows learn from fewer columns
 
 
 def default(
@@ -43,8 +47,9 @@ class RateDistortion:
 
     Aims at one of: step, in root mean squares of the vector; else nmse, squared error over squared norm;
     else rate, bits per parameter of the whole packet. Targets are met within 3 % or 32 bytes by a search
-    on an estimate with at most three full encodes. From the second round on one is usual, since the state
-    says what the estimate missed in the last one (`miss`, float64 (1,)); should that mislead, four are the
+    on an estimate with at most three full encodes; to a rate, of a long update, one is usual, after two of an
+    eighth of it. From the second round on one is usual everywhere, since the state says what the estimate
+    missed in the last one (`miss`, float64 (1,)); should that mislead, four are the
     most, and what is no such state is passed over. Under error feedback, where a rate may lie between two
     steps, up to seven more find it. The coarsest step is 0.9 of the largest magnitude, since
     error feedback would owe a vector that is never sent for ever; the finest is 2^-24 of it. A target
@@ -83,16 +88,25 @@ class RateDistortion:
     def encode(
         self, x: NDArray[Any], layout: Layout, state: State, rng: np.random.Generator
     ) -> tuple[Packet, State]:
+        return self._encode(x, layout, state, knowing=False)
+
+    def encode_known(
+        self, x: NDArray[Any], layout: Layout, state: State, rng: np.random.Generator
+    ) -> tuple[Packet, State]:
+        return self._encode(x, layout, state, knowing=True)
+
+    def _encode(self, x: NDArray[Any], layout: Layout, state: State, knowing: bool) -> tuple[Packet, State]:
+        code = partial(self._code, x, layout, knowing or self.nmse is not None)
         require_whole(x, layout)
-        most = largest(x)
+        most, energy = extent(x)
         if not np.isfinite(most):
             require_finite(x, layout)
         if not most:
-            return Packet(np.zeros(0, np.uint8), bytes(self._header.size)), {}
-        finest, coarsest = _FINEST * most, _COARSEST * most
+            known = np.zeros(len(x), np.float32) if knowing else None
+            return Packet(np.zeros(0, np.uint8), bytes(self._header.size), known), {}
         if self.step is not None:
-            rms = float(np.sqrt(_energy(x, 1.0) / len(x)))
-            return self._code(x, layout, min(max(self.step * rms, finest), coarsest)), {}
+            rms = float(np.sqrt(energy / len(x)))
+            return code(within(self.step * rms, most)), {}
         if self.nmse is not None:
             target = Target(
                 "codec.nmse", self.nmse, lambda a, count: _error_estimate(a, count, self.trellis),
@@ -100,17 +114,17 @@ class RateDistortion:
                 encodes=_ENCODES[self.trellis],
             )  # fmt: skip
         else:
-            size, frame = self.rate * len(x) / 8, self._header.size + _REST
+            goal, frame = self.rate * len(x) / 8, self._header.size + _REST
             target = Target(
-                "bytes for codec.rate", size,
+                "bytes for codec.rate", goal,
                 lambda a, count: len(x) * _bits_estimate(a, count, self.trellis) / 8 + frame,
-                lambda packet: len(packet.body) + frame, falls=True, tolerance=max(0.01, 10 / size),
+                lambda packet: len(packet.body) + frame, falls=True, tolerance=max(0.01, 10 / goal),
                 encodes=_ENCODES[self.trellis],
             )  # fmt: skip
-        thins = self.nmse is None and not self.trellis
+        to_rate = self.nmse is None and not self.trellis
         packet, miss = meet(
-            target, x, lambda step: self._code(x, layout, step), finest, coarsest, _remembered(state),
-            (lambda step, least: self._code(x, layout, step, least)) if thins else None,
+            target, x, most, code, _remembered(state), code if to_rate else None,
+            _pilot(x, layout) if to_rate and len(x) >= _LONG else None,
         )  # fmt: skip
         return packet, {"miss": np.array([miss])}
 
@@ -125,16 +139,18 @@ class RateDistortion:
                 raise DecodeError("packet has levels without a step")
             return np.zeros(layout.size, np.float32)
         levels = context.decode(packet.body.tobytes(), shapes(layout), self.trellis)
-        one, two, more = moves if self.trellis else (moves[0], moves[1], moves[1])
-        if not _to_points(levels, np.float32(step), 128 if self.trellis else 256, one, two, more):
+        points = self._points(levels, step, moves)
+        if points is None:
             raise DecodeError("packet decodes to values beyond float32")
-        return levels.view(np.float32)
+        return points
 
     @property
     def _header(self) -> struct.Struct:
         return _TRELLIS_HEADER if self.trellis else _HEADER
 
-    def _code(self, x: NDArray[np.float32], layout: Layout, step: float, least: float = 0.0) -> Packet:
+    def _code(
+        self, x: NDArray[np.float32], layout: Layout, knowing: bool, step: float, least: float = 0.0
+    ) -> Packet:
         """One full encode; magnitudes below so many steps are not sent."""
         step32 = max(np.float32(step), np.finfo(np.float32).smallest_subnormal)
         # float32 cannot invert the smallest steps, nor well the largest; a power of two changes no other bit.
@@ -143,19 +159,26 @@ class RateDistortion:
         unit = np.ldexp(x, -exponent) if exponent else x
         scale = 1 / float(np.ldexp(np.float64(step32), -exponent))
         if self.trellis:
-            code, places, _ = context.encode(unit, 2 * scale, _WEIGHT, shapes(layout), dependent=True)
-            moves = [128 * move for move in _beyond(unit, 2 * scale, places)]
+            code, levels, _ = context.encode(unit, 2 * scale, _WEIGHT, shapes(layout), dependent=True)
+            moves = [128 * move for move in _beyond(unit, 2 * scale, levels)]
         else:
-            code, _, beyond = context.encode(unit, scale, edges(LAMBDA, least), shapes(layout))
+            edge = edges(LAMBDA, least)
+            code, levels, beyond = context.encode(unit, scale, edge, shapes(layout), keep=knowing)
             moves = [256 * beyond[k] / max(beyond[k + 2], 1) for k in (0, 1)]
         rounded = [max(-127, min(127, round(move))) for move in moves]
-        return Packet(np.frombuffer(code, np.uint8), self._header.pack(step32, *rounded))
+        known = self._points(levels, step32, rounded) if knowing else None
+        return Packet(np.frombuffer(code, np.uint8), self._header.pack(step32, *rounded), known)
+
+    def _points(self, levels: context.Levels, step: Any, moves: Sequence[int]) -> NDArray[np.float32] | None:
+        """What levels stand for, in their place; None where that is beyond float32."""
+        one, two, more = moves if self.trellis else (moves[0], moves[1], moves[1])
+        finite = _to_points(levels, np.float32(step), 128 if self.trellis else 256, one, two, more)
+        return levels.view(np.float32) if finite else None
 
     def _nmse(self, x: NDArray[np.float32], packet: Packet, layout: Layout) -> float:
-        error = self.decode(packet, layout)
-        np.subtract(x, error, out=error)
-        scale = 1 / largest(x)  # the smallest float32 have no squares in float64
-        return float(_energy(error, scale) / _energy(x, scale))
+        error = x - (self.decode(packet, layout) if packet.known is None else packet.known)
+        scale = 1 / extent(x)[0]  # the smallest float32 have no squares in float64
+        return extent(error, scale)[1] / extent(x, scale)[1]
 
 
 def edges(weight: float, least: float = 0.0) -> NDArray[np.float32]:
@@ -174,19 +197,6 @@ def edges(weight: float, least: float = 0.0) -> NDArray[np.float32]:
 
 
 _WEIGHT = np.array([4 * TRELLIS_LAMBDA], np.float32)  # in squared half steps
-
-
-@jit
-def _energy(x: NDArray[np.float32], scale: float) -> Any:
-    """Sum of (x * scale)^2: of sixteen sums, which is quick and the same everywhere."""
-    sums = np.zeros(16)
-    whole = len(x) // 16 * 16
-    for i in range(0, whole, 16):
-        for k in range(16):
-            sums[k] += (np.float64(x[i + k]) * scale) ** 2
-    for i in range(whole, len(x)):
-        sums[0] += (np.float64(x[i]) * scale) ** 2
-    return sums.sum()
 
 
 @jit
@@ -222,6 +232,31 @@ def _beyond(x: NDArray[np.float32], scale: float, places: NDArray[np.int32]) -> 
 
 def shapes(layout: Layout) -> list[tuple[int, ...]]:
     return [slot.shape for slot in layout.slots]
+
+
+def _pilot(x: NDArray[np.float32], layout: Layout) -> Callable[[float], float]:
+    """What says how far the estimate is off at a step: log of bits taken over estimated ones, in a part of x.
+
+    The part is an eighth of the columns: each is learned over all rows, and neighbours stay together.
+    """
+    parts = [_columns(x[slot.offset : slot.offset + size(slot)], slot.shape) for slot in layout.slots]
+    part, grids = np.concatenate([one.ravel() for one in parts]), [one.shape for one in parts]
+    magnitude, count = magnitudes(part, 0.0)
+
+    def miss(step: float) -> float:
+        code, _, _ = context.encode(part, 1 / step, edges(LAMBDA), grids, keep=False)
+        estimate = len(part) * _bits_estimate(magnitude / step, count, False)
+        return float(np.log(8 * max(len(code), 1) / estimate)) - _DEARER
+
+    return miss
+
+
+def _columns(x: NDArray[np.float32], shape: tuple[int, ...]) -> NDArray[np.float32]:
+    """Some columns in a row of each so many, if the layer is wide; else all."""
+    rows = shape[0] if len(shape) > 1 else 1
+    grid = x.reshape(rows, len(x) // max(rows, 1))
+    taken = np.arange(grid.shape[1]) // _TOGETHER % _EIGHTH == _EIGHTH // 2
+    return grid[:, taken] if len(taken) >= 4 * _TOGETHER * _EIGHTH else grid
 
 
 def _remembered(state: State) -> float | None:

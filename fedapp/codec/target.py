@@ -8,9 +8,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedapp.codec import Packet
-from fedapp.codec.layers import largest
+from fedapp.jit import jit
 
-_SAMPLE = 2**19  # values that the estimate looks at, at least where there are so many
+_SAMPLE = 2**18  # values that the estimate looks at, at least where there are so many
+_NEAR = 5e-4  # log of estimate over goal that is no better met: it is off by more
+_COARSEST, _FINEST = 0.9, 2.0**-24  # steps, of the largest magnitude: below, some value is always sent
 Floats = NDArray[np.float64]
 _log = logging.getLogger("fedapp.codec")
 
@@ -35,43 +37,55 @@ class Target:
         return abs(self.of(packet) / self.goal - 1)
 
 
+def within(step: float, most: float) -> float:
+    """The step, or the nearest that is allowed where the largest magnitude is `most`."""
+    return min(max(step, _FINEST * most), _COARSEST * most)
+
+
 def meet(
     target: Target,
     x: NDArray[np.float32],
+    most: float,
     code: Callable[[float], Packet],
-    finest: float,
-    coarsest: float,
     usual: float | None,
     thin: Callable[[float, float], Packet] | None = None,
+    pilot: Callable[[float], float] | None = None,
 ) -> tuple[Packet, float]:
     """The packet nearest to the target of a few, each of which corrects the estimate for the next.
 
-    `code` encodes at a step in [finest, coarsest]. A target that lies beyond these gets the packet of that
-    limit, and a warning in the log names what it has. `usual`: log of what the estimate missed in the update
-    before; returned with the packet is what it missed in this one.
+    `code` encodes at a step between limits that the largest magnitude `most` sets. A target that lies beyond
+    these gets the packet of that limit, and a warning in the log names what it has. `usual`: log of what the
+    estimate missed in the update before; returned with the packet is what it missed in this one. Where
+    nothing is usual yet, `pilot(step)` says what the estimate misses, from a part of the update.
 
     What error feedback owes lies dense just below the level 1 of the round before: a little finer step sends
     most of it at once. So where no step does, `thin(step, least)` encodes magnitudes from so many steps on.
     """
-    magnitude, count = _magnitudes(x)
+    coarsest = _COARSEST * most
+    magnitude, count = magnitudes(x, most)
     magnitude /= coarsest
 
     def estimate(at: float) -> float:
         return target.estimate(magnitude / 2.0**at, count)
 
-    bottom = low = float(np.log2(finest / coarsest))
+    bottom = low = float(np.log2(_FINEST / _COARSEST))
     high = 0.0
+    guess, near = [(0.0, usual or 0.0)], usual is not None or pilot is not None
+    if usual is None and pilot is not None:
+        for _ in range(2):  # the first may have been far away
+            at = _solve(target, estimate, guess, low, high)
+            guess = [(at, pilot(2.0**at * coarsest))]
     missed: list[tuple[float, float]] = []  # log2 of a step, log of what the estimate missed there
     packets: list[Packet] = []
     most = target.encodes + (usual is not None)  # what was usual may mislead the first
     while len(packets) < most:
-        at = _solve(target, estimate, missed or [(0.0, usual or 0.0)], low, high)
+        at = _solve(target, estimate, missed or guess, low, high)
         if any(abs(at - earlier) < 1e-4 for earlier, _ in missed):
             break  # a limit, or as near as it gets
         packets.append(code(2.0**at * coarsest))
         found = target.of(packets[-1])
         missed.append((at, float(np.log(found / estimate(at)))))
-        if target.miss(packets[-1]) < target.tolerance * (1 if usual is None and len(packets) < 3 else 3):
+        if target.miss(packets[-1]) < target.tolerance * (3 if near or len(packets) > 2 else 1):
             return packets[-1], missed[-1][1]
         low, high = (at, high) if (found > target.goal) == target.falls else (low, at)
     best = min(range(len(packets)), key=lambda i: target.miss(packets[i]))
@@ -106,13 +120,22 @@ def _thinned(
     return packets
 
 
-def _magnitudes(x: NDArray[np.float32]) -> tuple[Floats, Floats]:
-    """Magnitudes within 2^-9 of themselves, and how many values have each; the largest is among them."""
-    bits = np.abs(x[:: max(len(x) // _SAMPLE, 1)]).view(np.int32)
-    count = np.bincount(bits >> 15)
+def magnitudes(x: NDArray[np.float32], most: float) -> tuple[Floats, Floats]:
+    """Magnitudes within 2^-8 of themselves, and how many values have each; `most`, the largest, is added."""
+    stride = max(len(x) // _SAMPLE, 1) | 1  # odd: what repeats itself mostly does so every so many even ones
+    count = _count(np.ascontiguousarray(x).view(np.int32), stride)
     kind = np.flatnonzero(count)
-    middle = (kind.astype(np.int32) << 15 | 1 << 14).view(np.float32)
-    return np.append(middle, largest(x)).astype(np.float64), np.append(count[kind], 1.0)
+    middle = (kind.astype(np.int32) << 16 | 1 << 15).view(np.float32)
+    return np.append(middle, most).astype(np.float64), np.append(count[kind], 1.0)
+
+
+@jit
+def _count(bits: NDArray[np.int32], stride: int) -> NDArray[np.int64]:
+    """How many of every stride-th float32 have these leading bits, but for their sign."""
+    count = np.zeros(1 << 15, np.int64)
+    for i in range(0, len(bits), stride):
+        count[np.uint64(bits[i] & np.int32(0x7FFFFFFF)) >> np.uint64(16)] += 1
+    return count
 
 
 def _solve(
@@ -122,15 +145,23 @@ def _solve(
     low: float,
     high: float,
 ) -> float:
-    """Log2 of the step in [2^low, 2^high] where the corrected estimate meets the goal, by bisection."""
+    """Log2 of the step in [2^low, 2^high] where the corrected estimate meets the goal, or comes near."""
     here, miss = missed[-1]
     before, other = next(((at, m) for at, m in missed if at in (low, high) and at != here), (here - 1, miss))
     slope = (other - miss) / (before - here)  # between two steps that enclose the goal, else none
-    for _ in range(18):
-        middle = (low + high) / 2
-        away = min(max(middle - here, -1.0), 1.0)
-        if (estimate(middle) * np.exp(miss + slope * away) > target.goal) == target.falls:
-            low = middle
+    above = below = 0.0  # log of estimate over goal where the step is too fine, and too coarse; 0: not known
+    way = 1 if target.falls else -1
+    for turn in range(36):
+        at = (low + high) / 2
+        if above and below and turn % 2:  # on a straight line between both ends, but not at one of them
+            share = min(max(above / (above - below), 0.02), 0.98)
+            at = low + share * (high - low)
+        expected = np.log(max(estimate(at), 1e-300)) + miss + slope * min(max(at - here, -1.0), 1.0)
+        off = way * float(expected - np.log(target.goal))
+        if abs(off) < _NEAR or high - low < 1e-4:
+            return at
+        if off > 0:
+            low, above = at, off
         else:
-            high = middle
+            high, below = at, off
     return (low + high) / 2
