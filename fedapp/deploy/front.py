@@ -13,6 +13,7 @@ import logging
 import time
 from base64 import b64decode
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime
 from hashlib import sha256
@@ -40,6 +41,7 @@ _PULL = f"{_FLEET}pull-messages"
 HOLD_S = 5.0  # a pull waits so long; clients give up after 30 s, and a signature is good for 300 s
 _SETTLE_S = 0.01  # pushes come in bursts: wait for the burst's end
 _QUESTION = 1 << 16  # bytes of a request that may be held, and be asked again
+_LINGER, _LINGER_S = 1 << 20, 1.0  # bytes, seconds of a body that nobody reads
 _BODY_S = 60.0  # between two pieces of a body
 _log = logging.getLogger("fedapp.server")
 
@@ -115,7 +117,7 @@ class Public:
             await self._answered(scope, receive, answer)
         except Refused as refused:
             self.refusals.tell(answer.who, what, refused.why)
-            await answer.refuse(refused)
+            await answer.refuse(refused, receive)
         else:
             if answer.status >= 400:
                 self.refusals.tell(answer.who, what, f"answered {answer.status}")
@@ -195,20 +197,24 @@ class Private:
 
     app: ASGIApp
     pushes: Pushes
+    max_body: int
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Let a request through; wake nodes that wait for what it pushed."""
         if scope["type"] != "http":
             return
-        path = scope["path"]
-        if not path.startswith(_RUNTIME):
-            await _Answer(send).refuse(Refused(404, "there is nothing here"))
-        elif path == f"{_RUNTIME}pull-object":
-            await _hold(self.app, scope, receive, _Answer(send), self.pushes, _unavailable)
-        else:
-            await self.app(scope, receive, send)
-            if path in (f"{_RUNTIME}push-messages", f"{_RUNTIME}push-object"):
-                self.pushes.tell()
+        path, answer = scope["path"], _Answer(send)
+        try:
+            if not path.startswith(_RUNTIME):
+                raise Refused(404, "there is nothing here")
+            if path == f"{_RUNTIME}pull-object":
+                await _hold(self.app, scope, receive, answer, self.pushes, _unavailable)
+            else:
+                await through(self.app, scope, receive, answer, self.max_body)
+        except Refused as refused:
+            await answer.refuse(refused, receive)
+        if path in (f"{_RUNTIME}push-messages", f"{_RUNTIME}push-object"):
+            self.pushes.tell()
 
 
 class _Answer:
@@ -222,17 +228,29 @@ class _Answer:
             self.status = message["status"]
         await self._send(message)
 
-    async def refuse(self, refused: Refused) -> None:
+    async def refuse(self, refused: Refused, receive: Receive) -> None:
+        """Answer, and hang up; before that drop some of what still comes, so that the answer arrives."""
         if self.status:  # too late for another answer
             return
         body = json.dumps({"detail": refused.why}).encode()
         headers = [
             (b"content-type", b"application/json"),
             (b"content-length", str(len(body)).encode()),
-            (b"connection", b"close"),  # a body that is not read must not be read by the server either
+            (b"connection", b"close"),
         ]
         await self({"type": "http.response.start", "status": refused.status, "headers": headers})
-        await self({"type": "http.response.body", "body": body})
+        await self({"type": "http.response.body", "body": body, "more_body": True})
+        with suppress(TimeoutError):
+            await asyncio.wait_for(_dropped(receive), _LINGER_S)
+        await self({"type": "http.response.body", "body": b""})
+
+
+async def _dropped(receive: Receive) -> None:
+    left, more = _LINGER, True
+    while more and left > 0:
+        message = await receive()
+        left -= len(message.get("body", b""))
+        more = message.get("more_body", False)
 
 
 async def through(app: ASGIApp, scope: Scope, receive: Receive, send: Send, most: int) -> None:
