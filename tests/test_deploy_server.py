@@ -2,6 +2,7 @@
 
 import asyncio
 import io
+import json
 import logging
 import os
 import shutil
@@ -15,7 +16,7 @@ import threading
 import time
 from base64 import b64encode
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -46,6 +47,7 @@ from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIG
 from flwr.supercore.date import now
 from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor, SuperExecAuthHttpInterceptor
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes, sign_message
+from flwr.supercore.protobuf.client import ProtobufClientInterceptor
 from flwr.supercore.protobuf.constants import PROTOBUF_MEDIA_TYPE
 from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.supercore.task_identity import TaskIdentity
@@ -117,7 +119,8 @@ class Running:
         question = PullMessagesRequest(node=Node(node_id=node_id)).SerializeToString()
         answer = self.post("/v1/fleet/pull-messages", question, signed(key))
         assert answer.status_code == 200, answer.text
-        return PullMessagesResponse.FromString(answer.content)
+        found: PullMessagesResponse = PullMessagesResponse.FromString(answer.content)
+        return found
 
 
 def signed(key: Key, at: datetime | None = None) -> dict[str, str]:
@@ -136,15 +139,15 @@ def running(folder: Path, **settings: Any) -> Iterator[Running]:
     ready: Future[tuple[Listening, asyncio.AbstractEventLoop]] = Future()
     over = asyncio.Event()
 
-    async def serve() -> None:
+    async def serve() -> Any:
         async with Server(folder, "127.0.0.1", 0, **settings).listening(SECRET) as listening:
             ready.set_result((listening, asyncio.get_running_loop()))
             await over.wait()
 
     with ThreadPoolExecutor(1) as thread:
         serving = thread.submit(asyncio.run, serve())
-        serving.add_done_callback(lambda done: ready.done() or ready.set_exception(done.exception()))
-        listening, loop = ready.result(60)
+        wait({serving, ready}, return_when=FIRST_COMPLETED)
+        listening, loop = ready.result() if ready.done() else serving.result()
         try:
             yield Running(folder, listening)
         finally:
@@ -496,7 +499,7 @@ def grid(server: Running, folder: Path) -> Iterator[HttpGrid]:
     with server.access.control() as client:
         client.StartRun(StartRunRequest(fab=Fab(content=build_fab_from_disk(folder))))
     address = f"127.0.0.1:{server.listening.private}"
-    interceptors = [
+    interceptors: list[ProtobufClientInterceptor] = [
         RuntimeVersionHttpInterceptor(component_name="SuperExec"),
         SuperExecAuthHttpInterceptor(
             master_secret=SECRET, protected_methods=frozenset({"/flwr.proto.Runtime/AcquireTask"})
@@ -710,6 +713,7 @@ def test_a_run_from_submission_to_its_folder(tmp_path: Path) -> None:
     folder, nodes = tmp_path / "server", list[subprocess.Popen[bytes]]()
     keys.init(folder, ["localhost"])
     asked = "task=digits model=logistic privacy=none rounds=2 clients=2 run_dir=/nowhere"
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     with serving(folder):
         address = (folder / "address").read_text().strip().removeprefix("https://")
         access = Access(address, folder / keys.CA, keys.token(folder / keys.TOKEN))
@@ -722,9 +726,8 @@ def test_a_run_from_submission_to_its_folder(tmp_path: Path) -> None:
                     command += ["--auth-supernode-private-key", f"{tmp_path}/node{node}.key", "--node-config"]
                     nodes.append(
                         subprocess.Popen(
-                            [str(Path(sys.executable).with_name("flower-supernode")), *command]
-                            + [f"partition-id={node} num-partitions=2"],
-                            env=os.environ | {"FLWR_HOME": str(tmp_path / f"node{node}")},
+                            ["flower-supernode", *command, f"partition-id={node} num-partitions=2"],
+                            env=os.environ | {"FLWR_HOME": str(tmp_path / f"node{node}"), "PATH": path},
                             stdout=subprocess.DEVNULL,
                             stderr=subprocess.DEVNULL,
                         )

@@ -192,6 +192,7 @@ class Server:
             env=os.environ
             | {
                 "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.1",
+                "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}",
                 "FLWR_HOME": str(self.folder / "flwr"),
                 "FEDAPP_RUNS": str(self.folder / "runs"),
                 "PYTHONUNBUFFERED": "1",
