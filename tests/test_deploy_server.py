@@ -40,7 +40,12 @@ from flwr.proto.control_pb2 import (
     UnregisterNodeRequest,
 )
 from flwr.proto.fab_pb2 import Fab
-from flwr.proto.fleet_pb2 import ActivateNodeRequest, PullMessagesRequest, PullMessagesResponse
+from flwr.proto.fleet_pb2 import (
+    ActivateNodeRequest,
+    PullMessagesRequest,
+    PullMessagesResponse,
+    RegisterNodeFleetRequest,
+)
 from flwr.proto.node_pb2 import Node
 from flwr.proto.runtime_pb2 import AcquireTaskRequest, PullTaskInputRequest
 from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIGNATURE_HEADER
@@ -286,6 +291,20 @@ def test_insecure_is_for_this_machine_only(tmp_path: Path) -> None:
         with plain.control() as client:
             assert list(client.ListNodes(ListNodesRequest()).nodes_info) == []
         assert httpx.post(f"http://{plain.server}/v1/control/list-runs").status_code == 401
+        key = ec.generate_private_key(ec.SECP384R1())  # a node that nobody registered registers itself
+        request = RegisterNodeFleetRequest(
+            public_key=public_key_to_bytes(key.public_key())
+        ).SerializeToString()
+        url = f"http://{plain.server}/v1/fleet/register-node"
+        assert httpx.post(url, content=request, headers=PROTOBUF | signed(key)).status_code == 200
+        assert httpx.post(url, content=request, headers=PROTOBUF).status_code == 401
+
+        async def again() -> None:
+            async with Server(tmp_path, "127.0.0.1", 0, insecure=True).listening(SECRET):
+                pass
+
+        with pytest.raises(FedappError, match="another server"):
+            asyncio.run(again())
 
 
 def test_a_port_in_use_and_a_full_disk_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -656,6 +675,11 @@ def fedapp(*words: str, folder: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
 
 
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        return int(probe.getsockname()[1])
+
+
 @contextmanager
 def serving(folder: Path) -> Iterator[subprocess.Popen[bytes]]:
     """`fedapp server`, ready, on loopback and a free port."""
@@ -702,7 +726,7 @@ def test_an_operators_day(tmp_path: Path) -> None:
         assert not Path(f"/proc/{child}").exists()
         assert {p.name for p in folder.iterdir()} == {
             *("ca.pem", "ca.key", "server.pem", "server.key", "operator.token"),
-            *("state.db", "flwr", "runs", "log"),
+            *("state.db", "flwr", "runs", "log", ".lock"),
         }
         assert "a new certificate" in (folder / "log/server.log").read_text()
         assert keys.token(folder / keys.TOKEN) not in (folder / "log/server.log").read_text()
@@ -722,7 +746,8 @@ def test_a_run_from_submission_to_its_folder(tmp_path: Path) -> None:
                 for node in range(2):
                     pem = registry.public_key([keys.node(tmp_path / f"node{node}.key")])
                     client.RegisterNode(RegisterNodeRequest(public_key=pem))
-                    command = f"--superlink {address} --root-certificates {folder}/ca.pem --port 0".split()
+                    command = ["--superlink", address, "--root-certificates", f"{folder}/ca.pem"]
+                    command += ["--port", str(free_port())]
                     command += ["--auth-supernode-private-key", f"{tmp_path}/node{node}.key", "--node-config"]
                     nodes.append(
                         subprocess.Popen(
@@ -738,7 +763,7 @@ def test_a_run_from_submission_to_its_folder(tmp_path: Path) -> None:
                         override_config=user_config_to_proto({"overrides": asked}),
                     )
                 ).run_id
-                deadline = time.monotonic() + 240
+                deadline = time.monotonic() + 480
                 while True:
                     status = client.ListRuns(ListRunsRequest(run_id=run_id)).run_dict[run_id].status
                     if status.status == "finished":

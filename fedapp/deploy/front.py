@@ -142,7 +142,8 @@ class Public:
                     self.pushes.tell()
         elif path.startswith(("/v1/control/", "/fedapp/")):
             self._operator(_headers(scope))
-            _log.info("operator at %s: %s", answer.who, _printable(path))
+            if not path.startswith(("/v1/control/list-", "/v1/control/stream-")):
+                _log.info("operator at %s: %s", answer.who, _printable(path))
             own = path.startswith("/fedapp/")
             await through(self.routes if own else self.app, scope, receive, answer, self.max_body)
         else:

@@ -2,6 +2,7 @@
 
 import argparse
 import asyncio
+import fcntl
 import logging
 import os
 import secrets
@@ -113,6 +114,15 @@ class Server:
         return said
 
     @contextmanager
+    def _alone(self) -> Iterator[None]:
+        with (self.folder / ".lock").open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise FedappError(f"another server runs from {self.folder}: end it first") from error
+            yield
+
+    @contextmanager
     def _bound(self, host: str, port: int) -> Iterator[socket.socket]:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         try:
@@ -127,7 +137,11 @@ class Server:
     @asynccontextmanager
     async def listening(self, secret: bytes) -> AsyncIterator["Listening"]:
         """Both listeners, ready; `secret` guards what starts ServerApps."""
-        with self._bound(self.host, self.port) as outside, self._bound("127.0.0.1", 0) as inside:
+        with (
+            self._alone(),
+            self._bound(self.host, self.port) as outside,
+            self._bound("127.0.0.1", 0) as inside,
+        ):
             app, pushes = create_app(self._config(secret), SuperLinkLifespan), Pushes()
             front = Public(
                 app,
