@@ -382,6 +382,22 @@ def test_the_runtime_is_on_the_private_listener_only_behind_its_secret(server: R
         assert httpx.post(f"{url}{path}", headers=PROTOBUF).status_code == 404
 
 
+def test_a_run_is_acquired_at_once_and_idle_asking_is_slow(server: Running, tmp_path: Path) -> None:
+    with grid(server, tmp_path / "app"), runtime(server) as client:
+        request = AcquireTaskRequest(supported_task_types=["flwr-serverapp"])
+        client.AcquireTask(request)  # told by the first one that there may be more
+        began = time.monotonic()
+        assert not client.AcquireTask(request).token
+        assert time.monotonic() - began > 1
+        with ThreadPoolExecutor(1) as thread:
+            asked = thread.submit(client.AcquireTask, request)
+            time.sleep(0.3)
+            submit(server, tmp_path / "app")
+            submitted = time.monotonic()
+            assert asked.result().token
+            assert time.monotonic() - submitted < 1
+
+
 def test_only_a_registered_key_with_a_fresh_signature_is_a_node(server: Running) -> None:
     key, node_id = server.node()
     question = PullMessagesRequest(node=Node(node_id=node_id)).SerializeToString()
@@ -517,23 +533,32 @@ clientapp = "quiet:app"
 }
 
 
+def submit(server: Running, folder: Path) -> None:
+    with server.access.control() as client:
+        client.StartRun(StartRunRequest(fab=Fab(content=build_fab_from_disk(folder))))
+
+
+def runtime(server: Running) -> RuntimeHttpClient:
+    """What SuperExec asks with."""
+    methods = frozenset({"/flwr.proto.Runtime/AcquireTask"})
+    interceptors: list[ProtobufClientInterceptor] = [
+        RuntimeVersionHttpInterceptor(component_name="SuperExec"),
+        SuperExecAuthHttpInterceptor(master_secret=SECRET, protected_methods=methods),
+    ]
+    address = f"127.0.0.1:{server.listening.private}"
+    return RuntimeHttpClient.from_server_address(address, True, None, interceptors)
+
+
 @contextmanager
 def grid(server: Running, folder: Path) -> Iterator[HttpGrid]:
     """The grid that a ServerApp has, for a run that was submitted and acquired."""
     folder.mkdir()
     for name, text in APP.items():
         (folder / name).write_text(text)
-    with server.access.control() as client:
-        client.StartRun(StartRunRequest(fab=Fab(content=build_fab_from_disk(folder))))
-    address = f"127.0.0.1:{server.listening.private}"
-    interceptors: list[ProtobufClientInterceptor] = [
-        RuntimeVersionHttpInterceptor(component_name="SuperExec"),
-        SuperExecAuthHttpInterceptor(
-            master_secret=SECRET, protected_methods=frozenset({"/flwr.proto.Runtime/AcquireTask"})
-        ),
-    ]
-    with RuntimeHttpClient.from_server_address(address, True, None, interceptors) as client:
+    submit(server, folder)
+    with runtime(server) as client:
         token = client.AcquireTask(AcquireTaskRequest(supported_task_types=["flwr-serverapp"])).token
+    address = f"127.0.0.1:{server.listening.private}"
     found = HttpGrid(address, insecure=True, token=token)
     try:
         found._connect()

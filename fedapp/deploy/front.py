@@ -39,6 +39,7 @@ _NODES_OWN = _HAS_IT | {  # what a node asks; registering is the operator's
 }
 _PULL = f"{_FLEET}pull-messages"
 HOLD_S = 5.0  # a pull waits so long; clients give up after 30 s, and a signature is good for 300 s
+_TASK_S = 2.0  # the longest that a task waits which nobody told of: one from before a restart
 _SETTLE_S = 0.01  # pushes come in bursts: wait for the burst's end
 _QUESTION = 1 << 16  # bytes of a request that may be held, and be asked again
 _LINGER, _LINGER_S = 1 << 20, 1.0  # bytes, seconds of a body that nobody reads
@@ -60,10 +61,14 @@ class Pushes:
     def __init__(self) -> None:
         self.next = asyncio.Event()
         self.over = False  # the server ends, and nobody waits any more
+        self.tasks = asyncio.Event()  # set: there may be a task that nobody has acquired
+        self.tasks.set()
 
     def tell(self, over: bool = False) -> None:
         """Wake all who wait."""
         self.over = self.over or over
+        if over:
+            self.tasks.set()
         self.next.set()
         self.next = asyncio.Event()
 
@@ -146,6 +151,8 @@ class Public:
                 _log.info("operator at %s: %s", answer.who, _printable(path))
             own = path.startswith("/fedapp/")
             await through(self.routes if own else self.app, scope, receive, answer, self.max_body)
+            if path.startswith("/v1/control/start-"):
+                self.pushes.tasks.set()
         else:
             raise Refused(404, "there is nothing here")
 
@@ -208,7 +215,9 @@ class Private:
         try:
             if not path.startswith(_RUNTIME):
                 raise Refused(404, "there is nothing here")
-            if path == f"{_RUNTIME}pull-object":
+            if path == f"{_RUNTIME}acquire-task":
+                await self._acquire(scope, receive, answer)
+            elif path == f"{_RUNTIME}pull-object":
                 await _hold(self.app, scope, receive, answer, self.pushes, _unavailable)
             else:
                 await through(self.app, scope, receive, answer, self.max_body)
@@ -216,17 +225,30 @@ class Private:
             await answer.refuse(refused, receive)
         if path in (f"{_RUNTIME}push-messages", f"{_RUNTIME}push-object"):
             self.pushes.tell()
+        elif path in (f"{_RUNTIME}create-task", f"{_RUNTIME}start-automation"):
+            self.pushes.tasks.set()
+
+    async def _acquire(self, scope: Scope, receive: Receive, answer: "_Answer") -> None:
+        """Ask for a task once there may be one: Flower takes 10 ms of a core to say that there is none."""
+        tasks = self.pushes.tasks
+        with suppress(TimeoutError):
+            await asyncio.wait_for(tasks.wait(), _TASK_S)
+        tasks.clear()
+        await through(self.app, scope, receive, answer, _QUESTION)
+        if answer.size:  # a task, and there may be more
+            tasks.set()
 
 
 class _Answer:
     """What goes back to whom, and whether it has begun."""
 
     def __init__(self, send: Send, who: str = "") -> None:
-        self._send, self.who, self.status = send, who, 0
+        self._send, self.who, self.status, self.size = send, who, 0, 0
 
     async def __call__(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self.status = message["status"]
+        self.size += len(message.get("body", b""))
         await self._send(message)
 
     async def refuse(self, refused: Refused, receive: Receive) -> None:

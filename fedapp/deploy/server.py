@@ -205,7 +205,7 @@ class Server:
             *("--superexec-auth-secret-file", file.name, "--parent-pid", str(os.getpid())),
             env=os.environ
             | {
-                "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.1",
+                "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.02",  # the front holds what it asks
                 "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}",
                 "FLWR_HOME": str(self.folder / "flwr"),
                 "FEDAPP_RUNS": str(self.folder / "runs"),
