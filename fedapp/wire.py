@@ -55,7 +55,7 @@ def compress(
     A mechanism of client-level privacy makes it private first, and nothing else of the reply then leaves the
     client. What codec and mechanism keep stays in `context.state`. Integer buffers go beside the packet,
     unchanged, but never under a mechanism: they count batches. `recall` brings the client's control variate,
-    where clients are steered: then news of an update is encoded, not all of it. `part` may ask for fewer bits.
+    where clients are steered: then news of an update is encoded, not all of it. `part` may ask for less.
     `own` is told what the packet decodes to, where the same process reads it.
     """
 

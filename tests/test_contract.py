@@ -9,14 +9,17 @@ import logging
 import os
 import subprocess
 import sys
+from base64 import b64decode
 from copy import copy
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
+from cryptography.hazmat.primitives.asymmetric import ec
 from flwr.app import (
     Array,
     ArrayRecord,
@@ -30,23 +33,68 @@ from flwr.app import (
 )
 from flwr.clientapp import ClientApp
 from flwr.clientapp.typing import Mod
-from flwr.common.constant import SUPERLINK_NODE_ID, ErrorCode, SType
+from flwr.common.constant import (
+    ISOLATION_MODE_PROCESS,
+    SUPERLINK_NODE_ID,
+    SYSTEM_TIME_TOLERANCE,
+    TIMESTAMP_HEADER,
+    TIMESTAMP_TOLERANCE,
+    ErrorCode,
+    SType,
+)
 from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
+from flwr.proto.fleet_pb2 import PullMessagesResponse
+from flwr.proto.message_pb2 import PullObjectResponse
 from flwr.serverapp import Grid, strategy
 from flwr.supercore import log
+from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIGNATURE_HEADER
+from flwr.supercore.primitives.asymmetric import bytes_to_public_key, verify_signature
+from flwr.supercore.protobuf.client import ProtobufClient, ProtobufRequestContext
+from flwr.supercore.protobuf.translation import PROTOBUF_REQUEST_TYPES
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
+from flwr.superlink.cli.flower_superlink import SuperLinkLifespan
+from flwr.superlink.config_loader import SuperLinkLifespanConfig
+from flwr.superlink.main import create_app
+from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
 import fedapp
+from fedapp.deploy import front
 from fedapp.wire import STREAMED
 
 PRIVATE = {
     "flwr.clientapp.typing": {"Mod"},
-    "flwr.common.constant": {"SUPERLINK_NODE_ID", "ErrorCode"},
+    "flwr.common.constant": {
+        "ErrorCode",
+        "ISOLATION_MODE_PROCESS",
+        "SUPERLINK_NODE_ID",
+        "SYSTEM_TIME_TOLERANCE",
+        "TIMESTAMP_HEADER",
+        "TIMESTAMP_TOLERANCE",
+        "TRANSPORT_TYPE_GRPC_RERE",
+    },
     "flwr.common.serde": {"recorddict_from_proto", "recorddict_to_proto"},
+    "flwr.proto.control_pb2": {"ListNodesRequest", "RegisterNodeRequest", "UnregisterNodeRequest"},
+    "flwr.proto.message_pb2": {"PullObjectResponse"},
+    "flwr.proto.node_pb2": {"NodeInfo"},
+    "flwr.server.superlink.linkstate": {"LinkState"},
     "flwr.supercore": {"log"},
+    "flwr.supercore.constant": {"FLEET_HTTP_PUBLIC_KEY_HEADER", "FLEET_HTTP_SIGNATURE_HEADER"},
+    "flwr.supercore.control": {"ControlHttpClient"},
+    "flwr.supercore.date": {"now"},
+    "flwr.supercore.primitives.asymmetric": {
+        "bytes_to_public_key",
+        "public_key_to_bytes",
+        "uses_nist_ec_curve",
+        "verify_signature",
+    },
+    "flwr.supercore.protobuf.client": {"ProtobufCall", "ProtobufRequestContext"},
     "flwr.supercore.run": {"Run"},
     "flwr.supercore.task_identity": {"TaskIdentity"},
+    "flwr.superlink.auth_plugin": {"NoOpControlAuthnPlugin"},
+    "flwr.superlink.cli.flower_superlink": {"SuperLinkLifespan"},
+    "flwr.superlink.config_loader": {"SuperLinkLifespanConfig"},
+    "flwr.superlink.main": {"create_app"},
 }
 PUBLIC = {"flwr.app", "flwr.clientapp", "flwr.serverapp", "flwr.serverapp.strategy"}
 
@@ -265,3 +313,58 @@ def test_telemetry_and_update_checks_are_off_before_flwr_is_imported() -> None:
     env = {key: value for key, value in os.environ.items() if not key.startswith("FLWR_")}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["0", "1"]
+
+
+def test_the_superlinks_paths() -> None:
+    """`PROTOBUF_REQUEST_TYPES`: each path of Flower's is one that the front has a rule for."""
+    prefixes = "/v1/control/", "/v1/fleet/", "/v1/runtime/"
+    assert {path for _, path in PROTOBUF_REQUEST_TYPES if not path.startswith(prefixes)} == set()
+    fleet = {path for _, path in PROTOBUF_REQUEST_TYPES if path.startswith("/v1/fleet/")}
+    assert fleet == {f"/v1/fleet/{name}" for name in front._NODES_OWN | {"register-node", "unregister-node"}}
+    pushes = {
+        f"/v1/{api}/{name}" for api in ("fleet", "runtime") for name in ("push-messages", "push-object")
+    }
+    assert pushes < {path for _, path in PROTOBUF_REQUEST_TYPES}
+
+
+def test_a_superlink_is_made_from_this() -> None:
+    """`SuperLinkLifespanConfig`, `SuperLinkLifespan`, `create_app`: with `process`, nothing is started."""
+    fields = set(inspect.signature(SuperLinkLifespanConfig).parameters)
+    assert {"superexec_auth_secret", "enable_supernode_auth", "database", "isolation"} < fields
+    assert len(fields) == 22
+    assert list(inspect.signature(create_app).parameters) == ["config", "superlink_lifespan_class"]
+    started = inspect.getsource(SuperLinkLifespan._start_superexec_if_needed)
+    assert "config.isolation != ISOLATION_MODE_SUBPROCESS" in started
+    assert ISOLATION_MODE_PROCESS == "process"
+
+
+def test_an_empty_answer_to_a_pull_is_empty_bytes_and_an_object_to_come_is_two() -> None:
+    """`PullMessagesResponse`, `PullObjectResponse`: what the front holds back."""
+    assert PullMessagesResponse().SerializeToString() == b""
+    coming = PullObjectResponse(object_found=True).SerializeToString()
+    assert front._unavailable(coming)
+    assert not front._unavailable(PullObjectResponse().SerializeToString())
+    assert not front._unavailable(
+        PullObjectResponse(object_found=True, object_available=True, object_content=b"").SerializeToString()
+    )
+
+
+def test_a_nodes_signature_is_over_its_timestamp() -> None:
+    """Header names, `sign_message`, `verify_signature`, tolerances: what a node's client sends."""
+    key = ec.generate_private_key(ec.SECP384R1())
+    seen: list[httpx.Request] = []
+
+    def call(context: ProtobufRequestContext) -> httpx.Response:
+        seen.append(context.request)
+        return httpx.Response(200)
+
+    asked = ProtobufRequestContext("any", PullMessagesResponse(), httpx.Request("POST", "http://here"))
+    NodeAuthHttpInterceptor(key, key.public_key()).intercept(asked, call)
+    headers = seen[0].headers
+    stamp, pem = headers[TIMESTAMP_HEADER], b64decode(headers[FLEET_HTTP_PUBLIC_KEY_HEADER])
+    assert verify_signature(
+        bytes_to_public_key(pem), stamp.encode(), b64decode(headers[FLEET_HTTP_SIGNATURE_HEADER])
+    )
+    assert (TIMESTAMP_TOLERANCE, SYSTEM_TIME_TOLERANCE) == (300, 5)
+    assert front.HOLD_S < 30  # seconds that an HTTP client of flwr waits for an answer
+    assert inspect.signature(ProtobufClient).parameters["timeout"].default == 30.0

@@ -96,7 +96,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def access(options: argparse.Namespace) -> Access:
-    """What `arguments` asked for: flags, else FEDAPP_SERVER, _CA and _TOKEN_FILE, else the folder."""
+    """What `arguments` asked: by flags or FEDAPP_SERVER, FEDAPP_CA, FEDAPP_TOKEN_FILE; else by folder."""
     token = keys.token(options.token_file or options.folder / keys.TOKEN)
     if options.server is not None:
         return Access(_address(options.server), options.ca, token)

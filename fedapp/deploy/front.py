@@ -13,6 +13,7 @@ import logging
 import time
 from base64 import b64decode
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime
 from hashlib import sha256
@@ -38,8 +39,10 @@ _NODES_OWN = _HAS_IT | {  # what a node asks; registering is the operator's
 }
 _PULL = f"{_FLEET}pull-messages"
 HOLD_S = 5.0  # a pull waits so long; clients give up after 30 s, and a signature is good for 300 s
+_TASK_S = 2.0  # the longest that a task waits which nobody told of: one from before a restart
 _SETTLE_S = 0.01  # pushes come in bursts: wait for the burst's end
 _QUESTION = 1 << 16  # bytes of a request that may be held, and be asked again
+_LINGER, _LINGER_S = 1 << 20, 1.0  # bytes, seconds of a body that nobody reads
 _BODY_S = 60.0  # between two pieces of a body
 _log = logging.getLogger("fedapp.server")
 
@@ -58,10 +61,14 @@ class Pushes:
     def __init__(self) -> None:
         self.next = asyncio.Event()
         self.over = False  # the server ends, and nobody waits any more
+        self.tasks = asyncio.Event()  # set: there may be a task that nobody has acquired
+        self.tasks.set()
 
     def tell(self, over: bool = False) -> None:
         """Wake all who wait."""
         self.over = self.over or over
+        if over:
+            self.tasks.set()
         self.next.set()
         self.next = asyncio.Event()
 
@@ -115,7 +122,7 @@ class Public:
             await self._answered(scope, receive, answer)
         except Refused as refused:
             self.refusals.tell(answer.who, what, refused.why)
-            await answer.refuse(refused)
+            await answer.refuse(refused, receive)
         else:
             if answer.status >= 400:
                 self.refusals.tell(answer.who, what, f"answered {answer.status}")
@@ -140,9 +147,12 @@ class Public:
                     self.pushes.tell()
         elif path.startswith(("/v1/control/", "/fedapp/")):
             self._operator(_headers(scope))
-            _log.info("operator at %s: %s", answer.who, _printable(path))
+            if not path.startswith(("/v1/control/list-", "/v1/control/stream-")):
+                _log.info("operator at %s: %s", answer.who, _printable(path))
             own = path.startswith("/fedapp/")
             await through(self.routes if own else self.app, scope, receive, answer, self.max_body)
+            if path.startswith("/v1/control/start-"):
+                self.pushes.tasks.set()
         else:
             raise Refused(404, "there is nothing here")
 
@@ -195,44 +205,75 @@ class Private:
 
     app: ASGIApp
     pushes: Pushes
+    max_body: int
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Let a request through; wake nodes that wait for what it pushed."""
         if scope["type"] != "http":
             return
-        path = scope["path"]
-        if not path.startswith(_RUNTIME):
-            await _Answer(send).refuse(Refused(404, "there is nothing here"))
-        elif path == f"{_RUNTIME}pull-object":
-            await _hold(self.app, scope, receive, _Answer(send), self.pushes, _unavailable)
-        else:
-            await self.app(scope, receive, send)
-            if path in (f"{_RUNTIME}push-messages", f"{_RUNTIME}push-object"):
-                self.pushes.tell()
+        path, answer = scope["path"], _Answer(send)
+        try:
+            if not path.startswith(_RUNTIME):
+                raise Refused(404, "there is nothing here")
+            if path == f"{_RUNTIME}acquire-task":
+                await self._acquire(scope, receive, answer)
+            elif path == f"{_RUNTIME}pull-object":
+                await _hold(self.app, scope, receive, answer, self.pushes, _unavailable)
+            else:
+                await through(self.app, scope, receive, answer, self.max_body)
+        except Refused as refused:
+            await answer.refuse(refused, receive)
+        if path in (f"{_RUNTIME}push-messages", f"{_RUNTIME}push-object"):
+            self.pushes.tell()
+        elif path in (f"{_RUNTIME}create-task", f"{_RUNTIME}start-automation"):
+            self.pushes.tasks.set()
+
+    async def _acquire(self, scope: Scope, receive: Receive, answer: "_Answer") -> None:
+        """Ask for a task once there may be one: Flower takes 10 ms of a core to say that there is none."""
+        tasks = self.pushes.tasks
+        with suppress(TimeoutError):
+            await asyncio.wait_for(tasks.wait(), _TASK_S)
+        tasks.clear()
+        await through(self.app, scope, receive, answer, _QUESTION)
+        if answer.size:  # a task, and there may be more
+            tasks.set()
 
 
 class _Answer:
     """What goes back to whom, and whether it has begun."""
 
     def __init__(self, send: Send, who: str = "") -> None:
-        self._send, self.who, self.status = send, who, 0
+        self._send, self.who, self.status, self.size = send, who, 0, 0
 
     async def __call__(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self.status = message["status"]
+        self.size += len(message.get("body", b""))
         await self._send(message)
 
-    async def refuse(self, refused: Refused) -> None:
+    async def refuse(self, refused: Refused, receive: Receive) -> None:
+        """Answer, and hang up; before that drop some of what still comes, so that the answer arrives."""
         if self.status:  # too late for another answer
             return
         body = json.dumps({"detail": refused.why}).encode()
         headers = [
             (b"content-type", b"application/json"),
             (b"content-length", str(len(body)).encode()),
-            (b"connection", b"close"),  # a body that is not read must not be read by the server either
+            (b"connection", b"close"),
         ]
         await self({"type": "http.response.start", "status": refused.status, "headers": headers})
-        await self({"type": "http.response.body", "body": body})
+        await self({"type": "http.response.body", "body": body, "more_body": True})
+        with suppress(TimeoutError):
+            await asyncio.wait_for(_dropped(receive), _LINGER_S)
+        await self({"type": "http.response.body", "body": b""})
+
+
+async def _dropped(receive: Receive) -> None:
+    left, more = _LINGER, True
+    while more and left > 0:
+        message = await receive()
+        left -= len(message.get("body", b""))
+        more = message.get("more_body", False)
 
 
 async def through(app: ASGIApp, scope: Scope, receive: Receive, send: Send, most: int) -> None:

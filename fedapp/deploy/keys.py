@@ -20,7 +20,7 @@ from pathlib import Path
 from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from fedapp.errors import FedappError
@@ -37,7 +37,7 @@ class Authority:
     """A CA: its certificate and the key that signs with it."""
 
     certificate: x509.Certificate
-    key: ec.EllipticCurvePrivateKey
+    key: ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -257,8 +257,8 @@ def _read_authority(file: Path, key_file: Path) -> Authority:
         raise FedappError(
             f"{key_file} is no key in PEM without a password: give the key of {file}"
         ) from error
-    if not isinstance(key, ec.EllipticCurvePrivateKey):
-        raise FedappError(f"{key_file} is no elliptic-curve key: let fedapp make its own CA instead")
+    if not isinstance(key, ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey):
+        raise FedappError(f"{key_file} is neither an ECDSA nor an RSA key: let fedapp make its own CA")
     if key.public_key() != certificate.public_key():
         raise FedappError(f"{key_file} is not the key of {file}: give the two that belong together")
     return Authority(certificate, key)
@@ -326,7 +326,7 @@ def _days(days: int) -> int:
     return days
 
 
-def _pem(made: x509.Certificate | ec.EllipticCurvePrivateKey) -> bytes:
+def _pem(made: x509.Certificate | ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey) -> bytes:
     if isinstance(made, x509.Certificate):
         return made.public_bytes(serialization.Encoding.PEM)
     form, none = serialization.PrivateFormat.PKCS8, serialization.NoEncryption()

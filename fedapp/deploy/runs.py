@@ -1,6 +1,7 @@
 """How the run folders of a server come back to who submitted the runs."""
 
 import os
+import stat
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -48,6 +49,8 @@ def tar(folder: Path) -> Iterator[bytes]:
             with file:
                 info = tarfile.TarInfo(str(path.relative_to(folder)))
                 status = os.fstat(file.fileno())
+                if not stat.S_ISREG(status.st_mode):
+                    continue
                 info.size, info.mtime = status.st_size, int(status.st_mtime)
                 yield info.tobuf()
                 left = info.size

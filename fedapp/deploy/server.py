@@ -2,32 +2,31 @@
 
 import argparse
 import asyncio
+import fcntl
 import logging
 import os
 import secrets
 import shutil
 import signal
 import socket
-import ssl
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
 
-import uvicorn
 from flwr.common.constant import ISOLATION_MODE_PROCESS, TRANSPORT_TYPE_GRPC_RERE
 from flwr.superlink.auth_plugin import NoOpControlAuthnPlugin
 from flwr.superlink.cli.flower_superlink import SuperLinkLifespan
 from flwr.superlink.config_loader import SuperLinkLifespanConfig
 from flwr.superlink.main import create_app
-from starlette.types import ASGIApp
 
 from fedapp.deploy import keys
 from fedapp.deploy.control import ADDRESS, is_loopback
-from fedapp.deploy.front import Private, Public, Pushes, Refusals
+from fedapp.deploy.front import Private, Public, Pushes
+from fedapp.deploy.listener import Listener, listener
 from fedapp.deploy.runs import RunFolders
 from fedapp.errors import FedappError
 
@@ -64,12 +63,28 @@ class Server:
     async def run(self) -> None:
         """Serve until SIGINT or SIGTERM; SIGHUP takes a renewed certificate."""
         said = self.check()
-        with self._bound(self.host, self.port) as public, self._bound("127.0.0.1", 0) as private:
-            self._prepare(public.getsockname()[1])
+        over, loop, secret = asyncio.Event(), asyncio.get_running_loop(), secrets.token_bytes(32)
+        for name in ("flwr", "runs", "log"):
+            (self.folder / name).mkdir(mode=0o700, exist_ok=True)
+        _logs(self.folder / "log")
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, over.set)
+        async with self.listening(secret) as listening:
+            loop.add_signal_handler(signal.SIGHUP, listening.renew)
+            child = await self._superexec(secret, listening.private)
+            copying = asyncio.create_task(_copy(child, self.folder / "log" / "superexec.log"))
+            ending = asyncio.create_task(over.wait())
             try:
-                await self._serve(public, private, said)
+                print(self._next(listening.public, said), flush=True)
+                _log.info("serving on %s port %d, %s", self.host, listening.public, said)
+                await asyncio.wait({copying, ending, *listening.tasks}, return_when=asyncio.FIRST_COMPLETED)
+                if not over.is_set():
+                    raise FedappError(f"a part of it ended: see {self.folder / 'log'}, and start it again")
             finally:
-                (self.folder / ADDRESS).unlink(missing_ok=True)
+                _log.info("ending")
+                await _end(child)
+                await copying
+                ending.cancel()
                 self._forget()
 
     def check(self) -> str:
@@ -99,6 +114,15 @@ class Server:
         return said
 
     @contextmanager
+    def _alone(self) -> Iterator[None]:
+        with (self.folder / ".lock").open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise FedappError(f"another server runs from {self.folder}: end it first") from error
+            yield
+
+    @contextmanager
     def _bound(self, host: str, port: int) -> Iterator[socket.socket]:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         try:
@@ -110,58 +134,40 @@ class Server:
         with bound:
             yield bound
 
-    def _prepare(self, port: int) -> None:
-        for name in ("flwr", "runs", "log"):
-            (self.folder / name).mkdir(mode=0o700, exist_ok=True)
-        os.environ["FLWR_HOME"] = str(self.folder / "flwr")
-        os.environ["FEDAPP_RUNS"] = str(self.folder / "runs")
-        local = self.host if is_loopback(self.host) else "127.0.0.1"
-        scheme = "http" if self.insecure else "https"
-        keys.write(self.folder / ADDRESS, f"{scheme}://{local}:{port}\n".encode())
-
-    async def _serve(self, public: socket.socket, private: socket.socket, said: str) -> None:
-        _logs(self.folder / "log")
-        secret, token = secrets.token_bytes(32), keys.token(self.folder / keys.TOKEN)
-        app = create_app(self._config(secret), SuperLinkLifespan)
-        pushes = Pushes()
-        front = Public(
-            app,
-            app.state.linkstate_factory.state,
-            token,
-            pushes,
-            RunFolders(self.folder / "runs"),
-            self.max_body,
-            keyed=not self.insecure,
-        )
-        outer = _listener(front, "on", None if self.insecure else self.folder)
-        inner = _listener(Private(app, pushes), "off", None)
-        over = asyncio.Event()
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(number, over.set)
-        loop.add_signal_handler(signal.SIGHUP, self._renew, outer.config)
-        serving = [asyncio.create_task(outer.serve([public])), asyncio.create_task(inner.serve([private]))]
-        child = await self._superexec(secret, private.getsockname()[1])
-        copying = asyncio.create_task(_copy(child, self.folder / "log" / "superexec.log"))
-        while not (outer.started and inner.started) and not any(task.done() for task in serving):
-            await asyncio.sleep(0.01)
-        print(self._next(public.getsockname()[1], said), flush=True)
-        _log.info("serving on %s port %d, %s", self.host, public.getsockname()[1], said)
-        died = asyncio.create_task(child.wait())
-        ending = asyncio.create_task(over.wait())
-        try:
-            await asyncio.wait({died, ending, *serving}, return_when=asyncio.FIRST_COMPLETED)
-            if not over.is_set():
-                raise FedappError(
-                    f"a part of the server ended: see {self.folder / 'log'}, and start it again"
-                )
-        finally:
-            _log.info("ending")
-            await _end(child)
-            pushes.tell(over=True)
-            outer.should_exit = inner.should_exit = True
-            await asyncio.gather(*serving, copying, died, return_exceptions=True)
-            ending.cancel()
+    @asynccontextmanager
+    async def listening(self, secret: bytes) -> AsyncIterator["Listening"]:
+        """Both listeners, ready; `secret` guards what starts ServerApps."""
+        with (
+            self._alone(),
+            self._bound(self.host, self.port) as outside,
+            self._bound("127.0.0.1", 0) as inside,
+        ):
+            app, pushes = create_app(self._config(secret), SuperLinkLifespan), Pushes()
+            front = Public(
+                app,
+                app.state.linkstate_factory.state,
+                keys.token(self.folder / keys.TOKEN),
+                pushes,
+                RunFolders(self.folder / "runs"),
+                self.max_body,
+                keyed=not self.insecure,
+            )
+            outer = listener(front, lifespan=True, folder=None if self.insecure else self.folder)
+            inner = listener(Private(app, pushes, self.max_body))
+            tasks = [asyncio.create_task(outer.serve([outside])), asyncio.create_task(inner.serve([inside]))]
+            public, private = outside.getsockname()[1], inside.getsockname()[1]
+            try:
+                while not (outer.started and inner.started) and not any(task.done() for task in tasks):
+                    await asyncio.sleep(0.01)
+                local = self.host if is_loopback(self.host) else "127.0.0.1"
+                scheme = "http" if self.insecure else "https"
+                keys.write(self.folder / ADDRESS, f"{scheme}://{local}:{public}\n".encode())
+                yield Listening(self.folder, outer, public, private, tasks)
+            finally:
+                (self.folder / ADDRESS).unlink(missing_ok=True)
+                pushes.tell(over=True)
+                outer.should_exit = inner.should_exit = True
+                await asyncio.gather(*tasks, return_exceptions=True)
 
     def _config(self, secret: bytes) -> SuperLinkLifespanConfig:
         return SuperLinkLifespanConfig(
@@ -190,14 +196,21 @@ class Server:
         )
 
     async def _superexec(self, secret: bytes, port: int) -> asyncio.subprocess.Process:
-        """Start what starts ServerApps. Its secret is in a file (mode 0600) while it may still read."""
+        """Start what starts ServerApps. Its secret is in a file (mode 0600) for the time of that."""
         with tempfile.NamedTemporaryFile(dir=self.folder, prefix=".superexec", delete=False) as file:
             file.write(secret)
         child = await asyncio.create_subprocess_exec(
             _superexec(),
             *("--insecure", "--runtime-api-address", f"127.0.0.1:{port}"),
             *("--superexec-auth-secret-file", file.name, "--parent-pid", str(os.getpid())),
-            env=os.environ | {"FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.1", "PYTHONUNBUFFERED": "1"},
+            env=os.environ
+            | {
+                "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.02",  # the front holds what it asks
+                "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}",
+                "FLWR_HOME": str(self.folder / "flwr"),
+                "FEDAPP_RUNS": str(self.folder / "runs"),
+                "PYTHONUNBUFFERED": "1",
+            },
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.STDOUT,
@@ -209,18 +222,6 @@ class Server:
     def _forget(self) -> None:
         for file in self.folder.glob(".superexec*"):
             file.unlink(missing_ok=True)
-
-    def _renew(self, config: uvicorn.Config) -> None:
-        """Take the certificate that is in the folder now, for connections from now on."""
-        if self.insecure or config.ssl is None:
-            return
-        try:
-            ends, _ = keys.check(self.folder)
-            config.ssl.load_cert_chain(self.folder / keys.CERTIFICATE, self.folder / keys.KEY)
-        except (FedappError, OSError) as error:
-            _log.error("the certificate stays as it was: %s", error)
-        else:
-            _log.info("a new certificate, until %s", f"{ends:%Y-%m-%d}")
 
     def _next(self, port: int, said: str) -> str:
         there = "" if self.folder == keys.FOLDER else f" --folder {self.folder}"
@@ -237,51 +238,28 @@ class Server:
         )
 
 
-class _Listener(uvicorn.Server):
-    """A uvicorn server that leaves signals alone: two of them share one loop."""
+@dataclass(frozen=True)
+class Listening:
+    """Listeners that run: their ports, and the tasks that end when one of them does."""
 
-    @contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        """Capture none."""
-        yield
+    folder: Path
+    outer: Listener
+    public: int
+    private: int
+    tasks: Sequence[asyncio.Task[None]]
 
-
-def _listener(app: ASGIApp, lifespan: str, folder: Path | None) -> _Listener:
-    config = uvicorn.Config(
-        app,
-        lifespan="on" if lifespan == "on" else "off",
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        ws="none",
-        proxy_headers=False,
-        timeout_keep_alive=30,
-        timeout_graceful_shutdown=10,
-        ssl_certfile=None if folder is None else folder / keys.CERTIFICATE,
-        ssl_keyfile=None if folder is None else folder / keys.KEY,
-    )
-    config.load()
-    if config.ssl is not None:
-        config.ssl.minimum_version = ssl.TLSVersion.TLSv1_2
-        config.ssl.sslobject_class = _Handshake
-    return _Listener(config)
-
-
-_HANDSHAKES = Refusals()
-
-
-class _Handshake(ssl.SSLObject):
-    """Tells of handshakes that fail, which asyncio does not: plain HTTP, a client that trusts another CA."""
-
-    def do_handshake(self) -> None:
-        """Shake hands."""
+    def renew(self) -> None:
+        """Take the certificate that is in the folder now, for connections from now on."""
+        context = self.outer.config.ssl
+        if context is None:
+            return
         try:
-            super().do_handshake()
-        except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
-            raise
-        except ssl.SSLError as error:
-            _HANDSHAKES.tell("a connection", "TLS", (error.reason or str(error)).lower().replace("_", " "))
-            raise
+            ends, _ = keys.check(self.folder)
+            context.load_cert_chain(self.folder / keys.CERTIFICATE, self.folder / keys.KEY)
+        except (FedappError, OSError) as error:
+            _log.error("the certificate stays as it was: %s", error)
+        else:
+            _log.info("a new certificate, until %s", f"{ends:%Y-%m-%d}")
 
 
 def _superexec() -> str:
