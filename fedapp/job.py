@@ -25,13 +25,13 @@ from fedapp.dp_step import DpStep
 from fedapp.errors import ConfigError
 from fedapp.fedbuff import FedBuff
 from fedapp.fold import Fold
-from fedapp.privacy.accounting import Gaussian, Release, Sampling, Spent
+from fedapp.privacy.accounting import Release, Sampling, Spent
 from fedapp.privacy.accounting import epsilon as epsilon_of
 from fedapp.privacy.central import CentralGaussian
 from fedapp.privacy.discrete import discrete_gaussian
 from fedapp.privacy.distributed import DistributedGaussian, Terms
 from fedapp.privacy.distributed_example import DistributedExample, StepTerms
-from fedapp.privacy.example import ExamplePrivacy
+from fedapp.privacy.example import ExamplePrivacy, releases
 from fedapp.privacy.local import LocalGaussian
 from fedapp.privacy.mechanism import Mechanism, Plan
 from fedapp.privacy.none import NoPrivacy
@@ -316,10 +316,6 @@ class Job:
 
         Epsilon of client-level privacy in the central model is that of all rounds, whoever took part.
         """
-        if isinstance(self.trainer, DpSgd) and isinstance(self.privacy, ExamplePrivacy):
-            history = self.trainer.history(participations)
-            epsilon = self.privacy.spent(history) if participations else 0.0
-            return Spent(epsilon, self.privacy.accountant)
         if self.privacy.delta is None:
             return None
         return epsilon_of(self.releases(rounds, participations), self.privacy.delta)
@@ -327,9 +323,7 @@ class Job:
     def releases(self, rounds: int, participations: int) -> tuple[Release, ...]:
         """What so many rounds release of a client that took part in so many; nothing if unprotected."""
         if isinstance(self.trainer, DpSgd):
-            dp = self.trainer
-            steps = dp.steps * participations
-            return (Gaussian(dp.noise_multiplier, "poisson", dp.sampling_rate, steps, "add_remove"),)
+            return releases(self.trainer.history(participations))
         if self.terms is not None:
             return (self.terms.release(participations),)
         return () if self.mechanism is None else self.mechanism.releases(rounds, participations)

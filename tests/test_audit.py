@@ -24,7 +24,7 @@ from fedapp.errors import ConfigError
 from fedapp.job import Job
 from fedapp.privacy import central, local
 from fedapp.privacy.central import CentralGaussian
-from fedapp.privacy.example import epsilon
+from fedapp.privacy.example import ExamplePrivacy
 from fedapp.privacy.local import LocalGaussian
 from fedapp.tasks import Data
 
@@ -93,7 +93,7 @@ def test_confidence_is_kept_and_used(eps: float) -> None:
 
 
 def claim(noise: float, rate: float = 1.0, steps: int = 1) -> Claim:
-    return Claim(epsilon(((noise, rate, steps),), 1e-5, "prv"), 1e-5, noise, rate, steps)
+    return Claim(ExamplePrivacy().spent(((noise, rate, steps),)), 1e-5, noise, rate, steps)
 
 
 @pytest.mark.parametrize("sampling", [(1.0, 1), (0.1, 30)])
