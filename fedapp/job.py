@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
+from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 import numpy as np
@@ -37,6 +38,7 @@ from fedapp.privacy.mechanism import Mechanism, Plan
 from fedapp.privacy.none import NoPrivacy
 from fedapp.privacy.secret import COHORT, Secret, source, uniform
 from fedapp.scaffold import Control, Controls, Course, Scaffold
+from fedapp.secagg.roster import MADE, make, read_roster
 from fedapp.secagg.wire import Summed
 from fedapp.speeds import Stragglers, Untimed
 from fedapp.tasks import Task
@@ -222,6 +224,24 @@ class Job:
         assert self.terms is not None
         tolerated, least = self.privacy.tolerated, max(combinations.LEAST, self.terms.honest)
         return secagg.Plan(least, colluding=max(tolerated, 1 / self.in_round), dropouts=tolerated)
+
+    @property
+    def signed(self) -> bool:
+        """Whether clients sign what they say in secure aggregation."""
+        return isinstance(self.privacy, Summed) and self.privacy.roster is not None
+
+    @cached_property
+    def identities(self) -> tuple[secagg.Identity, ...]:
+        """Of the clients of a simulation, by partition, where it is to make them; else none."""
+        made = isinstance(self.privacy, Summed) and self.privacy.roster == MADE
+        return make(self.clients) if made else ()
+
+    @cached_property
+    def roster(self) -> frozenset[bytes]:
+        """Whose signatures count at the server. Raises ConfigError where its file cannot be read."""
+        if not isinstance(self.privacy, Summed) or self.privacy.roster is None:
+            return frozenset()
+        return self.identities[0].roster if self.identities else read_roster(Path(self.privacy.roster))
 
     @property
     def wire_codec(self) -> Codec | None:

@@ -58,6 +58,7 @@ class DistributedGaussian:
     keep: float = 1.0
     bits: int | None = None
     tolerated: float = 0.1
+    roster: str | None = None
     test_seed: int | None = None
     unit: Literal["client"] = "client"
     against: ClassVar[str] = "a server that follows the protocol"
@@ -67,6 +68,8 @@ class DistributedGaussian:
         check.real("privacy.clip", self.clip, low=1e-6, high=1e6)
         check.real("privacy.keep", self.keep, above=0.0, high=1.0)
         check.real("privacy.tolerated", self.tolerated, low=0.0, below=1.0)
+        if self.roster is not None:
+            check.text("privacy.roster", self.roster)
         if self.bits is not None:
             check.whole("privacy.bits", self.bits, 1, MOST_BITS)
 

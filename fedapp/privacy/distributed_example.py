@@ -72,6 +72,7 @@ class DistributedExample:
     delta: float = 1e-5
     noise_multiplier: float | None = None
     tolerated: float = 0.1
+    roster: str | None = None
     test_seed: int | None = None
     unit: Literal["example"] = "example"
     against: ClassVar[str] = "a server that follows the protocol"
@@ -79,6 +80,8 @@ class DistributedExample:
     def __post_init__(self) -> None:
         require_budget(self.epsilon, self.delta, self.noise_multiplier, self.test_seed)
         check.real("privacy.tolerated", self.tolerated, low=0.0, below=1.0)
+        if self.roster is not None:
+            check.text("privacy.roster", self.roster)
 
     def terms(
         self, size: int, cohort: int, rounds: int, *, clip: float, rate: float, examples: int

@@ -43,6 +43,7 @@ Not covered: whether a client's values are valid (one client can spoil a sum uns
 from fedapp.secagg.client import Client
 from fedapp.secagg.plan import Graph, Plan
 from fedapp.secagg.record import Record
+from fedapp.secagg.roster import Identity
 from fedapp.secagg.server import Server
 
-__all__ = ["Client", "Graph", "Plan", "Record", "Server"]
+__all__ = ["Client", "Graph", "Identity", "Plan", "Record", "Server"]
