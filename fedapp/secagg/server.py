@@ -231,7 +231,7 @@ class Server:
             raise self._failed(
                 f"{len(shares)} shares of client {self._clients[position]} do not open its secret, "
                 f"{threshold} sound ones must: it has lied, or its neighbours have",
-                len(self._masked),
+                len(shares),
             )
         liars |= found[1]
         return found[0].to_bytes(shamir.BYTES, "little")
