@@ -42,3 +42,9 @@ def choice(name: str, value: object, options: tuple[str, ...]) -> None:
     """Require one of the given words."""
     if value not in options:
         raise ConfigError(f"{name} must be one of {', '.join(options)}, got {value!r}: choose one of them")
+
+
+def text(name: str, value: object) -> None:
+    """Require a text that is not empty."""
+    if not isinstance(value, str) or not value:
+        raise ConfigError(f"{name} must be a text, got {value!r}: put it in quotes")

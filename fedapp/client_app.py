@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
@@ -16,7 +17,7 @@ from fedapp.assignment import SECONDS, WHOLE, Part, part_in
 from fedapp.ckks import Ckks
 from fedapp.downlink import Plain
 from fedapp.dp_step import DpStep
-from fedapp.errors import FedappError
+from fedapp.errors import ConfigError, FedappError
 from fedapp.facts import ASKS
 from fedapp.job import Job
 from fedapp.privacy.consent import consent, data_of, facts_of
@@ -24,7 +25,8 @@ from fedapp.privacy.secret import BATCH, CLIENT, source
 from fedapp.records import ARRAYS, CONFIG, METRICS, UPDATE, WEIGHT, load_state, store_state
 from fedapp.running_sum import Own
 from fedapp.scaffold import STEERED
-from fedapp.secagg import Client
+from fedapp.secagg import Client, Identity
+from fedapp.secagg.roster import read_identity
 from fedapp.secagg.wire import answer, masked
 from fedapp.stages import DECODE, ENCODE, EVALUATE, TRAIN
 from fedapp.tasks import Data
@@ -58,7 +60,7 @@ def client_app(job_of: Callable[[Context], Job], own: Own | None = None) -> Clie
         secret = source(job.privacy.test_seed, CLIENT, *at)
         if job.terms is not None:
             encode = partial(job.terms.encode, rng=job.public_rng(at[0], 0, use=3), secret=secret)
-            return masked(_secure(job), encode)(message, context, call_next)
+            return masked(_secure(job, context), encode)(message, context, call_next)
         if isinstance(job.aggregation, Ckks):
             return ckks.encrypted(message, context, call_next)
         if job.wire_codec is None:
@@ -129,11 +131,11 @@ def client_app(job_of: Callable[[Context], Job], own: Own | None = None) -> Clie
         @ENCODE
         def reply(message: Message, context: Context) -> Message:
             """One stage of secure aggregation."""
-            return answer(_secure(job_of(context)), stage, message, context)
+            return answer(_secure(job_of(context), context), stage, message, context)
 
     app.query("key", mods=[guard])(ckks.answer_key)
     app.query("open", mods=[guard])(ckks.answer_open)
-    for stage in ("advertise", "share", "unmask"):
+    for stage in ("advertise", "share", "confirm", "unmask"):
         take_part(stage)
     return app
 
@@ -159,11 +161,29 @@ def local_app(job: Job) -> ClientApp:
     return app
 
 
-def _secure(job: Job) -> Client:
-    """This node's end of secure aggregation; FedappError where the run has none."""
+def _secure(job: Job, context: Context) -> Client:
+    """This node's end of secure aggregation; FedappError where the run has none, or one of them signs."""
     if job.terms is None:
         raise FedappError("this run has no secure aggregation")
-    return Client(job.terms.kept, job.terms.modulus, job.dropouts)
+    own = _identity(job, context)
+    if (own is None) == job.signed:
+        said = "a run signs" if own is None else "this node signs, and the run does not"
+        raise FedappError(f"{said}: set privacy.roster, and give every node roster= and signing-key=")
+    if own is None:
+        return Client(job.terms.kept, job.terms.modulus, job.dropouts)
+    return Client(
+        job.terms.kept, job.terms.modulus, job.dropouts, signing_key=own.signing_key, roster=own.roster
+    )
+
+
+def _identity(job: Job, context: Context) -> Identity | None:
+    """Who this node is and whom it knows: from its own files, where it was given any; never from the run."""
+    roster, key = (context.node_config.get(name) for name in ("roster", "signing-key"))
+    if roster is not None or key is not None:
+        if roster is None or key is None:
+            raise ConfigError("a roster goes with a signing key: give the node roster= and signing-key=")
+        return read_identity(Path(str(key)), Path(str(roster)))
+    return job.identities[partition_of(context)] if job.identities else None
 
 
 def guard(message: Message, context: Context, call_next: Next) -> Message:

@@ -127,6 +127,16 @@ def check_clock(job: "Job", simulated: bool) -> None:
         )
 
 
+def check_roster(job: "Job", simulated: bool) -> None:
+    """A simulation makes long-term keys, real participants have their own."""
+    if job.signed and simulated != bool(job.identities):
+        repair = "made" if simulated else "the file of the participants' public keys"
+        raise ConfigError(
+            f"privacy.roster={getattr(job.privacy, 'roster', None)} is not for "
+            f"{'a simulation' if simulated else 'nodes of their own'}: set privacy.roster={repair}"
+        )
+
+
 def check_privacy(job: "Job") -> None:
     """What would leak beside a private update, and trainers without their privacy, are refused."""
     given, strategy = f"privacy={job.choices['privacy']}", type(job.strategy).__name__
@@ -238,7 +248,7 @@ def _refuse(given: str, rules: Iterable[tuple[bool, str]]) -> None:
 def check_dropouts(job: "Job") -> None:
     assert isinstance(job.privacy, Summed)
     try:
-        job.dropouts.graph(job.in_round)
+        job.dropouts.graph(job.in_round, complete=bool(job.roster))
     except ConfigError as error:
         raise ConfigError(
             f"privacy.tolerated={job.privacy.tolerated:g} of {job.in_round} clients: "

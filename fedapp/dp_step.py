@@ -1,6 +1,7 @@
 """One step of DP-SGD by Opacus, and the trainer whose rounds are one: what it adds up others add noise to."""
 
 import warnings
+from collections.abc import Callable
 from contextlib import closing
 from copy import deepcopy
 from dataclasses import dataclass
@@ -47,15 +48,23 @@ class DpStep:
         check.whole("trainer.physical_batch_size", self.physical_batch_size, 1)
         check.whole("trainer.ghost_above", self.ghost_above, 0)
 
-    def total(self, task: Task, model: nn.Module, data: Data, secret: Secret) -> NDArray[np.float64]:
+    def total(
+        self,
+        task: Task,
+        model: nn.Module,
+        data: Data,
+        secret: Secret,
+        step_of: "Callable[[Task, nn.Module, DpStep, None, float], Step] | None" = None,
+    ) -> NDArray[np.float64]:
         """The sum over one draw, float64 (size,): parameters end to end. `model` stays as it is.
 
-        In double precision throughout, since the sensitivity of the rounded sum counts on it.
+        In double precision throughout, since the sensitivity of the rounded sum counts on it. `step_of` makes
+        the step where an audit puts canaries into it.
         """
         drawn = torch.from_numpy(np.flatnonzero(uniform(len(data), secret) < self.sampling_rate))
         torch.manual_seed(int.from_bytes(secret(8), "little"))  # dropout draws from the global generator
         wide = deepcopy(model).double().train()
-        with closing(Step(task, wide, self, noise=None, lr=0.0)) as step:
+        with closing((step_of or Step)(task, wide, self, None, 0.0)) as step:
             return step.total(data, drawn.to(data.x.device)).cpu().numpy()
 
 

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
+from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 import numpy as np
@@ -27,19 +28,20 @@ from fedapp.errors import ConfigError
 from fedapp.facts import Facts
 from fedapp.fedbuff import FedBuff
 from fedapp.fold import Fold
-from fedapp.privacy.accounting import Gaussian, Release, Sampling, Spent
+from fedapp.privacy.accounting import Release, Sampling, Spent
 from fedapp.privacy.accounting import epsilon as epsilon_of
 from fedapp.privacy.central import CentralGaussian
 from fedapp.privacy.discrete import discrete_gaussian
 from fedapp.privacy.distributed import DistributedGaussian, Terms
 from fedapp.privacy.distributed_example import DistributedExample, StepTerms
-from fedapp.privacy.example import ExamplePrivacy
+from fedapp.privacy.example import ExamplePrivacy, releases
 from fedapp.privacy.local import LocalGaussian
 from fedapp.privacy.mechanism import Mechanism, Plan
 from fedapp.privacy.none import NoPrivacy
 from fedapp.privacy.secret import COHORT, Secret, source
 from fedapp.running_sum import Own
 from fedapp.scaffold import Control, Controls, Course, Scaffold
+from fedapp.secagg.roster import MADE, make, read_roster
 from fedapp.secagg.wire import Summed
 from fedapp.selection import BySize, Poisson, PowerOfChoice, Selection, Uniform
 from fedapp.speeds import Stragglers, Untimed
@@ -246,6 +248,24 @@ class Job:
         return secagg.Plan(least, colluding=max(tolerated, 1 / self.in_round), dropouts=tolerated)
 
     @property
+    def signed(self) -> bool:
+        """Whether clients sign what they say in secure aggregation."""
+        return isinstance(self.privacy, Summed) and self.privacy.roster is not None
+
+    @cached_property
+    def identities(self) -> tuple[secagg.Identity, ...]:
+        """Of the clients of a simulation, by partition, where it is to make them; else none."""
+        made = isinstance(self.privacy, Summed) and self.privacy.roster == MADE
+        return make(self.clients) if made else ()
+
+    @cached_property
+    def roster(self) -> frozenset[bytes]:
+        """Whose signatures count at the server. Raises ConfigError where its file cannot be read."""
+        if not isinstance(self.privacy, Summed) or self.privacy.roster is None:
+            return frozenset()
+        return self.identities[0].roster if self.identities else read_roster(Path(self.privacy.roster))
+
+    @property
     def wire_codec(self) -> Codec | None:
         """None where weights come back as plain Flower sends them."""
         plain = isinstance(self.codec, Identity) and isinstance(self.downlink, Plain) and not self.mechanism
@@ -351,10 +371,6 @@ class Job:
 
         Epsilon of client-level privacy in the central model is that of all rounds, whoever took part.
         """
-        if isinstance(self.trainer, DpSgd) and isinstance(self.privacy, ExamplePrivacy):
-            history = self.trainer.history(participations)
-            epsilon = self.privacy.spent(history) if participations else 0.0
-            return Spent(epsilon, self.privacy.accountant)
         if self.privacy.delta is None:
             return None
         return epsilon_of(self.releases(rounds, participations), self.privacy.delta)
@@ -362,9 +378,7 @@ class Job:
     def releases(self, rounds: int, participations: int) -> tuple[Release, ...]:
         """What so many rounds release of a client that took part in so many; nothing if unprotected."""
         if isinstance(self.trainer, DpSgd):
-            dp = self.trainer
-            steps = dp.steps * participations
-            return (Gaussian(dp.noise_multiplier, "poisson", dp.sampling_rate, steps, "add_remove"),)
+            return releases(self.trainer.history(participations))
         if self.terms is not None:
             return (self.terms.release(participations),)
         return () if self.mechanism is None else self.mechanism.releases(rounds, participations)

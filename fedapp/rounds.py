@@ -4,10 +4,12 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from logging import WARNING
 from typing import Any, cast
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
+from flwr.supercore import log
 
 from fedapp.assignment import Workloads
 from fedapp.asynchronous import Asynchronous
@@ -16,7 +18,7 @@ from fedapp.client_app import load
 from fedapp.downlink import Coded, Downlink
 from fedapp.engine.grid import now, stream
 from fedapp.engine.local import LocalGrid
-from fedapp.errors import DataError, FedappError
+from fedapp.errors import DataError, FedappError, RoundLost
 from fedapp.facts import Facts
 from fedapp.fedbuff import FedBuff
 from fedapp.job import Job
@@ -57,7 +59,7 @@ class Federation:
         told = facts(self.grid, self.job, self._partitions)
         self._facts = [told.get(node, Facts()) for node in self._nodes]
         self._wire.weigh_at_least(self.job.selection.least_weight(self._facts, self.job.at_once))
-        self._late = 0
+        self._late, self._lost = 0, False
         self._asynchronous: Asynchronous | None = None
         if isinstance(self.job.strategy, FedBuff):
             parts = self._wire, self._downlink, self._partitions, self.traffic, self.begun
@@ -105,6 +107,8 @@ class Federation:
     def run(self, progress: Progress) -> Iterator[Round]:
         """The rounds that are left, one record each. Raises FedappError when a cohort returned no update.
 
+        Of a round that left too few clients for a sum that may be opened there is a record, without replies,
+        and the weights stay: it is lost. It costs what others do, as was written down before it began.
         Stops before a round that would pass the budget: rounds that a crash made it repeat have cost some.
         """
         for number in range(self.finished + 1, self.job.rounds + 1):
@@ -128,7 +132,7 @@ class Federation:
                 stages=CLOCK.end_round(self.grid.workers if isinstance(self.grid, LocalGrid) else None),
                 clock=self.clock if self.job.timed else None,
             )
-            if answers and self.accepted == accepted:
+            if answers and self.accepted == accepted and not self._lost:
                 early = "" if self.job.deadline is None else f", or deadline={self.job.deadline:g} is early"
                 raise FedappError(
                     f"round {number}: none of {answers} clients returned an update; the log says why{early}"
@@ -181,7 +185,12 @@ class Federation:
         self.begun.add(number, [self._partitions[node] for node in cohort])  # before anything is sent
         summed = self._summed(number, [message.metadata.dst_node_id for message in messages])
         if summed is not None:
-            self._train_on_sums(number, messages, summed, progress)
+            try:
+                self._train_on_sums(number, messages, summed, progress)
+                self._lost = False
+            except RoundLost as error:
+                self._lost = True
+                log(WARNING, "round %s: %s", number, error)
             return len(messages)
         until = now(self.grid) + (float("inf") if self.job.deadline is None else self.job.deadline)
         in_time = self._in_time(messages, until)
@@ -224,7 +233,8 @@ class Federation:
         """How the server comes by the sum of a round where it is to see nothing else."""
         job = self.job
         if job.terms is not None:
-            server = Server(nodes, job.terms.kept, job.terms.modulus, number, job.dropouts)
+            of = job.terms.kept, job.terms.modulus, number, job.dropouts
+            server = Server(nodes, *of, roster=job.roster)
             return SecureSum(server, job.terms, job.public_rng(number, 0, use=3), self._ask)
         if not isinstance(job.aggregation, Ckks):
             return None
@@ -235,7 +245,7 @@ class Federation:
     def _train_on_sums(
         self, number: int, messages: list[Message], summed: SecureSum | CkksSum, progress: Progress
     ) -> None:
-        """One round of training on the sum alone; raises FedappError where that is lost."""
+        """One round of training on the sum alone; raises RoundLost, or FedappError where nobody was left."""
         told = summed.begin()
         messages = [message for message in messages if message.metadata.dst_node_id in told]
         for message in messages:

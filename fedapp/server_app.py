@@ -48,6 +48,7 @@ def main(grid: Grid, context: Context) -> None:
             place.symlink_to(begin.path)
         job = config.job(begin.tree)
         combinations.check_clock(job, simulated=False)
+        combinations.check_roster(job, simulated=False)
         job.prepare()
         folder = RunFolder(begin.path, begin.again)
         CLOCK.begin(job.profile)
@@ -87,6 +88,7 @@ def simulate(
                 f"the run in {begin.path} was none on this machine: resume it as it was started"
             )
         combinations.check_clock(job, simulated=True)
+        combinations.check_roster(job, simulated=True)
         sizes = [len(part) for part in job.task.partitions()]  # loads the data, for all workers
         job.prepare()
         if job.evaluate == "server" and job.torch_device.type == "cuda":
@@ -223,11 +225,22 @@ def _charged(repeated: int) -> str:
     return f"{many} begun and not finished, and what had left by then is charged"
 
 
-def _note(federation: Federation) -> str | None:
+def _lost(records: list[Round]) -> str:
+    """Which rounds left no update."""
+    lost = [str(record.round) for record in records if record.failures and not record.replies]
+    return f"too few clients were left in round {', '.join(lost)}, which changed nothing" if lost else ""
+
+
+def _note(federation: Federation, records: list[Round]) -> str | None:
     """What a reader of the results must know."""
     job, repeated = federation.job, federation.repeated
     ended = f"the budget ends after round {federation.finished} of {job.rounds}"
-    said = [job.note, _charged(repeated) if repeated else None, ended if federation.spent_out else None]
+    said = [
+        job.note,
+        _lost(records) or None,
+        _charged(repeated) if repeated else None,
+        ended if federation.spent_out else None,
+    ]
     return "; ".join(text for text in said if text) or None
 
 
@@ -274,5 +287,5 @@ def _summary(
         interrupted=failure is not None,
         coding=job.said,
         stages=total([record.stages for record in records]),
-        note=_note(federation),
+        note=_note(federation, records),
     )

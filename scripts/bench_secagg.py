@@ -3,7 +3,8 @@
 usage: .venv/bin/python scripts/bench_secagg.py [--clients 10] [--parameters 26146 1200000] [--noise 1.0]
 
 A round of privacy=distributed_gaussian without Flower and without training: every client encodes an update of
-Gaussian noise, and all stages run in this process. Bytes are those of the records as Flower serializes them,
+Gaussian noise, and all stages run in this process; with a roster, where it says so, clients sign what they
+say. Bytes are those of the records as Flower serializes them,
 up (to the server) and down, over all parameters of all clients; `smaller` is float32 one way over both.
 `noise` is what rounding to the grid makes of it: 1 is what the noise multiplier asks for. A second table is
 of aggregation=ckks (extra ckks): keys, ciphertexts, the opened sum. Weights on their way out are in neither.
@@ -12,6 +13,7 @@ of aggregation=ckks (extra ckks): keys, ciphertexts, the opened sum. Weights on 
 import argparse
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -21,6 +23,7 @@ from fedapp import ckks, secagg
 from fedapp.privacy.distributed import DistributedGaussian
 from fedapp.records import size_of
 from fedapp.secagg.record import Record
+from fedapp.secagg.roster import make
 
 
 def bytes_of(records: dict[int, Record]) -> int:
@@ -43,15 +46,22 @@ class Clock:
         return done
 
 
-def measure(clients: int, parameters: int, keep: float, bits: int | None, noise: float) -> str:
+def measure(
+    clients: int, parameters: int, keep: float, bits: int | None, noise: float, signed: bool = False
+) -> str:
     privacy = DistributedGaussian(epsilon=None, noise_multiplier=noise, keep=keep, bits=bits)
     terms, clock = privacy.terms(parameters, clients, 1), Clock()
     plan = secagg.Plan(colluding=max(privacy.tolerated, 1 / clients), dropouts=privacy.tolerated)
-    server = secagg.Server(range(clients), terms.kept, terms.modulus, 1, plan)
-    client, states, up, down = secagg.Client(terms.kept, terms.modulus, plan), dict[int, Record](), 0, 0
+    known = make(clients) if signed else ()
+    roster = known[0].roster if known else frozenset[bytes]()
+    server = secagg.Server(range(clients), terms.kept, terms.modulus, 1, plan, roster=roster)
+    everyone = [secagg.Client(terms.kept, terms.modulus, plan)] * clients
+    if known:
+        everyone = [replace(everyone[0], signing_key=one.signing_key, roster=roster) for one in known]
+    states, up, down = dict[int, Record](), 0, 0
     updates = np.random.default_rng(0).normal(size=(clients, parameters)).astype(np.float32)
     secret = np.random.default_rng(1).bytes
-    for stage in ("advertise", "share", "mask", "unmask"):
+    for stage in ("advertise", "share", "mask", *(("confirm",) if signed else ()), "unmask"):
         messages = clock("server", getattr(server, stage))
         down += bytes_of(messages)
         for number, message in messages.items():
@@ -60,7 +70,7 @@ def measure(clients: int, parameters: int, keep: float, bits: int | None, noise:
             if stage == "mask":
                 public = np.random.default_rng(7)
                 given.append(clock("client", terms.encode, updates[number], public, secret))
-            reply, states[number] = clock("client", getattr(client, stage), *given)
+            reply, states[number] = clock("client", getattr(everyone[number], stage), *given)
             up += bytes_of({number: reply})
             clock("server", server.take, number, reply)
     total = clock("server", server.total)
@@ -69,8 +79,8 @@ def measure(clients: int, parameters: int, keep: float, bits: int | None, noise:
     ways = [8 * way / parameters / clients for way in (up, down)]
     raised = terms.noise / terms.clip / noise
     return (
-        f"| {parameters:,} | {keep:g} | {terms.bits} | {raised:.3f} | {ways[0]:.3f} | {ways[1]:.3f} "
-        f"| {32 / sum(ways):.1f}x "
+        f"| {parameters:,} | {keep:g} | {'yes' if signed else 'no'} "
+        f"| {terms.bits} | {raised:.3f} | {ways[0]:.3f} | {ways[1]:.3f} | {32 / sum(ways):.1f}x "
         f"| {clock.seconds['client'] / clients:.2f} | {clock.seconds['server']:.2f} |"
     )
 
@@ -103,11 +113,13 @@ def main() -> None:
     parser.add_argument("--noise", type=float, default=1.0)
     options = parser.parse_args()
     measure(options.clients, 1000, 1.0, None, options.noise)  # compiles the sampler
-    print("| parameters | kept | bits of one | noise | up | down | smaller | client, s | server, s |")
-    print("|---|---|---|---|---|---|---|---|---|")
+    print(
+        "| parameters | kept | roster | bits of one | noise | up | down | smaller | client, s | server, s |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|---|")
     for parameters in options.parameters:
-        for keep, bits in ((1.0, None), (0.1, None), (0.1, 12)):
-            print(measure(options.clients, parameters, keep, bits, options.noise), flush=True)
+        for keep, bits, signed in ((1.0, None, False), (0.1, None, False), (0.1, 12, False), (0.1, 12, True)):
+            print(measure(options.clients, parameters, keep, bits, options.noise, signed), flush=True)
     print(
         "\n| parameters, ckks | up, of float32 | down, of float32 | error of a mean | client, s | server, s |"
     )

@@ -17,14 +17,16 @@ from scipy.stats import binom, norm
 from fedapp import cli, config
 from fedapp.audit import command
 from fedapp.audit.bound import lower_bound, p_value
-from fedapp.audit.client import Central, Local
-from fedapp.audit.example import examples
+from fedapp.audit.client import Central, Distributed, Local
+from fedapp.audit.example import SharedExamples, examples
 from fedapp.audit.one_run import Claim, Finding, Guesses, audit, choose
 from fedapp.errors import ConfigError
 from fedapp.job import Job
-from fedapp.privacy import central, local
+from fedapp.privacy import central, distributed_example, local
+from fedapp.privacy import distributed as distributed_module
 from fedapp.privacy.central import CentralGaussian
-from fedapp.privacy.example import epsilon
+from fedapp.privacy.distributed import DistributedGaussian, Terms
+from fedapp.privacy.example import ExamplePrivacy
 from fedapp.privacy.local import LocalGaussian
 from fedapp.tasks import Data
 
@@ -93,7 +95,7 @@ def test_confidence_is_kept_and_used(eps: float) -> None:
 
 
 def claim(noise: float, rate: float = 1.0, steps: int = 1) -> Claim:
-    return Claim(epsilon(((noise, rate, steps),), 1e-5, "prv"), 1e-5, noise, rate, steps)
+    return Claim(ExamplePrivacy().spent(((noise, rate, steps),)), 1e-5, noise, rate, steps)
 
 
 @pytest.mark.parametrize("sampling", [(1.0, 1), (0.1, 30)])
@@ -172,6 +174,90 @@ def test_clients_are_canaries(monkeypatch: pytest.MonkeyPatch, settings: str, re
     assert found.most > 2
     assert found.passed == (removed is None)
     assert found.bound > 0.1
+
+
+# --- mechanisms whose noise clients share ---------------------------------------------------------------
+
+SHARED = "task=digits clients=600 rounds=2 privacy=distributed_gaussian privacy.epsilon=2 privacy.test_seed=1"
+SHARED_EXAMPLES = (
+    "task=digits clients=5 rounds=4 partition=iid model=mlp privacy=distributed_example privacy.epsilon=2 "
+    "privacy.tolerated=0.2 privacy.test_seed=1"
+)
+
+
+def distributed(settings: str) -> Distributed:
+    job = config.job(config.compose(settings))
+    assert isinstance(job.privacy, DistributedGaussian)
+    return Distributed(job, job.privacy)
+
+
+def no_shares(size: int, variance: Any, secret: Any) -> Any:
+    return np.zeros(size, np.int64)
+
+
+def longer(encode: Any) -> Any:
+    """A client that clips to ten times the norm, on the same grid."""
+    return lambda self, *given, **named: encode(
+        replace(self, clip=10 * self.clip, most=100 * self.most), *given, **named
+    )
+
+
+@pytest.mark.parametrize("removed", [None, "clip", "noise"])
+def test_shared_noise_of_clients_is_audited(monkeypatch: pytest.MonkeyPatch, removed: str | None) -> None:
+    if removed == "noise":
+        monkeypatch.setattr(distributed_module, "discrete_gaussian", no_shares)
+    if removed == "clip":
+        monkeypatch.setattr(Terms, "encode", longer(Terms.encode))
+    release = distributed(SHARED)
+    found = audit(release, release.claim(), release.canaries, 0.95, np.random.default_rng(3))
+    assert found.canaries == 540  # a tenth is tolerated to be gone
+    assert 1.9 < found.claim.epsilon <= 2 < found.most
+    assert found.passed == (removed is None)
+    assert removed is not None or found.bound < 1
+
+
+def test_a_canary_client_adds_the_clip_norm_and_the_sum_has_the_least_noise() -> None:
+    release = distributed(f"{SHARED} rounds=1")
+    included = np.arange(release.canaries) % 2 == 0
+    signed = release(included)[0] * np.where(included, 1, -1)
+    noise = release.claim().noise_multiplier
+    assert signed.mean() == pytest.approx(1, abs=4 * noise / np.sqrt(540))
+    assert signed.std() == pytest.approx(noise, rel=0.12)  # four deviations
+
+
+def shared_examples(more: str = "", canaries: int = 1500) -> tuple[SharedExamples, np.random.Generator]:
+    rng = np.random.default_rng(4)
+    job = config.job(config.compose(f"{SHARED_EXAMPLES} {more}"))
+    release = examples(job, canaries, rng)
+    assert isinstance(release, SharedExamples)
+    return release, rng
+
+
+@pytest.mark.parametrize("removed", [None, "clip", "noise"])
+def test_shared_noise_of_examples_is_audited(monkeypatch: pytest.MonkeyPatch, removed: str | None) -> None:
+    if removed == "noise":
+        monkeypatch.setattr(distributed_example, "discrete_gaussian", no_shares)
+    if removed == "clip":
+        monkeypatch.setattr(DPOptimizer, "clip_and_accumulate", no_clip)
+    release, rng = shared_examples()
+    whole = release.job.task.client_data({"partition-id": 0})
+    few = Data(whole.x[:20], whole.y[:20])  # unclipped, a client's own examples blur all that is released
+    monkeypatch.setattr(type(release.job.task), "client_data", lambda self, node: few)
+    found = audit(release, release.claim(), 1500, 0.95, rng)
+    assert 1.9 < found.claim.epsilon <= 2 < found.most
+    assert found.passed == (removed is None)
+    assert removed is not None or found.bound < 1
+
+
+def test_a_canary_example_adds_the_clip_norm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without noise and data, everybody drawn: 1 for who is in, within rounding to the grid, else 0."""
+    monkeypatch.setattr(distributed_example, "discrete_gaussian", no_shares)
+    release, _ = shared_examples("trainer.sampling_rate=1.0 rounds=1", canaries=60)
+    whole = release.job.task.client_data({"partition-id": 0})
+    nobody = Data(whole.x[:0], whole.y[:0])
+    monkeypatch.setattr(type(release.job.task), "client_data", lambda self, node: nobody)
+    included = np.arange(60) % 3 == 0
+    assert np.abs(release(included) - included).max() < 0.1
 
 
 # --- the real trainer ----------------------------------------------------------------------------------

@@ -152,7 +152,6 @@ SAID = [
     ("privacy.epsilon=0", r"privacy.epsilon .* at least 0.01 .*, got 0"),
     ("privacy.epsilon=inf", r"privacy.epsilon .* got inf"),
     ("privacy.delta=1", r"privacy.delta .* below 0.1, got 1"),
-    ("privacy.accountant=mine", r"privacy.accountant must be one of prv, rdp, got 'mine'"),
     ("privacy.noise_multiplier=1", r"exactly one of privacy.epsilon and privacy.noise_multiplier"),
     ("privacy.test_seed=-1", r"privacy.test_seed .* got -1"),
     ("trainer.lr=0", r"trainer.lr .* above 0 .*, got 0"),

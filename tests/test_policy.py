@@ -41,9 +41,7 @@ from fedapp.training import DpSgd
 
 RULES = "tasks: [digits]\nprivacy: [none, example]\nmetrics: [num-examples]\n"
 FAST = "task=digits model=logistic clients=3 rounds=3 evaluate=none downlink=plain privacy=none"
-DP = (
-    "privacy=example privacy.epsilon=null privacy.noise_multiplier=2.0 privacy.accountant=rdp trainer.steps=2"
-)
+DP = "privacy=example privacy.epsilon=null privacy.noise_multiplier=2.0 trainer.steps=2"
 
 
 @pytest.fixture(autouse=True)

@@ -2,106 +2,26 @@
 
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from itertools import combinations
 from typing import Any, cast
 
 import numpy as np
 import pytest
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from flwr.app import ConfigRecord, RecordDict
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from scipy.stats import chi2, hypergeom
+from sessions import STAGES, Lie, Round, held, reach, vectors
 
 from fedapp.errors import ConfigError, DecodeError, FedappError
 from fedapp.privacy import secret
-from fedapp.records import size_of
-from fedapp.secagg import Client, Graph, Plan, Record, Server, keys, masks, residues, shamir
+from fedapp.secagg import Graph, Plan, Record, keys, masks, residues, shamir
 from fedapp.secagg import client as client_module
 
-STAGES = ("advertise", "share", "mask", "unmask")
-Lie = Callable[[str, int, Record], Record]
 MODULI = st.one_of(st.integers(2, 1 << 31), st.sampled_from([2, 3, 256, 2551, 2560, 2**31 - 1, 2**31]))
-
-
-def vectors(count: int, size: int, modulus: int, seed: int = 0) -> NDArray[np.uint32]:
-    return np.random.default_rng(seed).integers(0, modulus, (count, size)).astype(np.uint32)
-
-
-def held(record: Record, name: str) -> bytes:
-    value = record[name]
-    assert isinstance(value, bytes)
-    return value
-
-
-def through_flower(record: Record) -> tuple[Record, int]:
-    """What arrives of a record in a Flower message, and its bytes there."""
-    config = ConfigRecord(dict(record))
-    return cast(Record, dict(config)), size_of(RecordDict({"": config}))
-
-
-@dataclass
-class Round:
-    """A server and its clients; states pass through ConfigRecords, as they do in Context.state."""
-
-    values: NDArray[np.uint32]
-    modulus: int
-    plan: Plan = field(default_factory=Plan)
-    session: int = 1
-    seed: int = 0
-    server: Server = field(init=False)
-    clients: list[Client] = field(init=False)
-    states: dict[int, Record] = field(default_factory=dict)
-    seen: dict[str, dict[int, Record]] = field(default_factory=dict)  # replies, as the server saw them
-    sent: dict[str, dict[int, Record]] = field(default_factory=dict)
-    bytes_up: int = 0
-    bytes_down: int = 0
-
-    def __post_init__(self) -> None:
-        count, size = self.values.shape
-        stream = secret.source(self.seed, self.session)
-        self.server = Server(range(count), size, self.modulus, self.session, self.plan, stream)
-        self.clients = [Client(size, self.modulus, self.plan, stream) for _ in range(count)]
-
-    def answer(self, stage: str, number: int, message: Record) -> Record:
-        """One client's stage, in a process that knows only its state."""
-        state, _ = through_flower(self.states.get(number, {}))
-        more = (self.values[number],) if stage == "mask" else ()
-        reply: Record
-        reply, self.states[number] = getattr(self.clients[number], stage)(message, state, *more)
-        return reply
-
-    def stage(self, stage: str, lost: Iterable[int] = (), lie: Lie | None = None) -> None:
-        """One stage to all that are asked; lost replies never come, and lies are caught or believed."""
-        self.sent[stage], self.seen[stage] = getattr(self.server, stage)(), {}
-        for number, message in self.sent[stage].items():
-            if number in set(lost):
-                continue
-            arrived, size = through_flower(message)
-            self.bytes_down += size
-            reply = self.answer(stage, number, arrived)
-            reply, size = through_flower(lie(stage, number, reply) if lie else reply)
-            self.bytes_up += size
-            try:
-                self.server.take(number, reply)
-                self.seen[stage][number] = reply
-            except DecodeError:
-                assert lie is not None
-
-    def run(self, lost: dict[str, set[int]] | None = None, lie: Lie | None = None) -> NDArray[np.uint32]:
-        gone: set[int] = set()
-        for stage in STAGES:
-            gone |= (lost or {}).get(stage, set())
-            self.stage(stage, gone, lie)
-        return self.server.total()
-
-    def sum(self, numbers: Iterable[int]) -> NDArray[np.uint32]:
-        total: NDArray[np.uint64] = self.values[list(numbers)].sum(0, dtype=np.uint64)
-        return (total % np.uint64(self.modulus)).astype(np.uint32)
 
 
 # The sum
@@ -247,18 +167,6 @@ def test_two_rounds_share_no_masks() -> None:
 
 
 # What clients refuse
-
-
-def reach(
-    stage: str, count: int = 6, lost: dict[str, set[int]] | None = None
-) -> tuple[Round, dict[int, Record]]:
-    """A round whose clients are about to answer this stage, and the messages to them."""
-    one = Round(vectors(count, 10, 2560), 2560)
-    gone: set[int] = set()
-    for before in STAGES[: STAGES.index(stage)]:
-        gone |= (lost or {}).get(before, set())
-        one.stage(before, gone)
-    return one, getattr(one.server, stage)()
 
 
 def test_no_stage_is_answered_twice() -> None:
@@ -479,36 +387,6 @@ def test_garbage_from_a_client_is_a_decode_error(data: st.DataObject, stage: str
         one.server.take(0, cast(Record, garbled))
     except DecodeError:
         one.server.take(0, reply)  # it was as if nothing had come
-
-
-# Long-term keys
-
-
-def test_a_roster_refuses_keys_that_a_server_made_up() -> None:
-    signing = [Ed25519PrivateKey.from_private_bytes(bytes([n]) * 32) for n in range(5)]
-    roster = frozenset(key.public_key().public_bytes_raw() for key in signing)
-    one = Round(vectors(5, 10, 2560), 2560)
-    one.clients = [
-        replace(client, signing_key=key.private_bytes_raw(), roster=roster)
-        for client, key in zip(one.clients, signing, strict=True)
-    ]
-    one.server = Server(range(5), 10, 2560, 1, Plan(), roster=roster)
-    assert np.array_equal(one.run(), one.sum(range(5)))
-
-    own = keys.advertise(b"a" * 32, b"b" * 32, (1).to_bytes(8, "little"), None)
-    stranger = keys.advertise(b"a" * 32, b"b" * 32, (1).to_bytes(8, "little"), b"c" * 32)
-    one.states = {}
-    message = one.sent["share"][0]
-    one.answer("advertise", 0, {"session": 1})
-    given = held(message, "keys")
-    for first, said in ((own + given[64:160], "wrong signature"), (stranger, "nobody on the roster")):
-        with pytest.raises(DecodeError, match=said):
-            one.answer("share", 0, message | {"keys": first + given[160:]})
-    one.answer("advertise", 0, {"session": 2})
-    with pytest.raises(DecodeError, match="wrong signature"):  # signed, but for another session
-        one.answer("share", 0, message | {"session": 2})
-    with pytest.raises(ConfigError, match="set both or neither"):
-        Client(10, 2560, roster=roster)
 
 
 # Plans

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,6 +12,7 @@ from fedapp.codec import State
 from fedapp.exact_sum import ExactSum
 from fedapp.job import Job
 from fedapp.privacy.central import CLIP, CentralGaussian
+from fedapp.privacy.distributed import DistributedGaussian, Terms
 from fedapp.privacy.local import LocalGaussian
 from fedapp.privacy.mechanism import Numbers
 from fedapp.privacy.secret import CLIENT, SERVER, source
@@ -91,6 +93,48 @@ class Local:
                 released[times[j], j] = sent[0] / clip
                 times[j] += 1
         return released
+
+
+@dataclass(frozen=True)
+class Distributed:
+    """All rounds of a job whose every client is a canary, by its own end of the mechanism and the server's.
+
+    An update is `SIZE` times as long as the clip norm, and the opposite where the canary is out; all are as
+    many values as there are clients. Released is the mean of all rounds, from the sum modulo 2^bits that
+    secure aggregation would show. As many have dropped out, or told their noise, as are tolerated: those that
+    are left are the canaries, and carry the least noise that is claimed.
+    """
+
+    job: Job
+    privacy: DistributedGaussian
+
+    @cached_property
+    def terms(self) -> Terms:
+        """Of a cohort of all clients."""
+        return self.privacy.terms(self.job.clients, self.job.clients, self.job.rounds)
+
+    @property
+    def canaries(self) -> int:
+        return self.terms.honest
+
+    def claim(self) -> Claim:
+        """Epsilon of all rounds, about one client."""
+        spent, delta = self.terms.epsilon(self.job.rounds, self.privacy.delta), self.privacy.delta
+        return Claim(spent, delta, self.terms.multiplier, 1.0, self.job.rounds, -1.0)
+
+    def __call__(self, included: NDArray[np.bool_]) -> NDArray[np.float64]:
+        """A `Release`."""
+        t, released = self.terms, []
+        signs = np.where(included, 1.0, -1.0)
+        for number in range(1, self.job.rounds + 1):
+            total = np.zeros(t.kept, np.int64)
+            for j, sign in enumerate(signs):
+                secret = source(self.privacy.test_seed, CLIENT, number, j)
+                update = _along(j, t.size, sign * SIZE * self.privacy.clip)
+                total += t.encode(update, self.job.public_rng(number, 0, use=3), secret)
+            mean = t.decode(total % t.modulus, len(signs), self.job.public_rng(number, 0, use=3))
+            released.append(mean[: len(signs)].astype(np.float64) * t.cohort * t.kept / t.size / t.clip)
+        return np.stack(released)
 
 
 def _along(coordinate: int, size: int, length: float) -> NDArray[np.float32]:

@@ -8,10 +8,11 @@ import numpy as np
 import torch
 
 from fedapp import check, config
-from fedapp.audit.client import Central, Local
-from fedapp.audit.example import Examples, examples
+from fedapp.audit.client import Central, Distributed, Local
+from fedapp.audit.example import Examples, SharedExamples, examples
 from fedapp.audit.one_run import Finding, audit
 from fedapp.privacy.central import CentralGaussian
+from fedapp.privacy.distributed import DistributedGaussian
 from fedapp.privacy.local import LocalGaussian
 
 DEFAULTS = {"task": "digits", "privacy": "example", "privacy.epsilon": "2", "rounds": "5"}
@@ -28,18 +29,21 @@ def run(overrides: list[str]) -> Finding:
     canaries, confidence = _number(given.pop("canaries", "5000")), _number(given.pop("confidence", "0.95"))
     check.whole("canaries", canaries, 100)
     check.real("confidence", confidence, low=0.5, high=0.9999)
-    if given.get("privacy") in ("central_gaussian", "local_gaussian"):
+    if given.get("privacy") in ("central_gaussian", "local_gaussian", "distributed_gaussian"):
         given["clients"] = str(canaries)
     if given.get("privacy") == "central_gaussian":
         given = {"cohort": str(canaries // 10)} | given
     job = config.job(config.compose(shlex.join(f"{k}={v}" for k, v in (DEFAULTS | given).items())))
     job.prepare()
     rng = np.random.default_rng()
-    release: Central | Local | Examples
+    release: Central | Local | Distributed | Examples | SharedExamples
     if isinstance(job.privacy, CentralGaussian):
         release = Central(job, job.privacy)
     elif isinstance(job.privacy, LocalGaussian):
         release = Local(job, job.privacy)
+    elif isinstance(job.privacy, DistributedGaussian):
+        release = Distributed(job, job.privacy)
+        canaries = release.canaries
     else:
         release = examples(job, canaries, rng)
     finding = audit(release, release.claim(), canaries, confidence, rng)

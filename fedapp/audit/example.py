@@ -1,5 +1,6 @@
-"""Canaries for example-level privacy: among the per-example gradients of the real DP-SGD trainer."""
+"""Canaries for example-level privacy: among the per-example gradients of the real DP-SGD trainers."""
 
+import math
 from dataclasses import dataclass
 from functools import partial
 
@@ -9,9 +10,11 @@ from numpy.typing import NDArray
 from torch import nn
 
 from fedapp.audit.one_run import SIZE, Claim
-from fedapp.dp_step import Step
+from fedapp.dp_step import DpStep, Step
 from fedapp.errors import ConfigError
 from fedapp.job import Job
+from fedapp.privacy.distributed_example import StepTerms
+from fedapp.privacy.secret import BATCH, CLIENT, source
 from fedapp.tasks import Data, Task
 from fedapp.training import DpSgd, State
 
@@ -57,9 +60,68 @@ class Examples:
         return np.stack(seen)
 
 
-def examples(job: Job, canaries: int, rng: np.random.Generator) -> Examples:
+@dataclass(frozen=True)
+class SharedExamples:
+    """All rounds of a distributed job, with canaries beside its clients' examples as in `Examples`.
+
+    Released is the mean gradient of each round, from the sum modulo 2^bits that secure aggregation would
+    show. Of a cohort that is drawn as many have dropped out, or told their noise, as are tolerated; canaries
+    are at those that are left, which carry the least noise that is claimed. The weights stay the first ones:
+    what is made of them is after the noise.
+    """
+
+    job: Job
+    coordinates: torch.Tensor  # as in `Examples`
+
+    def claim(self) -> Claim:
+        """Epsilon of a client that takes part in all rounds of the job."""
+        spent, terms, clip = (
+            self.job.spent(self.job.rounds, self.job.rounds),
+            self._terms,
+            self._trainer.max_grad_norm,
+        )
+        assert spent is not None
+        assert self.job.privacy.delta is not None
+        noise = terms.step * math.sqrt(terms.honest * terms.share) / clip
+        return Claim(spent.epsilon, self.job.privacy.delta, noise, terms.rate, self.job.rounds)
+
+    def __call__(self, included: NDArray[np.bool_]) -> NDArray[np.float64]:
+        """A `Release`: canary j is an example of client j modulo those that are left."""
+        job, terms, dp, seed = self.job, self._terms, self._trainer, self.job.privacy.test_seed
+        model = job.task.model(job.seed).to(job.torch_device)
+        at, place = self.coordinates.to(job.torch_device), np.arange(len(included)) % terms.honest
+        step, released = partial(Canaries, coordinates=at, norm=SIZE * dp.max_grad_norm), []
+        data = [
+            with_canaries(job.task.client_data({"partition-id": i}), included & (place == i))
+            for i in range(terms.honest)
+        ]
+        for number in range(1, job.rounds + 1):
+            total = np.zeros(terms.size, np.int64)
+            for i, own in enumerate(data):
+                here = Data(own.x.to(job.torch_device), own.y.to(job.torch_device))
+                made = dp.total(job.task, model, here, source(seed, BATCH, number, i), step)
+                secret = source(seed, CLIENT, number, i)
+                total += terms.encode(made, job.public_rng(number, 0, use=3), secret)
+            mean = terms.decode(total % terms.modulus, terms.honest, job.public_rng(number, 0, use=3))
+            released.append(
+                -mean[self.coordinates.numpy()].astype(np.float64) * terms.batch / dp.max_grad_norm
+            )
+        return np.stack(released)
+
+    @property
+    def _trainer(self) -> DpStep:
+        assert isinstance(self.job.trainer, DpStep)
+        return self.job.trainer
+
+    @property
+    def _terms(self) -> StepTerms:
+        assert isinstance(self.job.terms, StepTerms)
+        return self.job.terms
+
+
+def examples(job: Job, canaries: int, rng: np.random.Generator) -> Examples | SharedExamples:
     """So many canaries on weights of the job's model; raises ConfigError where they do not fit."""
-    if not isinstance(job.trainer, DpSgd):
+    if not isinstance(job.trainer, (DpSgd, DpStep)):
         raise ConfigError(f"privacy={job.choices['privacy']} has no audit: set privacy=example, for example")
     size = sum(p.numel() for p in job.task.model(job.seed).parameters() if p.requires_grad)
     if canaries > size:
@@ -69,7 +131,8 @@ def examples(job: Job, canaries: int, rng: np.random.Generator) -> Examples:
             f"ghost clipping stores no gradients where canaries could be: the model has {size} weights, "
             f"set trainer.ghost_above={size} or a smaller model"
         )
-    return Examples(job, torch.from_numpy(rng.permutation(size)[:canaries]))
+    coordinates = torch.from_numpy(rng.permutation(size)[:canaries])
+    return (Examples if isinstance(job.trainer, DpSgd) else SharedExamples)(job, coordinates)
 
 
 def with_canaries(data: Data, included: NDArray[np.bool_]) -> Data:
@@ -79,25 +142,15 @@ def with_canaries(data: Data, included: NDArray[np.bool_]) -> Data:
     return Data(x, torch.cat([data.y, labels]))
 
 
-class CanaryStep(Step):
-    """The trainer's own step, with the canaries' gradients in their rows; notes what each step released."""
+class Canaries(Step):
+    """The trainer's own step, with the canaries' gradients in their rows."""
 
     def __init__(
-        self, task: Task, model: nn.Module, dp: DpSgd, noise: torch.Generator, lr: float, *,
-        coordinates: torch.Tensor, seen: list[NDArray[np.float64]],
+        self, task: Task, model: nn.Module, dp: DpSgd | DpStep, noise: torch.Generator | None, lr: float, *,
+        coordinates: torch.Tensor, norm: float,
     ) -> None:  # fmt: skip
         super().__init__(task, model, dp, noise, lr)
-        self._coordinates, self._seen, self._momentum = coordinates, seen, dp.momentum
-        self._norm = SIZE * dp.max_grad_norm
-        self._unit = lr * dp.max_grad_norm / (dp.sampling_rate * dp.examples_per_client)
-        self._velocity = np.zeros(len(coordinates))
-
-    def __call__(self, data: Data, batch: torch.Tensor) -> None:
-        before = self._weights()
-        super().__call__(data, batch)
-        velocity = (before - self._weights()) / self._unit
-        self._seen.append(velocity - self._momentum * self._velocity)
-        self._velocity = velocity
+        self._coordinates, self._norm = coordinates, norm
 
     def _backward(self, x: torch.Tensor, y: torch.Tensor) -> None:
         super()._backward(x, y.clamp(min=0))
@@ -109,6 +162,26 @@ class CanaryStep(Step):
             gradients[own, at[own]] = self._norm
             p.grad_sample[rows] = gradients.view(-1, *p.shape)
             at = at - p.numel()
+
+
+class CanaryStep(Canaries):
+    """The same, which notes what each step released."""
+
+    def __init__(
+        self, task: Task, model: nn.Module, dp: DpSgd, noise: torch.Generator, lr: float, *,
+        coordinates: torch.Tensor, seen: list[NDArray[np.float64]],
+    ) -> None:  # fmt: skip
+        super().__init__(task, model, dp, noise, lr, coordinates=coordinates, norm=SIZE * dp.max_grad_norm)
+        self._seen, self._momentum = seen, dp.momentum
+        self._unit = lr * dp.max_grad_norm / (dp.sampling_rate * dp.examples_per_client)
+        self._velocity = np.zeros(len(coordinates))
+
+    def __call__(self, data: Data, batch: torch.Tensor) -> None:
+        before = self._weights()
+        super().__call__(data, batch)
+        velocity = (before - self._weights()) / self._unit
+        self._seen.append(velocity - self._momentum * self._velocity)
+        self._velocity = velocity
 
     def _weights(self) -> NDArray[np.float64]:
         flat = torch.cat([p.detach().reshape(-1) for p in self._parameters])

@@ -37,11 +37,13 @@ class DistributedGaussian:
     depends on an update. Sampling assumed: none; the server may know who takes part. Against: a server that
     follows the protocol and sees only the sum, together with clients that tell it their noise; all who leave
     and all who collude are at most the `tolerated` share of the cohort, and the other shares alone carry the
-    stated noise. What sums of discrete Gaussians lack of one is accounted. Not covered: the secure
-    aggregation itself (whoever sees single replies sees one share of noise, which is little); a server that
-    adds replies of fewer clients or invents clients; clients that omit their noise beyond the tolerated
-    share; how long rounding and drawing noise take; tails beyond 20 deviations, cut at a chance below 2^-250
-    a draw; the choice of hyper-parameters on private data.
+    stated noise. With a `roster` the server need not follow the protocol: it learns nothing else from clients
+    whose nodes have one, whatever it sends (see `fedapp.secagg`). What sums of discrete Gaussians lack of one
+    is accounted. Not covered: the secure aggregation itself (whoever sees single replies sees one share of
+    noise, which is little); without a roster, a server that adds replies of fewer clients or invents clients;
+    with it, a cohort that the server picked for more colluders than tolerated; clients that omit their noise
+    beyond the tolerated share; how long rounding and drawing noise take; tails beyond 20 deviations, cut at a
+    chance below 2^-250 a draw; the choice of hyper-parameters on private data.
 
     `epsilon` is the budget of the planned run and sets the noise; a `noise_multiplier` given instead sets
     the noise of the sum over the clip norm. `clip` bounds a whole update; of a share `keep` of its values,
@@ -58,6 +60,7 @@ class DistributedGaussian:
     keep: float = 1.0
     bits: int | None = None
     tolerated: float = 0.1
+    roster: str | None = None
     test_seed: int | None = None
     unit: Literal["client"] = "client"
     against: ClassVar[str] = "a server that follows the protocol"
@@ -67,6 +70,8 @@ class DistributedGaussian:
         check.real("privacy.clip", self.clip, low=1e-6, high=1e6)
         check.real("privacy.keep", self.keep, above=0.0, high=1.0)
         check.real("privacy.tolerated", self.tolerated, low=0.0, below=1.0)
+        if self.roster is not None:
+            check.text("privacy.roster", self.roster)
         if self.bits is not None:
             check.whole("privacy.bits", self.bits, 1, MOST_BITS)
 

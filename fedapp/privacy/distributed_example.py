@@ -46,7 +46,8 @@ class DistributedExample:
     the loss is that of one client (who took part most often), not their sum. Against: a server that follows
     the protocol and sees only the sum, together with clients that tell it their batches and noise; all who
     leave and all who collude are at most the `tolerated` share of the cohort, and the other shares alone
-    carry the stated noise. Not covered: what `DistributedGaussian` does not cover of secure aggregation,
+    carry the stated noise. With a `roster` the server need not follow it, as in `DistributedGaussian`. Not
+    covered: what `DistributedGaussian` does not cover of secure aggregation,
     clients that omit their noise, timing and tails; gradients that depend on who else is in the batch by more
     than that thousandth (an activation within rounding of a kink); the choice of hyper-parameters on private
     data; statistics that a task takes from the data before training.
@@ -72,6 +73,7 @@ class DistributedExample:
     delta: float = 1e-5
     noise_multiplier: float | None = None
     tolerated: float = 0.1
+    roster: str | None = None
     test_seed: int | None = None
     unit: Literal["example"] = "example"
     against: ClassVar[str] = "a server that follows the protocol"
@@ -79,6 +81,8 @@ class DistributedExample:
     def __post_init__(self) -> None:
         require_budget(self.epsilon, self.delta, self.noise_multiplier, self.test_seed)
         check.real("privacy.tolerated", self.tolerated, low=0.0, below=1.0)
+        if self.roster is not None:
+            check.text("privacy.roster", self.roster)
 
     def terms(
         self, size: int, cohort: int, rounds: int, *, clip: float, rate: float, examples: int

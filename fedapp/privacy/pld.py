@@ -36,7 +36,7 @@ def by_pld(releases: Sequence[Gaussian], delta: float, scale: float) -> Spent:
 
     step = max(min(scale / 1000, spread / 100), finest)
     last, now = math.inf, on_grid(step)
-    while now < 0.995 * last and step > finest:
+    while last - now > min(0.005 * last, 0.1) and step > finest:
         step = max(step / 4, finest)
         last, now = now, min(now, on_grid(step))
     fixed = any(release.sampling == "fixed" for release in releases)

@@ -15,8 +15,7 @@ from fedapp.secagg.plan import Graph, Plan
 from fedapp.secagg.record import Record, data, marks, read_marks, split, whole
 from fedapp.secagg.residues import pack
 
-ADVERTISED, SHARED, MASKED, DONE = range(1, 5)
-_STAGES = ("advertise", "share", "mask", "unmask")
+ADVERTISED, SHARED, MASKED, CONFIRMED, DONE = range(1, 6)
 SHARES = 2 * shamir.BYTES  # one of the self-mask seed, one of the masking key
 SEALED = SHARES + keys.TAG
 
@@ -26,8 +25,9 @@ class Client:
     """One participant; its state between stages is a Record that it gives out and takes back, empty at first.
 
     `size` and `modulus` (2 .. 2**31) are those of the vectors to add. A long-term `signing_key` (32 bytes,
-    Ed25519) signs the advertisement; a `roster`, the public keys of all participants, refuses keys that none
-    of them signed. Set both or neither.
+    Ed25519) signs the advertisement and who is alive; a `roster`, the public keys of all participants,
+    refuses what none of them signed. Set both or neither: with them the graph is complete, and `confirm` is
+    one stage more.
 
     Every stage raises FedappError where this client refuses to go on, and DecodeError, one of them, on a
     message that no server makes. Nothing has left the client then, and the state that it had still holds.
@@ -62,14 +62,14 @@ class Client:
 
     def share(self, message: Record, state: Record) -> tuple[Record, Record]:
         """{session, cohort, position, keys} -> {session, commitment, sealed}; keys of neighbours."""
-        session = _session(message, state, ADVERTISED)
+        session = _session(message, state, ADVERTISED, "share")
         cohort, position = whole(message, "cohort", 1 << 20), whole(message, "position", 1 << 20)
         if not self.plan.least <= cohort or position >= cohort:
             raise FedappError(
                 f"secure aggregation: position {position} in a cohort of {cohort} is refused: "
                 f"at least {self.plan.least} clients have to take part"
             )
-        graph = self.plan.graph(cohort)
+        graph = self._graph(cohort)
         others = graph.neighbours(position)
         size = keys.advertisement_size(bool(self.roster))
         advertised = [
@@ -78,7 +78,9 @@ class Client:
         ]
         masking, sealing = data(state, "masking", keys.KEY), data(state, "sealing", keys.KEY)
         public = [keys.public(masking), keys.public(sealing), *(key for one in advertised for key in one[:2])]
-        signers = [one[2] for one in advertised if self.roster]
+        own = (*public[:2], b"" if self.signing_key is None else keys.signer(self.signing_key))
+        everyone = [*advertised[:position], own, *advertised[position:]]  # by position, if all are neighbours
+        signers = [one[2] for one in everyone if self.roster]
         if len(set(public)) < len(public) or len(set(signers)) < len(signers):
             raise FedappError("secure aggregation: a key comes twice: every client must have its own")
         seed = shamir.draw(self.secret)
@@ -95,29 +97,32 @@ class Client:
             "stage": SHARED, "cohort": cohort, "position": position, "seed": _element(seed),
             "keys": b"".join(one + two for one, two, _ in advertised),
         }  # fmt: skip
+        if self.roster:
+            state["view"] = keys.view(_number(session, 8), map(b"".join, everyone))
+            state["signers"] = b"".join(one[2] for one in advertised)
         commitment = keys.commit(_element(seed))
         return {"session": session, "commitment": commitment, "sealed": b"".join(sealed)}, state
 
     def expects_values(self, message: Record, state: Record) -> None:
         """Refuse what `mask` would refuse of another session or stage, before anybody makes values for it."""
-        _session(message, state, SHARED)
+        _session(message, state, SHARED, "mask")
 
     def mask(self, message: Record, state: Record, values: NDArray[np.uint32]) -> tuple[Record, Record]:
         """{session, present, sealed} and values (size,) below the modulus -> {session, values}.
 
         `present` marks the neighbours that have shared, `sealed` is what each of them sealed for this client.
-        Shares that do not open are as good as lost: the threshold is there for that.
+        Shares that do not open are as good as lost: the threshold counts those that do, which only a client
+        that takes part now can have sealed.
         """
-        session = _session(message, state, SHARED)
+        session = _session(message, state, SHARED, "mask")
         if values.shape != (self.size,) or values.dtype != np.uint32 or values.max() >= self.modulus:
             raise FedappError(
                 f"secure aggregation takes {self.size} uint32 below {self.modulus}, got {values.dtype} "
                 f"{values.shape} up to {values.max(initial=0)}"
             )
-        graph, position = self._graph(state), whole(state, "position")
+        graph, position = self._graph(whole(state, "cohort")), whole(state, "position")
         others = graph.neighbours(position)
         present = read_marks(message, "present", len(others))
-        self._enough(sum(present), graph, "have shared")
         sealed = iter(split(data(message, "sealed", SEALED * sum(present)), SEALED))
         masking, sealing = data(state, "masking", keys.KEY), data(state, "sealing", keys.KEY)
         public = split(data(state, "keys", 2 * keys.KEY * len(others)), 2 * keys.KEY)
@@ -131,30 +136,45 @@ class Client:
                 context = _context(session, graph.cohort, other, position)
                 opened = keys.unseal(sealing, pair[keys.KEY :], context, next(sealed))
             held.append(opened if here and opened and len(opened) == SHARES else None)
+        self._enough(sum(one is not None for one in held), graph, "have shared")
         total %= self.modulus
-        state = {
+        state = {name: state[name] for name in ("view", "signers") if name in state} | {
             "session": session, "stage": MASKED, "cohort": graph.cohort, "position": position,
             "present": marks(present), "held": marks([one is not None for one in held]),
             "shares": b"".join(one for one in held if one),
         }  # fmt: skip
         return {"session": session, "values": pack(total.astype(np.uint32), self.modulus)}, state
 
+    def confirm(self, message: Record, state: Record) -> tuple[Record, Record]:
+        """{session, alive} -> {session, signature}: with a roster, before `unmask`, which is for these then.
+
+        `alive` marks the neighbours whose masked vectors arrived, among those whose shares this client has.
+        """
+        session = _session(message, state, MASKED, "confirm")
+        if self.signing_key is None:
+            raise FedappError("secure aggregation: who is alive is not confirmed without a roster")
+        alive = self._alive(message, state, among="held")
+        position = whole(state, "position")
+        survivors = marks([*alive[:position], True, *alive[position:]])
+        signature = keys.confirm(self.signing_key, data(state, "view", keys.KEY), survivors)
+        state = state | {"stage": CONFIRMED, "alive": marks(alive), "survivors": survivors}
+        return {"session": session, "signature": signature}, state
+
     def unmask(self, message: Record, state: Record) -> tuple[Record, Record]:
         """{session, alive} -> {session, held, shares}: of the seed of an alive neighbour, else of the key.
 
         `alive` marks the neighbours whose masked vectors arrived, among those present before; `held` those of
-        which this client has shares.
+        which this client has shares. With a roster the message is {session, confirmed, signatures}: marks of
+        those alive who confirmed what this client did, and what they signed.
         """
-        session = _session(message, state, MASKED)
-        graph = self._graph(state)
-        count = len(graph.neighbours(whole(state, "position")))
-        present, held = read_marks(state, "present", count), read_marks(state, "held", count)
-        alive = read_marks(message, "alive", count)
-        if any(here and not before for here, before in zip(alive, present, strict=True)):
-            raise FedappError(
-                "secure aggregation: a client that never shared cannot be alive: unmasking is refused"
-            )
-        self._enough(sum(alive), graph, "are alive")
+        session = _session(message, state, CONFIRMED if self.roster else MASKED, "unmask")
+        count = self._graph(whole(state, "cohort")).degree
+        held = read_marks(state, "held", count)
+        if self.roster:
+            alive = read_marks(state, "alive", count)
+            self._agree(message, state, alive)
+        else:
+            alive = self._alive(message, state, among="present")
         shares = iter(split(data(state, "shares", SHARES * sum(held)), SHARES))
         given = [
             one[: shamir.BYTES] if here else one[shamir.BYTES :]
@@ -163,8 +183,37 @@ class Client:
         reply: Record = {"session": session, "held": marks(held), "shares": b"".join(given)}
         return reply, {"session": session, "stage": DONE}
 
-    def _graph(self, state: Record) -> Graph:
-        return self.plan.graph(whole(state, "cohort"))
+    def _graph(self, cohort: int) -> Graph:
+        return self.plan.graph(cohort, complete=bool(self.roster))
+
+    def _alive(self, message: Record, state: Record, among: str) -> list[bool]:
+        """The neighbours that a message marks as alive; FedappError if they cannot be, or are too few."""
+        graph = self._graph(whole(state, "cohort"))
+        alive, before = read_marks(message, "alive", graph.degree), read_marks(state, among, graph.degree)
+        if any(here and not was for here, was in zip(alive, before, strict=True)):
+            raise FedappError(
+                "secure aggregation: a client that never shared cannot be alive: unmasking is refused"
+            )
+        self._enough(sum(alive), graph, "are alive")
+        return alive
+
+    def _agree(self, message: Record, state: Record, alive: list[bool]) -> None:
+        """Refuse to unmask unless enough of those alive have signed the same survivors."""
+        graph = self._graph(whole(state, "cohort"))
+        confirmed = read_marks(message, "confirmed", graph.degree)
+        signers = split(data(state, "signers", keys.KEY * graph.degree), keys.KEY)
+        signatures = data(message, "signatures", keys.SIGNATURE * sum(confirmed))
+        view, survivors = data(state, "view", keys.KEY), data(state, "survivors", (graph.cohort + 7) // 8)
+        if any(has and not here for has, here in zip(confirmed, alive, strict=True)):
+            raise FedappError("secure aggregation: who is not alive cannot confirm: unmasking is refused")
+        signed = (signer for signer, has in zip(signers, confirmed, strict=True) if has)
+        for signer, signature in zip(signed, split(signatures, keys.SIGNATURE), strict=True):
+            keys.read_confirmation(signer, signature, view, survivors)
+        if sum(confirmed) < graph.threshold:
+            raise FedappError(
+                f"secure aggregation: {sum(confirmed)} neighbours confirmed who is alive, "
+                f"at least {graph.threshold} must"
+            )
 
     def _enough(self, count: int, graph: Graph, what: str) -> None:
         """The threshold; where all are neighbours, also that the sum will have its least terms."""
@@ -174,14 +223,14 @@ class Client:
             raise FedappError(f"secure aggregation: {count} neighbours {what}, at least {least} must")
 
 
-def _session(message: Record, state: Record, stage: int) -> int:
-    """The session, if the message belongs to it and to the stage that is next."""
+def _session(message: Record, state: Record, after: int, stage: str) -> int:
+    """The session, if the message belongs to it and this stage is next."""
     session, now = whole(message, "session"), state.get("stage")
     if not state or session != state["session"]:
         raise FedappError(f"secure aggregation: session {session} is not this client's: start a new one")
-    if now != stage:
+    if now != after:
         raise FedappError(
-            f"secure aggregation: session {session} is past or before the stage {_STAGES[stage]!r}, "
+            f"secure aggregation: session {session} is past or before the stage {stage!r}, "
             f"and no stage is answered twice: start a new session"
         )
     return session

@@ -1,4 +1,7 @@
-"""Keys: X25519 agreements, what is derived from them, sealed shares, and signed advertisements."""
+"""Keys: X25519 agreements, what is derived from them, sealed shares, and what long-term keys sign."""
+
+from collections.abc import Iterable
+from hashlib import sha256
 
 from cryptography.exceptions import InvalidSignature, InvalidTag
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
@@ -9,7 +12,8 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from fedapp.errors import DecodeError
 
-KEY, COMMITMENT, TAG = 32, 16, 16
+KEY, COMMITMENT, TAG, SIGNATURE = 32, 16, 16, 64
+SIGNED = 3 * KEY  # of an advertisement that is signed: two keys, and by whom
 _LABEL = b"fedapp secure aggregation 1: "
 _NONCE = bytes(12)  # a sealing key is used once: for one sender, one receiver and one session
 
@@ -64,7 +68,7 @@ def unseal(private: bytes, other: bytes, context: bytes, sealed: bytes) -> bytes
 
 def advertisement_size(signed: bool) -> int:
     """Bytes of an advertisement: two keys, and if signed who signs and the signature."""
-    return 2 * KEY + (KEY + 64 if signed else 0)
+    return 2 * KEY + (KEY + SIGNATURE if signed else 0)
 
 
 def advertise(masking: bytes, sealing: bytes, session: bytes, signing: bytes | None) -> bytes:
@@ -72,20 +76,51 @@ def advertise(masking: bytes, sealing: bytes, session: bytes, signing: bytes | N
     keys = public(masking) + public(sealing)
     if signing is None:
         return keys
-    signer = Ed25519PrivateKey.from_private_bytes(signing)
-    return keys + signer.public_key().public_bytes_raw() + signer.sign(_LABEL + session + keys)
+    return keys + signer(signing) + _sign(signing, session + keys)
 
 
 def read_advertisement(data: bytes, session: bytes, roster: frozenset[bytes]) -> tuple[bytes, bytes, bytes]:
     """Masking key, sealing key and, with a roster, signer; raises DecodeError if it must not be used."""
-    keys, signer, signature = data[: 2 * KEY], data[2 * KEY : 3 * KEY], data[3 * KEY :]
+    keys, signer, signature = data[: 2 * KEY], data[2 * KEY : SIGNED], data[SIGNED:]
     for key in (keys[:KEY], keys[KEY:]):
         agree(bytes(KEY), key)
     if roster:
         if signer not in roster:
             raise DecodeError("secure aggregation: keys are signed by nobody on the roster")
-        try:
-            Ed25519PublicKey.from_public_bytes(signer).verify(signature, _LABEL + session + keys)
-        except (InvalidSignature, ValueError):
-            raise DecodeError("secure aggregation: keys carry a wrong signature") from None
+        _verify(signer, signature, session + keys, "keys carry")
     return keys[:KEY], keys[KEY:], signer
+
+
+def signer(signing: bytes) -> bytes:
+    """The public key of a long-term one."""
+    return Ed25519PrivateKey.from_private_bytes(signing).public_key().public_bytes_raw()
+
+
+def view(session: bytes, signed: Iterable[bytes]) -> bytes:
+    """What a session is to who takes part: a digest of the keys of all, and of who they are, by position."""
+    return sha256(_LABEL + b"view" + session + b"".join(signed)).digest()
+
+
+def confirm(signing: bytes, view: bytes, survivors: bytes) -> bytes:
+    """The signature of a client that will open the sum of these survivors of the session, and no other."""
+    return _sign(signing, _survivors(view, survivors))
+
+
+def read_confirmation(signer: bytes, signature: bytes, view: bytes, survivors: bytes) -> None:
+    """Raises DecodeError unless this signer has signed that."""
+    _verify(signer, signature, _survivors(view, survivors), "who is alive carries")
+
+
+def _survivors(view: bytes, survivors: bytes) -> bytes:
+    return sha256(b"survivors" + view + survivors).digest()  # shorter than what advertisements sign
+
+
+def _sign(signing: bytes, text: bytes) -> bytes:
+    return Ed25519PrivateKey.from_private_bytes(signing).sign(_LABEL + text)
+
+
+def _verify(signer: bytes, signature: bytes, text: bytes, what: str) -> None:
+    try:
+        Ed25519PublicKey.from_public_bytes(signer).verify(signature, _LABEL + text)
+    except (InvalidSignature, ValueError):
+        raise DecodeError(f"secure aggregation: {what} a wrong signature") from None

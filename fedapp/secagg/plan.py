@@ -34,7 +34,7 @@ class Plan:
     """What a cohort has to stand: shares of it that collude with the server, and that drop out.
 
     `least` is the fewest clients that may start, and that may be in a sum. Dropouts are counted over the
-    three stages after the advertisements; those who never advertise do not count at all, since the graph
+    stages after the advertisements; those who never advertise do not count at all, since the graph
     joins those who did.
     """
 
@@ -47,8 +47,10 @@ class Plan:
         check.real("secagg.colluding", self.colluding, low=0.0, below=1.0)
         check.real("secagg.dropouts", self.dropouts, low=0.0, below=1.0)
 
-    def graph(self, cohort: int) -> Graph:
+    def graph(self, cohort: int, complete: bool = False) -> Graph:
         """The sparsest graph that stands the plan, complete unless that halves the messages; or ConfigError.
+
+        `complete` asks for that one: against a server that lies there is no other.
 
         Complete (up to 104 clients, with the defaults): the threshold is the least for which
         2 * threshold > neighbours + colluders, and both promises hold with certainty.
@@ -64,15 +66,14 @@ class Plan:
         no threshold stands both the colluders and the dropouts.
         """
         check.whole("secagg cohort", cohort, self.least, 1 << 20)
-        return _graph(
-            cohort, *(math.floor(share * cohort + 1e-9) for share in (self.colluding, self.dropouts))
-        )
+        colluders, dropouts = (math.floor(share * cohort + 1e-9) for share in (self.colluding, self.dropouts))
+        return _graph(cohort, colluders, dropouts, complete)
 
 
 @cache
-def _graph(cohort: int, colluders: int, dropouts: int) -> Graph:
+def _graph(cohort: int, colluders: int, dropouts: int, complete: bool) -> Graph:
     others = cohort - 1
-    for degree in range(2, others // 2 + 1, 2):
+    for degree in () if complete else range(2, others // 2 + 1, 2):
         cut = cohort**2 / 2 * ((colluders + dropouts) / cohort) ** degree
         if cut > PRIVACY:
             continue

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedapp import check
-from fedapp.errors import DecodeError, FedappError
+from fedapp.errors import DecodeError, FedappError, RoundLost
 from fedapp.privacy.secret import Secret
 from fedapp.secagg import keys, shamir
 from fedapp.secagg.client import SEALED
@@ -21,8 +21,11 @@ from fedapp.secagg.residues import unpack
 class Server:
     """One session. advertise, share, mask and unmask each end the stage before, and give what to send now.
 
+    With a `roster`, the public Ed25519 keys of all participants, `confirm` comes before `unmask`.
+
     Replies go to `take` one at a time, in any order; what does not come, or what `take` raises DecodeError
-    about, is a dropout. FedappError ends the session: too few are left, and nothing was or will be unmasked.
+    about, is a dropout. RoundLost ends the session: too few are left, and nothing was or will be unmasked;
+    FedappError, where nobody is.
     Memory is one vector of `size` int64, whatever the cohort. `session` (0 .. 2**63 - 1) must be above every
     number that any of these clients has seen before.
     """
@@ -53,12 +56,12 @@ class Server:
         clients = sorted(self._advertisements)
         if len(clients) < self._plan.least:
             raise self._failed(
-                f"{len(clients)} clients have advertised keys, at least {self._plan.least} must"
+                f"{len(clients)} clients have advertised keys, at least {self._plan.least} must", len(clients)
             )
         order = np.argsort(np.frombuffer(self._secret(8 * len(clients)), "<u8"), kind="stable")
         self._clients = [clients[seat] for seat in order]
         self._position = {client: position for position, client in enumerate(self._clients)}
-        self._graph: Graph = self._plan.graph(len(clients))
+        self._graph: Graph = self._plan.graph(len(clients), complete=self.signed)
         self._sealed: dict[int, dict[int, bytes]] = {}
         self._commitment: dict[int, bytes] = {}
         self._asked = set(clients)
@@ -88,11 +91,37 @@ class Server:
         self._masked: set[int] = set()
         return messages
 
+    def confirm(self) -> dict[int, Record]:
+        """Say who is alive, and ask for signatures of that."""
+        self._begin("confirm", after="mask")
+        messages = self._say_who_is_alive()
+        signed = [self._advertisements[client][: keys.SIGNED] for client in self._clients]
+        survivors = marks([position in self._masked for position in range(len(self._clients))])
+        self._agreed = keys.view(self._number, signed), survivors
+        self._signatures: dict[int, bytes] = {}
+        return messages
+
     def unmask(self) -> dict[int, Record]:
-        """Say who is alive, and ask for the shares that this makes due."""
-        self._begin("unmask", after="mask")
-        self._require(self._masked, of=self._commitment.keys(), what="have sent masked vectors")
+        """Ask for the shares that who is alive makes due: of all who are, or of those who signed that."""
+        self._begin("unmask", after="confirm" if self.signed else "mask")
+        messages = self._pass_on_signatures() if self.signed else self._say_who_is_alive()
         self._shares: dict[int, dict[int, int]] = {position: {} for position in self._commitment}
+        return messages
+
+    def _pass_on_signatures(self) -> dict[int, Record]:
+        self._require(self._signatures, of=self._commitment.keys(), what="confirmed who is alive", least=0)
+        messages: dict[int, Record] = {}
+        for position in self._signatures:
+            confirmed = [other in self._signatures for other in self._graph.neighbours(position)]
+            signatures = [self._signatures[other] for other in self._near(position, self._signatures)]
+            messages[self._clients[position]] = {
+                "session": self._session, "confirmed": marks(confirmed), "signatures": b"".join(signatures)
+            }  # fmt: skip
+        self._asked = set(messages)
+        return messages
+
+    def _say_who_is_alive(self) -> dict[int, Record]:
+        self._require(self._masked, of=self._commitment.keys(), what="have sent masked vectors")
         messages: dict[int, Record] = {}
         for position in self._masked:
             alive = [other in self._masked for other in self._graph.neighbours(position)]
@@ -113,15 +142,18 @@ class Server:
         if self._stage == "advertise":
             self._take_keys(client, reply)
         else:
-            take = {"share": self._take_sealed, "mask": self._take_values, "unmask": self._take_shares}
+            take = {
+                "share": self._take_sealed, "mask": self._take_values,
+                "confirm": self._take_signature, "unmask": self._take_shares,
+            }  # fmt: skip
             take[self._stage](self._position[client], reply)
         self._asked.remove(client)
 
     def _take_keys(self, client: int, reply: Record) -> None:
-        one = data(reply, "keys", keys.advertisement_size(bool(self._roster)))
+        one = data(reply, "keys", keys.advertisement_size(self.signed))
         keys.read_advertisement(one, self._number, self._roster)
         # Neighbours refuse a key that comes twice: who brings it second must not cost them the round.
-        parts = split(one[: 3 * keys.KEY], keys.KEY)
+        parts = split(one[: keys.SIGNED], keys.KEY)
         if len(set(parts)) < len(parts) or not self._taken.isdisjoint(parts):
             raise DecodeError(f"secure aggregation: client {client} advertises a key that is already in use")
         self._taken.update(parts)
@@ -139,6 +171,12 @@ class Server:
             raise DecodeError("secure aggregation: values must be bytes")
         self._sum += unpack(value, self._size, self._modulus)
         self._masked.add(position)
+
+    def _take_signature(self, position: int, reply: Record) -> None:
+        signature = data(reply, "signature", keys.SIGNATURE)
+        signer = self._advertisements[self._clients[position]][2 * keys.KEY : keys.SIGNED]
+        keys.read_confirmation(signer, signature, *self._agreed)
+        self._signatures[position] = signature
 
     def _take_shares(self, position: int, reply: Record) -> None:
         others = self._graph.neighbours(position)
@@ -170,6 +208,11 @@ class Server:
         return np.remainder(self._sum, self._modulus).astype(np.uint32)
 
     @property
+    def signed(self) -> bool:
+        """Whether clients sign what they say, and confirm who is alive."""
+        return bool(self._roster)
+
+    @property
     def alive(self) -> list[int]:
         """The clients whose vectors are in the sum."""
         return sorted(self._clients[position] for position in self._masked)
@@ -187,7 +230,8 @@ class Server:
         if found is None:
             raise self._failed(
                 f"{len(shares)} shares of client {self._clients[position]} do not open its secret, "
-                f"{threshold} sound ones must: it has lied, or its neighbours have"
+                f"{threshold} sound ones must: it has lied, or its neighbours have",
+                len(shares),
             )
         liars |= found[1]
         return found[0].to_bytes(shamir.BYTES, "little")
@@ -198,27 +242,28 @@ class Server:
     def _near(self, position: int, among: Container[int]) -> list[int]:
         return [other for other in self._graph.neighbours(position) if other in among]
 
-    def _require(self, left: Collection[int], of: Iterable[int], what: str) -> None:
-        """Everyone in `of` must have enough neighbours left to open its secret."""
+    def _require(self, left: Collection[int], of: Iterable[int], what: str, least: int | None = None) -> None:
+        """Everyone in `of` must have enough neighbours left to open its secret, and `least` be left."""
+        least = self._plan.least if least is None else least
         for position in of:
             if (count := len(self._near(position, left))) < self._graph.threshold:
                 raise self._failed(
                     f"{count} neighbours of client {self._clients[position]} {what}, "
-                    f"{self._graph.threshold} must"
+                    f"{self._graph.threshold} must",
+                    len(left),
                 )
-        if len(left) < self._plan.least:
-            raise self._failed(f"{len(left)} clients {what}, at least {self._plan.least} must")
+        if len(left) < least:
+            raise self._failed(f"{len(left)} clients {what}, at least {least} must", len(left))
 
     def _begin(self, stage: str, after: str) -> None:
         if self._stage != after:
             raise FedappError(f"secure aggregation: {stage!r} comes after {after!r}, not {self._stage!r}")
         self._stage = stage
 
-    def _failed(self, why: str) -> FedappError:
+    def _failed(self, why: str, left: int) -> FedappError:
         self._stage, self._asked = "failed", set()
-        return FedappError(
-            f"secure aggregation has failed: {why}: the round is lost, and a new session may begin"
-        )
+        lost = f"secure aggregation has failed: {why}: the round is lost, and a new session may begin"
+        return RoundLost(lost) if left else FedappError(lost)
 
     @property
     def _number(self) -> bytes:

@@ -28,8 +28,11 @@ Summed = DistributedGaussian | DistributedExample
 
 
 def answer(client: Client, stage: str, message: Message, context: Context) -> Message:
-    """The reply of one stage: `advertise`, `share` or `unmask`; its state stays in `context.state`."""
-    act = {"advertise": client.advertise, "share": client.share, "unmask": client.unmask}[stage]
+    """The reply of one stage, all but `mask`; its state stays in `context.state`."""
+    act = {
+        "advertise": client.advertise, "share": client.share,
+        "confirm": client.confirm, "unmask": client.unmask,
+    }[stage]  # fmt: skip
     reply, state = act(_read(message.content), _state(context))
     context.state[SECAGG] = ConfigRecord({**state})
     return Message(_content(reply), reply_to=message)
@@ -69,7 +72,7 @@ class SecureSum:
     """The sum of one round; what does not come, or is refused, is a dropout.
 
     `exchange` sends messages and yields replies; `rng` is the public randomness that clients encode with.
-    FedappError from any part: the round is lost, and nothing was unmasked.
+    RoundLost from any part, or FedappError where nobody is left: nothing was unmasked.
     """
 
     def __init__(
@@ -98,6 +101,8 @@ class SecureSum:
 
     def mean(self) -> tuple[NDArray[np.float32], int]:
         """The mean over the public cohort, float32 (size,), and of how many it is."""
+        if self._server.signed:
+            self._ask("confirm", self._server.confirm())
         self._ask("unmask", self._server.unmask())
         total, count = self._server.total(), len(self._server.alive)
         with DECODE:
