@@ -64,8 +64,8 @@ _STRATEGY_BOUNDS = {  # Flower checks few of these itself
 _STRATEGY_COUNTS = {"num_malicious_nodes": 0, "num_nodes_to_select": 1}
 
 _KEYS = (
-    "clients", "cohort", "rounds", "seed", "sampling", "over_selection", "deadline", "evaluate", "device",
-    "round_timeout", "checkpoint", "profile",
+    "clients", "cohort", "rounds", "seed", "sampling", "over_selection", "deadline", "norm_bound",
+    "evaluate", "device", "round_timeout", "checkpoint", "profile",
 )  # fmt: skip
 _WITHOUT_EFFECT = ("run_dir", "resume", "checkpoint", "profile", "engine.workers", "engine.state_mb")
 _GROUPS = (

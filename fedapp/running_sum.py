@@ -22,12 +22,19 @@ from fedapp.vector import buffers_of, layout_of, ravel, record_of, unravel, valu
 class Reader:
     """What a reply that `wire.compress` made says, by public settings alone.
 
-    `uniform` refuses replies that weigh anything but 1: no client then counts more.
+    `uniform` refuses replies that weigh anything but 1: no client then counts more. `bound` makes an update
+    no longer than that (2-norm), and then all weigh the same, whatever they say: what one client moves is
+    bounded (Sun et al. 2019, "Can you really backdoor federated learning?").
     """
 
     codec: Codec
     mechanism: Mechanism | None = None
     uniform: bool = False
+    bound: float | None = None
+
+    def weight(self, said: int) -> int:
+        """What a client counts that says it weighs so much."""
+        return said if self.bound is None else min(said, 1)
 
     @DECODE
     def update_in(
@@ -36,10 +43,17 @@ class Reader:
         """The update in the packet, bounded by the mechanism, and the numbers beside it."""
         data = packet_in(reply.content.array_records[ARRAYS].pop(UPDATE))
         if self.mechanism is None:
-            return decode_update(data, self.codec, layout), {}
+            return self._bounded(decode_update(data, self.codec, layout)), {}
         if self.mechanism.packet_bytes:
             data = unpadded(data, self.mechanism.packet_bytes)
         return self.mechanism.on_reply(decode_update(data, self.codec, layout), side_of(reply), terms)
+
+    def _bounded(self, update: NDArray[np.float32]) -> NDArray[np.float32]:
+        """The update, shortened to the bound where it is longer."""
+        if self.bound is None:
+            return update
+        norm = float(np.linalg.norm(update.astype(np.float64)))
+        return update if norm <= self.bound else update * np.float32(self.bound / norm)
 
 
 @dataclass(frozen=True)
@@ -65,7 +79,7 @@ class RunningSum:
         self, reply: Message, read: Reader, received: ArrayRecord, terms: Numbers, factor: float = 1.0
     ) -> Tally:
         """Add a reply to these received weights, its update times `factor`; whole, or DecodeError and not."""
-        weight = weight_of(metrics_of(reply, (WEIGHT,)), read.uniform)
+        weight = read.weight(weight_of(metrics_of(reply, (WEIGHT,)), read.uniform))
         update, side = read.update_in(reply, self.layout, terms)
         trained = values_of(reply.content.array_records[ARRAYS], self.buffers)
         if trained:

@@ -122,7 +122,8 @@ class Wire(Strategy):
     that is an error, or does not decode, is counted in `failures` and costs the round nothing else.
 
     A mechanism of client-level privacy, which takes a linear strategy, bounds each update, and makes the mean
-    of their sum. `uniform` refuses replies that weigh anything but 1: no client then counts more.
+    of their sum. `uniform` refuses replies that weigh anything but 1: no client then counts more. `bound` is
+    the norm that the server cuts an update to (`Reader`).
     """
 
     def __init__(
@@ -132,10 +133,12 @@ class Wire(Strategy):
         mechanism: Mechanism | None = None,
         uniform: bool = False,
         controls: Controls | None = None,
+        bound: float | None = None,
     ) -> None:
         self.controls = controls
         self.inner, self.codec, self.mechanism = inner, codec, mechanism
-        self.reader = None if codec is None else Reader(codec, mechanism, uniform or mechanism is not None)
+        uniform = uniform or mechanism is not None
+        self.reader = None if codec is None else Reader(codec, mechanism, uniform, bound)
         self.streams = codec is not None and type(inner).__name__ in STREAMED
         self.failures = 0
         self._uniform, self._kept = uniform, dict[str, float]()
@@ -210,6 +213,7 @@ class Wire(Strategy):
             else:
                 layout = layout_of(self._weights)
                 update, _ = self.reader.update_in(reply, layout, self._terms)
+                metrics[WEIGHT] = weight = self.reader.weight(weight)
                 trained = values_of(arrays, buffers_of(self._weights, layout))
                 trained |= unravel(ravel(self._weights, layout) + update, layout, self._weights)
             if weight:
