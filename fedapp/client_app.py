@@ -17,12 +17,13 @@ from fedapp.errors import FedappError
 from fedapp.job import Job
 from fedapp.privacy.consent import consent, data_of
 from fedapp.privacy.secret import BATCH, CLIENT, source
-from fedapp.records import ARRAYS, CONFIG, METRICS, UPDATE, WEIGHT, load_state, store_state
+from fedapp.records import ARRAYS, CONFIG, DRIFT, METRICS, STREAM, UPDATE, WEIGHT, load_state, store_state
 from fedapp.scaffold import STEERED
 from fedapp.secagg import Client
 from fedapp.secagg.wire import answer, masked
 from fedapp.stages import DECODE, ENCODE, EVALUATE, TRAIN
 from fedapp.tasks import Data
+from fedapp.tasks.stream import Stream
 from fedapp.training import Sgd
 from fedapp.vector import values
 from fedapp.wire import compress
@@ -82,6 +83,8 @@ def client_app(job_of: Callable[[Context], Job]) -> ClientApp:
             fit = partial(trainer.fit, way=[part.to(job.torch_device) for part in way])
         metrics, state = fit(job.task, job.model, data, state, rng, progress)
         store_state(context, "trainer", state)
+        if isinstance(job.task, Stream) and job.privacy.unit is None:
+            metrics[DRIFT] = int(load_state(context, STREAM)[DRIFT][0])
         trained = ArrayRecord(job.model.state_dict())
         return Message(RecordDict({ARRAYS: trained, METRICS: MetricRecord({**metrics})}), reply_to=message)
 

@@ -17,6 +17,7 @@ from fedapp.privacy.central import CentralGaussian
 from fedapp.privacy.distributed_example import DistributedExample
 from fedapp.privacy.example import ExamplePrivacy
 from fedapp.secagg.wire import Summed
+from fedapp.tasks.stream import Stream
 from fedapp.training import DpSgd, Sgd
 from fedapp.wire import STREAMED
 
@@ -109,6 +110,11 @@ def check_privacy(job: "Job") -> None:
         (
             summed and job.in_round < LEAST,
             f"fewer than {LEAST} clients hide nobody in their sum: set cohort={LEAST} or more",
+        ),
+        (
+            job.privacy.unit == "example" and isinstance(job.task, Stream) and job.task.shifts,
+            "task.rows and task.replay take an example in because another one is there or not, which is "
+            "not accounted for: set task.rounds, or none of them",
         ),
         (job.evaluate == "clients", "evaluate=clients sends private accuracies: set evaluate=server"),
         (

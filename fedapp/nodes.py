@@ -14,6 +14,7 @@ from fedapp.engine.local import LocalGrid
 from fedapp.errors import FedappError
 from fedapp.fold import Folded
 from fedapp.records import CONFIG, size_of
+from fedapp.replies import drifted
 from fedapp.stages import TRANSFER
 
 
@@ -29,10 +30,11 @@ class Cohort:
 
 @dataclass
 class Traffic:
-    """Bytes that crossed the wire: the serialized content of each message and each reply."""
+    """What crossed the wire: bytes of the serialized content of each message and each reply, and alarms."""
 
     uplink: int = 0
     downlink: int = 0
+    drifted: int = 0  # replies that say so
 
     def exchange(
         self, grid: Grid, messages: list[Message], timeout: float, until: float = float("inf")
@@ -57,6 +59,7 @@ class Traffic:
         for reply in replies:
             if reply.has_content():
                 self.uplink += reply.size if isinstance(reply, Folded) else size_of(reply.content)
+                self.drifted += reply.tally.drift if isinstance(reply, Folded) else drifted(reply)
 
 
 def partitions(grid: Grid, clients: int, timeout: float) -> dict[int, int]:

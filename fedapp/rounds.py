@@ -27,6 +27,7 @@ from fedapp.report.progress import Progress
 from fedapp.secagg import Server
 from fedapp.secagg.wire import SecureSum
 from fedapp.stages import AGGREGATE, CLOCK, ENCODE, EVALUATE
+from fedapp.tasks.stream import Stream
 from fedapp.vector import arrays_in, layout_of, record_of
 
 
@@ -51,6 +52,7 @@ class Federation:
         self._downlink = Downlink(coded, self.arrays) if isinstance(coded, Coded) else None
         self._partitions = partitions(self.grid, self.job.clients, self.job.round_timeout)
         self._late = 0
+        self._streamed = isinstance(self.job.task, Stream) and self.job.privacy.unit is None
         self._asynchronous: Asynchronous | None = None
         if isinstance(self.job.strategy, FedBuff):
             parts = self._wire, self._downlink, self._partitions, self.traffic, self.begun
@@ -117,6 +119,7 @@ class Federation:
                 failures=answers - (self.accepted - accepted),
                 stages=CLOCK.end_round(self.grid.workers if isinstance(self.grid, LocalGrid) else None),
                 clock=self.clock if self.job.timed else None,
+                drift=self.traffic.drifted - before.drifted if self._streamed else None,
             )
             if answers and self.accepted == accepted:
                 early = "" if self.job.deadline is None else f", or deadline={self.job.deadline:g} is early"

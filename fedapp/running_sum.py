@@ -13,7 +13,7 @@ from fedapp.codec.packet import decode_update, unpadded
 from fedapp.exact_sum import ExactSum
 from fedapp.privacy.mechanism import Mechanism, Numbers
 from fedapp.records import ARRAYS, METRICS, UPDATE, WEIGHT
-from fedapp.replies import metrics_of, packet_in, side_of, values_of, weight_of
+from fedapp.replies import drifted, metrics_of, packet_in, side_of, values_of, weight_of
 from fedapp.stages import DECODE
 from fedapp.vector import buffers_of, layout_of, ravel, record_of, unravel, values
 
@@ -63,6 +63,7 @@ class Tally:
     node: int
     weight: int
     side: Numbers
+    drift: bool = False
 
 
 class RunningSum:
@@ -86,7 +87,7 @@ class RunningSum:
             moved = [trained[name] - values(received[name]) for name in self.buffers]
             update = np.concatenate([update, *(one.reshape(-1) for one in moved)])
         self.exact.add(update if factor == 1.0 else update * update.dtype.type(factor), weight)
-        return Tally(reply.metadata.src_node_id, weight, side)
+        return Tally(reply.metadata.src_node_id, weight, side, drifted(reply))
 
     def reply(self, mean: NDArray[np.float64], weights: ArrayRecord) -> Message:
         """A reply as of one client that trained the mean of all: weights, buffers, total weight."""

@@ -46,6 +46,7 @@ def data(tmp_path: Path) -> dict[str, str]:
     return {
         "task=csv": f"task.path={table} model=mlp partition=iid clients=2",
         "task=image_folder": f"task.path={tmp_path / 'images'} task.size=8 partition=iid clients=2",
+        "task=stream": f"task.source.path={table} model=mlp partition=iid clients=2",
     }
 
 

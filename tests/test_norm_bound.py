@@ -59,7 +59,7 @@ def test_whatever_a_client_says_to_weigh_it_counts_once(strategy: str) -> None:
     def heavy(message: Message, context: Context) -> Message:
         reply = honest(message, context)
         if partition_of(context) == 0:
-            reply.content[METRICS][WEIGHT] = 2**24 - 1
+            reply.content.metric_records[METRICS][WEIGHT] = 2**24 - 1
         return reply
 
     assert bits(rounds_here(job, heavy)[0].arrays) == bits(rounds_here(job_of(overrides))[0].arrays)

@@ -24,6 +24,7 @@ from hashlib import sha256
 from importlib.machinery import PathFinder
 from pathlib import Path
 
+import numpy as np
 from flwr.app import Context, Error, Message, MetricRecord, RecordDict
 from flwr.clientapp.typing import Mod
 from flwr.common.constant import ErrorCode
@@ -36,8 +37,9 @@ from fedapp.privacy.accounting import Release
 from fedapp.privacy.central import CentralGaussian
 from fedapp.privacy.ledger import BudgetSpent, Ledger, fingerprint
 from fedapp.privacy.policy import Policy, PolicyRefusal
-from fedapp.records import CONFIG, METRICS
+from fedapp.records import CONFIG, DRIFT, METRICS, STREAM, load_state, store_state
 from fedapp.tasks import Data
+from fedapp.tasks.stream import Stream
 
 SPENT = "the client's privacy budget does not allow this release"
 _PROTO = type(recorddict_to_proto(RecordDict()))
@@ -92,8 +94,10 @@ def data_of(job: Job, message: Message, context: Context) -> Data:
         data = job.task.client_data(context.node_config)
     else:
         data = policy.data(job.task, context.node_config)
-        if message.metadata.message_type == "train":
-            policy.check_work(job.trainer, len(data))
+    if isinstance(job.task, Stream):
+        data = _of_round(job.task, data, _round(message), context)
+    if policy is not None and message.metadata.message_type == "train":
+        policy.check_work(job.trainer, len(data))
     if books is not None:
         ledger, data_id = books
         own = context.node_config.get("data")
@@ -112,6 +116,20 @@ def data_of(job: Job, message: Message, context: Context) -> Data:
             fingerprint=content,
             once=central and bool(released),
         )
+    return data
+
+
+def _of_round(task: Stream, data: Data, server_round: int, context: Context) -> Data:
+    """What a round takes of data that grow. An alarm of drift goes to the client's own log."""
+    partition, own = int(context.node_config.get("partition-id", 0)), "data" in context.node_config
+    state = load_state(context, STREAM)
+    data, kept, drifted = task.of_round(data, server_round, partition, state, own)
+    store_state(context, STREAM, {**kept, DRIFT: np.array([drifted], np.int64)})
+    if drifted:
+        _log.warning(
+            "node %s: examples of round %s differ from the first window (chi-square tests, alarm=%g)",
+            context.node_id, server_round, task.alarm,
+        )  # fmt: skip
     return data
 
 

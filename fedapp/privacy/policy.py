@@ -19,6 +19,7 @@ from fedapp.errors import ConfigError, FedappError
 from fedapp.privacy.accounting import Gaussian, Release
 from fedapp.privacy.central import BIT, CentralGaussian
 from fedapp.tasks import Data, Task
+from fedapp.tasks.stream import Stream
 from fedapp.tasks.tables import Csv
 from fedapp.training import DpSgd, Sgd, Trainer
 
@@ -173,8 +174,9 @@ class Policy:
         if self.columns is None and self.rows is None:
             return self.share(task.client_data(node_config), _class_names(task))
         rule = "columns" if self.rows is None else "rows"
-        if not isinstance(task, Csv) or "data" not in node_config:
+        if not isinstance(_reads(task), Csv) or "data" not in node_config:
             raise PolicyRefusal(rule, "it is kept for task=csv on the client's own table only")
+        assert isinstance(task, (Csv, Stream))
         whole = task.read(Path(str(node_config["data"])).expanduser(), self.table)
         return self.share(whole, _class_names(task))
 
@@ -242,9 +244,10 @@ class Policy:
             raise PolicyRefusal("delta", f"it is {job.privacy.delta}, at most {self.delta:g} may be")
 
     def _check_columns(self, task: Task) -> None:
-        if self.columns is None or not isinstance(task, Csv):
+        reads = _reads(task)
+        if self.columns is None or not isinstance(reads, Csv):
             return
-        for column in (task.label, *(task.features or ())):
+        for column in (reads.label, *(reads.features or ())):
             _among("columns", f"the column {column}", column, self.columns)
 
 
@@ -257,6 +260,11 @@ def _work(trainer: Trainer | DpStep, examples: int) -> tuple[int, float]:
     if isinstance(trainer, Sgd):
         return trainer.epochs * math.ceil(examples / trainer.batch_size), float(trainer.epochs * examples)
     raise PolicyRefusal("steps", f"the work of a {type(trainer).__name__} is not known")
+
+
+def _reads(task: Task) -> Task:
+    """The task that reads the data."""
+    return task.source if isinstance(task, Stream) else task
 
 
 def _class_names(task: Task) -> Sequence[str]:

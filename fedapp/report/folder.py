@@ -39,6 +39,7 @@ class Round:
     failures: int
     stages: Mapping[str, float | None] | None = None  # seconds by stage, see fedapp/stages.py
     clock: float | None = None  # simulated seconds until its end, see fedapp/speeds.py
+    drift: int | None = None  # clients whose data have drifted, see fedapp/tasks/drift.py
 
 
 class RunFolder:

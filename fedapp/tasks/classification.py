@@ -5,7 +5,7 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property, wraps
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -59,6 +59,16 @@ class Classification(ABC):
     @abstractmethod
     def read(self, path: Path) -> Data:
         """A client's own examples: the whole of that file or folder, read anew at each call."""
+
+    def arrived(self, path: Path, *narrowed: Callable[[Any], Any]) -> Data:
+        """As `read`, of a file or folder that grows: what is whole in it, in order of arrival; may be none.
+
+        Raises ConfigError where the task reads nothing that could grow.
+        """
+        raise ConfigError(
+            f"{type(self).__name__} reads no data that grow on a node's disk: "
+            "choose task@task.source=csv or image_folder"
+        )
 
     def client_names(self) -> NDArray[np.generic] | None:
         """The client each training example belongs to by nature, (n,); None where the data do not say."""

@@ -1,8 +1,9 @@
 """Images in folders named after their class, laid out as torchvision's ImageFolder reads them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -73,8 +74,25 @@ class ImageFolder(Classification):
 
     def read(self, path: Path) -> Data:
         """A client's own tree: it may lack classes, but must have no unknown one. Raises DataError."""
-        names = self._names()
         files = _images(path)
+        if not files:
+            raise DataError(
+                f"{path} has no images: put {', '.join(sorted(EXTENSIONS))} files into its class folders"
+            )
+        return self._own(files, path)
+
+    def arrived(self, path: Path, *narrowed: Callable[[Any], Any]) -> Data:
+        """The same by when each file became what it is (its inode's change time), the first ones first.
+
+        An image is to be written elsewhere, or under a name with another ending, and moved to its place.
+        """
+        files = sorted(_images(path), key=lambda image: (image[0].stat().st_ctime_ns, image[0]))
+        if not files:
+            return Data(torch.empty((0, *self.input_shape)), torch.empty(0, dtype=torch.int64))
+        return self._own(files, path)
+
+    def _own(self, files: Sequence[tuple[Path, str]], path: Path) -> Data:
+        names = self._names()
         unknown = sorted({name for _, name in files} - set(names))
         if unknown:
             raise DataError(
@@ -140,15 +158,10 @@ def _classes(tree: Path) -> list[str]:
 
 
 def _images(tree: Path) -> list[tuple[Path, str]]:
-    """Every image of a tree with its class, sorted. Raises DataError when there are none."""
-    files = [
+    """Every image of a tree with its class, sorted. Raises DataError where there are no class folders."""
+    return [
         (file, name)
         for name in _classes(tree)
         for file in sorted((tree / name).rglob("*"))
         if file.suffix.lower() in EXTENSIONS and file.is_file()
     ]
-    if not files:
-        raise DataError(
-            f"{tree} has no images: put {', '.join(sorted(EXTENSIONS))} files into its class folders"
-        )
-    return files

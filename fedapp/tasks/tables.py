@@ -16,7 +16,7 @@ from fedapp.errors import ConfigError, DataError
 from fedapp.tasks import Data
 from fedapp.tasks.anonymity import Anonymity, Cost, anonymise, total
 from fedapp.tasks.classification import Classification, check_names, held_out, once
-from fedapp.tasks.schema import Schema, categories_of, in_order, need, read_table, whole
+from fedapp.tasks.schema import Schema, categories_of, in_order, need, read_growing, read_table, whole
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -155,13 +155,23 @@ class Csv(Classification):
         self, path: Path, shared: Callable[["pd.DataFrame"], "pd.DataFrame"] = lambda table: table
     ) -> Data:
         """A client's own table, or what is shared of it, with the columns and classes that all agree on."""
+        return self._own(shared(read_table(path, self.separator)), path)
+
+    def arrived(self, path: Path, *narrowed: Callable[["pd.DataFrame"], "pd.DataFrame"]) -> Data:
+        """The same of the lines that are whole, in order: one that is half written is left for later."""
+        table = read_growing(path, self.separator)
+        for share in narrowed:
+            table = share(table)
+        return self._own(table, path)
+
+    def _own(self, table: "pd.DataFrame", path: Path) -> Data:
         if self.standardize:
             raise ConfigError(
                 "task.standardize=true uses statistics that nodes with their own data do not share: "
                 "set public task.mean and task.std instead"
             )
         schema = self._schema()
-        data = self._encode(schema, shared(read_table(path, self.separator)), str(path))
+        data = self._encode(schema, table, str(path))
         if self.anonymity is None:
             return self._scaled(data)
         found = anonymise(data.x.numpy(), data.y.numpy(), schema, self.anonymity, str(path))
