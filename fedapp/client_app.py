@@ -15,7 +15,7 @@ from fedapp.downlink import Plain
 from fedapp.dp_step import DpStep
 from fedapp.errors import FedappError
 from fedapp.job import Job
-from fedapp.privacy.consent import consent, data_of
+from fedapp.privacy.consent import consent, counts_of, data_of
 from fedapp.privacy.secret import BATCH, CLIENT, source
 from fedapp.records import ARRAYS, CONFIG, DRIFT, METRICS, STREAM, UPDATE, WEIGHT, load_state, store_state
 from fedapp.scaffold import STEERED
@@ -105,6 +105,12 @@ def client_app(job_of: Callable[[Context], Job]) -> ClientApp:
         """Say which partition this node holds; -1 where it brings its own data."""
         return Message(RecordDict({CONFIG: ConfigRecord({"partition-id": partition_of(context, -1)})}),
                        reply_to=message)  # fmt: skip
+
+    @app.query("check", mods=[guard, consent(job_of)])
+    def check(message: Message, context: Context) -> Message:
+        """Tell what the node's policy lets out of a check of its data."""
+        counts = ConfigRecord({**counts_of(job_of(context), context)})
+        return Message(RecordDict({CONFIG: counts}), reply_to=message)
 
     def take_part(stage: str) -> None:
         @app.query(stage, mods=[guard])

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from logging import WARNING
 
-from flwr.app import Message, MessageType, RecordDict
+from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 from flwr.supercore import log
 
@@ -13,9 +13,12 @@ from fedapp.engine.grid import arrivals, stream
 from fedapp.engine.local import LocalGrid
 from fedapp.errors import FedappError
 from fedapp.fold import Folded
+from fedapp.job import Job
 from fedapp.records import CONFIG, size_of
 from fedapp.replies import drifted
 from fedapp.stages import TRANSFER
+from fedapp.tasks.classification import Classification
+from fedapp.tasks.quality import COUNTS, of_data
 
 
 class Cohort:
@@ -103,3 +106,25 @@ def partitions(grid: Grid, clients: int, timeout: float) -> dict[int, int]:
     if len(held) > clients:
         log(WARNING, "%s nodes are there, and clients=%s of them take part", len(held), clients)
     return {node: partition for node, partition in held.items() if partition < clients}
+
+
+def checks(grid: Grid, job: Job, nodes: Iterable[int]) -> list[dict[str, int]]:
+    """What each client tells of its data's quality; simulated ones, which have no policy, tell all.
+
+    Nothing under privacy, and of nodes whose policy lets nothing out. These messages are not among the bytes
+    of rounds.
+    """
+    if job.privacy.unit is not None or not isinstance(job.task, Classification):
+        return []
+    if isinstance(grid, LocalGrid):
+        parts = ({"partition-id": i, "num-partitions": job.clients} for i in grid.partitions.values())
+        return [dict(of_data(job.task.client_data(part), job.task.labels).counts) for part in parts]
+    first = ConfigRecord({"server-round": 1})
+    asked = [Message(RecordDict({CONFIG: first}), node, "query.check") for node in nodes]
+    found = []
+    for reply in stream(grid, asked, job.round_timeout):
+        told = reply.content.config_records.get(CONFIG) if reply.has_content() else None
+        said = dict(told or ConfigRecord())
+        counts = {name: n for name in COUNTS if isinstance(n := said.get(name), int) and 0 <= n < 2**53}
+        found += [counts] if counts else []
+    return found

@@ -128,6 +128,11 @@ class Federation:
                 )
 
     @property
+    def nodes(self) -> list[int]:
+        """The nodes that take part, by partition: a node's id is random."""
+        return sorted(self._partitions, key=self._partitions.__getitem__)
+
+    @property
     def clock(self) -> float | None:
         """Simulated seconds since the run began; None where time is not simulated."""
         timeline = self.grid.timeline if isinstance(self.grid, LocalGrid) else None
@@ -167,7 +172,7 @@ class Federation:
             self.arrays, self.messages = step.arrays, self.messages + step.asked
             self.accepted += step.accepted
             return step.accepted + step.failed
-        nodes = sorted(self._partitions, key=self._partitions.__getitem__)  # a node's id is random
+        nodes = self.nodes
         cohort = [nodes[i] for i in self.job.draw(number, len(nodes))]
         view = cast(Grid, Cohort(cohort or nodes))  # strategies wait for nodes, and keep what they configure
         asked = self._wire.configure_train(number, self.arrays, ConfigRecord(), view)

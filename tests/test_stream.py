@@ -238,6 +238,7 @@ def test_all_at_once_is_the_task_itself() -> None:
 def test_drift_is_in_the_rounds_and_in_the_report() -> None:
     """Labels in order, all of one kind first, are told of by every client."""
     job = job_of(f"{FAST} privacy=none task.initial=0.5 task.arriving=0.25 task.rounds=1 clients=2")
+    assert isinstance(job.task, Stream)
     order = torch.argsort(job.task.train_data().y)
     parts = [order[::2].numpy(), order[1::2].numpy()]
     job.task.__dict__["_partitions"] = parts

@@ -2,7 +2,7 @@
 
 import math
 import signal
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, fields
 from hashlib import blake2b
@@ -19,6 +19,7 @@ from fedapp.errors import ConfigError, FedappError
 from fedapp.privacy.accounting import Gaussian, Release
 from fedapp.privacy.central import BIT, CentralGaussian
 from fedapp.tasks import Data, Task
+from fedapp.tasks.quality import COUNTS
 from fedapp.tasks.stream import Stream
 from fedapp.tasks.tables import Csv
 from fedapp.training import DpSgd, Sgd, Trainer
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
     from fedapp.job import Job
 
-_LISTS = ("tasks", "privacy", "metrics", "versions", "columns", "classes")
+_LISTS = ("tasks", "privacy", "metrics", "counts", "versions", "columns", "classes")
 _NEEDED = {"train": ("num-examples",), "evaluate": ("num-examples", "accuracy", "loss")}  # by the server
 
 
@@ -49,6 +50,9 @@ class Policy:
     mechanism sends beside its update; num-examples is the weight of a client, without which a run under
     privacy=none is refused. versions: of fedapp.
 
+    counts: what of a check of the data (`fedapp.tasks.quality.COUNTS`) runs without privacy may be told: of
+    the columns and rows below, whatever classes and fraction take part. Nothing, where it is not given.
+
     epsilon, delta: the most that a whole planned run may cost, one update a round. noise: the least noise
     multiplier. secure_aggregation: true refuses all runs without it.
 
@@ -68,6 +72,7 @@ class Policy:
     tasks: tuple[str, ...]
     privacy: tuple[str, ...]
     metrics: tuple[str, ...]
+    counts: tuple[str, ...] = ()
     versions: tuple[str, ...] | None = None
     epsilon: float | None = None
     delta: float | None = None
@@ -93,6 +98,8 @@ class Policy:
                 )
             rows = {str(column): _words(f"policy.rows.{column}", of) for column, of in self.rows.items()}
             object.__setattr__(self, "rows", rows)
+        if unknown := sorted({*self.counts} - {*COUNTS}):
+            raise ConfigError(f"policy.counts names {', '.join(unknown)}: choose of {', '.join(COUNTS)}")
         check.flag("policy.secure_aggregation", self.secure_aggregation)
         check.real("policy.fraction", self.fraction, above=0.0, high=1.0)
         for name in ("epsilon", "noise", "seconds"):
@@ -179,6 +186,11 @@ class Policy:
         assert isinstance(task, (Csv, Stream))
         whole = task.read(Path(str(node_config["data"])).expanduser(), self.table)
         return self.share(whole, _class_names(task))
+
+    @property
+    def narrowed(self) -> "tuple[Callable[[pd.DataFrame], pd.DataFrame], ...]":
+        """What makes of a whole table the columns and rows that may be used."""
+        return () if self.columns is None and self.rows is None else (self.table,)
 
     def table(self, table: "pd.DataFrame") -> "pd.DataFrame":
         """The rows and columns of a table of text that may be used. Raises PolicyRefusal without a column."""

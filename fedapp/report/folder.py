@@ -69,6 +69,10 @@ class RunFolder:
         rows = [[int(count) for count in row] for row in counts]
         write_text(self.path / "labels.json", json.dumps({"counts": rows}))
 
+    def write_checks(self, counts: list[dict[str, int]]) -> None:
+        """data.json: what clients told of the quality of their data, one object each, nobody's name in it."""
+        write_text(self.path / "data.json", json.dumps({"counts": counts}))
+
     def append(self, r: Round) -> None:
         """One more line of rounds.jsonl, on the disk when this returns; a failed write leaves nothing."""
         append_line(self.path / "rounds.jsonl", to_json(r))

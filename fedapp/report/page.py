@@ -23,6 +23,7 @@ from fedapp.report.summary import (
     seconds_text,
 )
 from fedapp.stages import NAMES, total
+from fedapp.tasks.quality import COUNTS
 
 
 def write_page(folder: Path) -> Path:
@@ -35,8 +36,23 @@ def write_page(folder: Path) -> Path:
     charts = f'<section class="charts of{len(lines)}">{"".join(lines)}{_stages(rounds)}{split}</section>'
     text = config.read_text(encoding="utf-8") if config.exists() else ""
     page = folder / "report.html"
-    write_text(page, _page(summary, charts, text, _alarms(rounds)))
+    write_text(page, _page(summary, charts, text, _alarms(rounds), _data(folder)))
     return page
+
+
+def _data(folder: Path) -> str:
+    """What clients told of the quality of their data: sums, and the most that one of them has."""
+    file = folder / "data.json"
+    if not file.exists():
+        return ""
+    counts: list[dict[str, int]] = json.loads(file.read_text(encoding="utf-8"))["counts"]
+    rows = [("clients that told", str(len(counts)))]
+    for name in COUNTS:
+        told = [client[name] for client in counts if name in client]
+        if told:
+            many = sum(count > 0 for count in told)
+            rows.append((name, f"{sum(told):,} of {many} clients, {max(told):,} at most"))
+    return _table("Data of the clients", rows)
 
 
 def _alarms(rounds: Sequence[Round]) -> list[str]:
@@ -51,7 +67,7 @@ def _alarms(rounds: Sequence[Round]) -> list[str]:
     ]
 
 
-def _page(s: Summary, charts: str, config: str, alarms: Sequence[str] = ()) -> str:
+def _page(s: Summary, charts: str, config: str, alarms: Sequence[str] = (), data: str = "") -> str:
     choices = f"{s.task} · {s.codec} · {s.privacy} · {s.engine}"
     notes = [f"Interrupted; rounds finished: {s.rounds}."] if s.interrupted else []
     notes += [s.note] if s.note else []
@@ -65,7 +81,7 @@ def _page(s: Summary, charts: str, config: str, alarms: Sequence[str] = ()) -> s
         + "".join(f'<p class="alert">{escape(note)}</p>' for note in [*notes, *alarms])
         + f'<section class="tiles">{_tiles(s)}</section>'
         + charts
-        + f'<section class="tables">{_tables(s)}</section>'
+        + f'<section class="tables">{_tables(s)}{data}</section>'
         + (
             f'<details class="card"><summary>Configuration</summary><pre>{escape(config)}</pre></details>'
             if config

@@ -17,6 +17,7 @@ from fedapp import check
 from fedapp.errors import ConfigError, DataError
 from fedapp.tasks import Data
 from fedapp.tasks.partition import Partition
+from fedapp.tasks.quality import Findings, Problem, of_data
 
 EVALUATION_BATCH = 1000
 
@@ -69,6 +70,19 @@ class Classification(ABC):
             f"{type(self).__name__} reads no data that grow on a node's disk: "
             "choose task@task.source=csv or image_folder"
         )
+
+    def examined(self, path: Path, *narrowed: Callable[[Any], Any], growing: bool = False) -> Findings:
+        """A check of a client's own file or folder, or what of it is narrowed to; never a DataError."""
+        try:
+            return of_data((self.arrived if growing else self.read)(path), self.labels)
+        except DataError as error:
+            return Findings({}, (Problem(str(error), fatal=True),))
+
+    @property
+    def labels(self) -> Sequence[str]:
+        """What the classes are called; numbers where the data do not name them."""
+        names: Sequence[str] | None = getattr(self, "class_names", None)
+        return [str(index) for index in range(self.classes)] if names is None else names
 
     def client_names(self) -> NDArray[np.generic] | None:
         """The client each training example belongs to by nature, (n,); None where the data do not say."""

@@ -14,6 +14,7 @@ from fedapp.errors import ConfigError, DataError
 from fedapp.tasks import Data
 from fedapp.tasks.classification import Classification, check_names, held_out, once
 from fedapp.tasks.features import CHOICES, LEAST, features, features_shape
+from fedapp.tasks.quality import Findings, Problem, of_data
 
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"}
 
@@ -88,8 +89,40 @@ class ImageFolder(Classification):
         """
         files = sorted(_images(path), key=lambda image: (image[0].stat().st_ctime_ns, image[0]))
         if not files:
-            return Data(torch.empty((0, *self.input_shape)), torch.empty(0, dtype=torch.int64))
+            return _nothing(self.input_shape)
         return self._own(files, path)
+
+    def examined(self, path: Path, *narrowed: Callable[[Any], Any], growing: bool = False) -> Findings:
+        """A check of all images, rather than up to the first that cannot be read."""
+        try:
+            files = _images(path)
+        except DataError as error:
+            return Findings({}, (Problem(str(error), fatal=True),))
+        names, problems, good = self._names(), list[Problem](), list[tuple[Path, str]]()
+        for file, name in files:
+            try:
+                self._pixels(file)
+                good += [(file, name)] * (name in names)
+            except DataError as error:
+                problems.append(Problem(str(error), fatal=True))
+        strange = [name for _, name in files if name not in names]
+        if strange:
+            said = (
+                f"{len(strange)} images in folders {sorted(set(strange))[:5]} that are none of {list(names)}"
+            )
+            problems.append(Problem(f"{said}: rename the folders", fatal=True))
+        if not files and not growing:
+            problems.append(Problem("there are no images: put some into the class folders", fatal=True))
+        data = self._own(good, path) if good else _nothing(self.input_shape)
+        found = of_data(data, names)
+        unread = len(problems) - bool(strange) - (not files and not growing)
+        counts = {"examples": len(files), "values-malformed": unread, "labels-unknown": len(strange)}
+        return Findings({**found.counts, **counts}, (*problems, *found.problems))
+
+    @property
+    def labels(self) -> Sequence[str]:
+        """The names of the class folders."""
+        return self._names()
 
     def _own(self, files: Sequence[tuple[Path, str]], path: Path) -> Data:
         names = self._names()
@@ -141,6 +174,10 @@ class ImageFolder(Classification):
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             raise DataError(f"{file} cannot be read as an image ({error}): mend or remove it") from error
         return np.asarray(square).reshape(self.size, self.size, self.channels).transpose(2, 0, 1)
+
+
+def _nothing(shape: tuple[int, ...]) -> Data:
+    return Data(torch.empty((0, *shape)), torch.empty(0, dtype=torch.int64))
 
 
 def _classes(tree: Path) -> list[str]:

@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from fedapp.errors import ConfigError, DataError
 from fedapp.tasks import Data
 from fedapp.tasks.classification import Classification
 from fedapp.tasks.drift import noticed
+from fedapp.tasks.quality import Findings
 
 _log = logging.getLogger("fedapp.client")
 State = Mapping[str, NDArray[Any]]
@@ -116,6 +117,15 @@ class Stream(Classification):
     def read(self, path: Path, *narrowed: Callable[[Any], Any]) -> Data:
         """What has arrived in a client's own file or folder, in order."""
         return self.source.arrived(path, *narrowed)
+
+    def examined(self, path: Path, *narrowed: Callable[[Any], Any], growing: bool = True) -> Findings:
+        """The source's check of what has arrived."""
+        return self.source.examined(path, *narrowed, growing=growing)
+
+    @property
+    def labels(self) -> Sequence[str]:
+        """The source's."""
+        return self.source.labels
 
     @property
     def shifts(self) -> bool:
