@@ -1,6 +1,7 @@
 """Is this data fit to train on? Counts of what is wrong with a client's own, and how each is mended."""
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -69,57 +70,55 @@ def of_table(table: "pd.DataFrame", schema: Schema, ranges: Ranges = (), empty: 
     """
     import pandas as pd
 
-    names = [schema.label, *(name for name, _ in schema.columns)]
-    lacking = [name for name in names if name not in table.columns]
-    there = table[[name for name in names if name in table.columns]]
-    counts = dict.fromkeys(COUNTS[1:6], 0)
-    counts = {"examples": len(table), **counts, "columns-missing": len(lacking)}
-    problems = []
+    columns = {**dict(schema.columns), schema.label: schema.classes}
+    lacking, has = [name for name in columns if name not in table.columns], list(table.columns)
+    there = table[[name for name in columns if name not in lacking]]
+    bounds, problems = {name: (low, high) for name, low, high in ranges}, list[Problem]()
     if lacking:
-        has = list(table.columns)
         problems.append(Problem(f"columns {lacking} are not there, of {has}: add or rename them", True))
     if not len(table) and not empty:
         problems.append(Problem("there are no rows: give at least one example", True))
-    bounds = {name: (low, high) for name, low, high in ranges}
-    for name, categories in [*schema.columns, (schema.label, schema.classes)]:
-        if name in lacking:
-            continue
-        column, what = there[name], "labels-unknown" if name == schema.label else "values-malformed"
-        missing = int(column.isna().sum())
-        counts["values-missing"] += missing
-        if missing:
+    sums = Counter({"examples": len(table), "columns-missing": len(lacking)})
+    for name in there.columns:
+        categories, given = columns[name], there[name].dropna()
+        if missing := len(there) - len(given):
+            sums["values-missing"] += missing
             said = f"column {name}: {missing} values are missing: fill them in, or take the rows out"
             problems.append(Problem(said, True))
-        given = column.dropna()
-        if categories is not None:
-            words = given[~given.isin(categories)]
-            counts[what] += len(words)
-            if len(words):
-                some = sorted(set(words))[:5]
-                said = (
-                    f"column {name}: {len(words)} values such as {some} are none of {list(categories)[:20]}"
-                )
-                problems.append(Problem(f"{said}: rename them, or take the rows out", True))
+        if categories is None:
+            problems += _numbers(given, bounds.get(name), sums)
             continue
-        with np.errstate(over="ignore"):
-            values = pd.to_numeric(given, errors="coerce").to_numpy(dtype=np.float32)
-        malformed = int((~np.isfinite(values)).sum())
-        counts[what] += malformed
-        if malformed:
-            said = f"column {name}: {malformed} values are no finite float32 numbers: correct them"
-            problems.append(Problem(f"{said}, or list other columns in task.features", True))
-        if name in bounds:
-            low, high = bounds[name]
-            outside = int(((values < low) | (values > high)).sum())
-            counts["values-out-of-range"] += outside
-            if outside:
-                said = f"column {name}: {outside} values are outside {low:g} to {high:g}: check their unit"
-                problems.append(Problem(f"{said}, or correct them", False))
-    counts["duplicates"] = int(there.duplicated().sum())
+        words = given[~given.isin(categories)]
+        sums["labels-unknown" if name == schema.label else "values-malformed"] += len(words)
+        if len(words):
+            some = sorted(set(words))[:5]
+            said = f"column {name}: {len(words)} values such as {some} are none of {list(categories)[:20]}"
+            problems.append(Problem(f"{said}: rename them, or take the rows out", True))
+    sums["duplicates"] = int(there.duplicated().sum())
+    counts = {name: sums[name] for name in COUNTS[:7]}
     if schema.label in lacking:
         return Findings(counts, tuple(problems))
     codes = pd.Index(schema.classes).get_indexer(pd.Index(there[schema.label]))
     return _with_balance(counts, problems, codes[codes >= 0].astype(np.int64), schema.classes)
+
+
+def _numbers(
+    column: "pd.Series", bounds: tuple[float, float] | None, sums: Counter[str]
+) -> Iterator[Problem]:
+    """What is wrong with a column that should hold numbers; adds to the sums."""
+    import pandas as pd
+
+    with np.errstate(over="ignore"):
+        values = pd.to_numeric(column, errors="coerce").to_numpy(dtype=np.float32)
+    if malformed := int((~np.isfinite(values)).sum()):
+        sums["values-malformed"] += malformed
+        said = f"column {column.name}: {malformed} values are no finite float32 numbers: correct them"
+        yield Problem(f"{said}, or list other columns in task.features", True)
+    low, high = bounds or (-np.inf, np.inf)
+    if outside := int(((values < low) | (values > high)).sum()):
+        sums["values-out-of-range"] += outside
+        said = f"column {column.name}: {outside} values are outside {low:g} to {high:g}: check their unit"
+        yield Problem(f"{said}, or correct them", False)
 
 
 def _with_balance(
