@@ -18,6 +18,8 @@ commands:
   simulate   train one model over simulated clients on this machine
              (fedapp simulate --help lists all settings; -m KEY=A,B sweeps)
              resume=RUN_DIR goes on with a run that was stopped or killed, to the same end
+  check      is a client's own data fit to train on? counts, and one line for each problem; exits 1 where
+             training is impossible: fedapp check data=FILE_OR_FOLDER task=csv [KEY=VALUE ...]
   report     make report.html of a run folder anew: fedapp report RUN_DIR
   audit      train with canaries and print a lower bound on epsilon beside the claimed one; exits 1 where
              it exceeds the claim: fedapp audit [canaries=5000] [confidence=0.95] [KEY=VALUE ...]
@@ -46,7 +48,7 @@ PROGRAMS = {
 
 def main() -> None:
     """Entry of the console script; exits 0, 1 (an error, told in one line), 2 (usage) or 130 (Ctrl-C)."""
-    commands = {"simulate": simulate, "report": report, "audit": audit}
+    commands = {"simulate": simulate, "check": check, "report": report, "audit": audit}
     commands |= {name: partial(_program, module) for name, module in PROGRAMS.items()}
     if len(sys.argv) > 1 and sys.argv[1] in ("-h", "--help"):
         print(USAGE, end="")
@@ -117,6 +119,13 @@ def simulate() -> None:
         if inside:
             raise
         raise ConfigError(f"the run folder cannot be made ({error}): set run_dir to another place") from error
+
+
+def check() -> None:
+    """Check a client's own data by the settings of a run; exit 1 where it would decline to train."""
+    from fedapp.tasks.quality_cli import run
+
+    sys.exit(1 if run(sys.argv[1:]).fatal else 0)
 
 
 def report() -> None:

@@ -20,9 +20,9 @@ from fedapp.dp_step import DpStep
 from fedapp.errors import ConfigError, FedappError
 from fedapp.facts import ASKS
 from fedapp.job import Job
-from fedapp.privacy.consent import consent, data_of, facts_of
+from fedapp.privacy.consent import consent, counts_of, data_of, facts_of
 from fedapp.privacy.secret import BATCH, CLIENT, source
-from fedapp.records import ARRAYS, CONFIG, METRICS, UPDATE, WEIGHT, load_state, store_state
+from fedapp.records import ARRAYS, CONFIG, DRIFT, METRICS, STREAM, UPDATE, WEIGHT, load_state, store_state
 from fedapp.running_sum import Own
 from fedapp.scaffold import STEERED
 from fedapp.secagg import Client, Identity
@@ -30,6 +30,7 @@ from fedapp.secagg.roster import read_identity
 from fedapp.secagg.wire import answer, masked
 from fedapp.stages import DECODE, ENCODE, EVALUATE, TRAIN
 from fedapp.tasks import Data
+from fedapp.tasks.stream import Stream
 from fedapp.training import Sgd
 from fedapp.vector import values
 from fedapp.wire import compress
@@ -96,6 +97,8 @@ def client_app(job_of: Callable[[Context], Job], own: Own | None = None) -> Clie
             fit = partial(trainer.fit, way=[part.to(job.torch_device) for part in way])
         metrics, state = fit(job.task, job.model, data, state, rng, progress)
         store_state(context, "trainer", state)
+        if isinstance(job.task, Stream) and job.privacy.unit is None:
+            metrics[DRIFT] = int(load_state(context, STREAM)[DRIFT][0])
         trained = ArrayRecord(job.model.state_dict())
         if job.assigns:
             metrics |= {SECONDS: time.perf_counter() - started}
@@ -125,6 +128,12 @@ def client_app(job_of: Callable[[Context], Job], own: Own | None = None) -> Clie
         asked = message.content.config_records[CONFIG][ASKS]
         told = facts_of(job_of(context), context, asked if isinstance(asked, list) else [])
         return Message(RecordDict({CONFIG: ConfigRecord({**told})}), reply_to=message)
+
+    @app.query("check", mods=[guard, consent(job_of)])
+    def check(message: Message, context: Context) -> Message:
+        """Tell what the node's policy lets out of a check of its data."""
+        counts = ConfigRecord({**counts_of(job_of(context), context)})
+        return Message(RecordDict({CONFIG: counts}), reply_to=message)
 
     def take_part(stage: str) -> None:
         @app.query(stage, mods=[guard])

@@ -18,6 +18,7 @@ from fedapp.privacy.distributed_example import DistributedExample
 from fedapp.privacy.example import ExamplePrivacy
 from fedapp.secagg.wire import Summed
 from fedapp.selection import Poisson, PowerOfChoice, Uniform
+from fedapp.tasks.stream import Stream
 from fedapp.training import DpSgd, Sgd
 from fedapp.wire import STREAMED
 
@@ -172,6 +173,11 @@ def check_privacy(job: "Job") -> None:
             summed and job.in_round < LEAST,
             f"fewer than {LEAST} clients hide nobody in their sum: set cohort={LEAST} or more",
         ),
+        (
+            job.privacy.unit == "example" and isinstance(job.task, Stream) and job.task.shifts,
+            "task.rows and task.replay take an example in because another one is there or not, which is "
+            "not accounted for: set task.rounds, or none of them",
+        ),
         (job.evaluate == "clients", "evaluate=clients sends private accuracies: set evaluate=server"),
         (
             job.task.private_preprocessing,
@@ -238,6 +244,20 @@ def check_steering(job: "Job") -> None:
     _refuse("strategy=scaffold steers training by what clients sent, and does not go with", refused)
 
 
+def check_bound(job: "Job") -> None:
+    """The server cuts updates that it sees, and of which nothing else makes more or less."""
+    if job.norm_bound is None:
+        return
+    sums, private = isinstance(job.aggregation, Ckks), f"privacy={job.choices['privacy']}"
+    refused = (
+        (isinstance(job.privacy, Summed), f"{private} shows the server sums alone: leave norm_bound out"),
+        (job.mechanism is not None, f"{private} bounds updates by privacy.clip: leave norm_bound out"),
+        (sums, "aggregation=ckks shows the server sums alone: set aggregation=open"),
+        (job.steers, "strategy=scaffold sends news of updates, not updates: choose strategy=fedavg"),
+    )
+    _refuse(f"norm_bound={job.norm_bound:g} is for updates that the server reads, and", refused)
+
+
 def _refuse(given: str, rules: Iterable[tuple[bool, str]]) -> None:
     """Raise ConfigError with the reason of the first rule that holds."""
     for holds, reason in rules:
@@ -263,12 +283,12 @@ def check_model(job: "Job", model: nn.Module) -> None:
     if isinstance(job.trainer, (DpSgd, DpStep)):
         _check_private_model(job, model)
     summed = job.privacy.unit == "client" or isinstance(job.privacy, Summed)
-    summed |= isinstance(job.aggregation, Ckks) or job.steers or job.assigns
+    summed |= isinstance(job.aggregation, Ckks) or job.steers or job.assigns or job.norm_bound is not None
     if summed and any(True for _ in model.buffers()):
         raise ConfigError(
             f"privacy={job.choices['privacy']} aggregation={job.choices['aggregation']} "
             f"strategy={job.choices['strategy']} assignment={job.choices['assignment']} "
-            f"deals in parameters, and this model has other state too "
+            f"norm_bound={job.norm_bound} deals in parameters, and this model has other state too "
             f"({next(name for name, _ in model.named_buffers())}): use model.norm=group for resnet18"
         )
 

@@ -24,7 +24,7 @@ CONF = _HERE / "conf" if (_HERE / "conf").is_dir() else _HERE.parent / "conf"  #
 _NAMES = {  # group: where its classes live, and which
     "task": (
         "fedapp.tasks",
-        "images.FashionMnist images.Digits tables.Csv folders.ImageFolder anonymity.required",
+        "images.FashionMnist images.Digits tables.Csv folders.ImageFolder anonymity.required stream.Stream",
     ),
     "partition": ("fedapp.tasks.partition", "Iid Dirichlet Shard Pathological Natural"),
     "model": ("fedapp.models", "Logistic Mlp SmallCnn Cnn Resnet18"),
@@ -66,9 +66,10 @@ _STRATEGY_BOUNDS = {  # Flower checks few of these itself
 _STRATEGY_COUNTS = {"num_malicious_nodes": 0, "num_nodes_to_select": 1}
 
 _KEYS = (
-    "clients", "cohort", "rounds", "seed", "sampling", "over_selection", "deadline", "evaluate", "device",
-    "round_timeout", "checkpoint", "profile",
+    "clients", "cohort", "rounds", "seed", "sampling", "over_selection", "deadline", "norm_bound",
+    "evaluate", "device", "round_timeout", "checkpoint", "profile",
 )  # fmt: skip
+_SOURCE = "task@task.source"  # which task a stream reads
 _WITHOUT_EFFECT = ("run_dir", "resume", "checkpoint", "profile", "engine.workers", "engine.state_mb")
 _GROUPS = (
     "task", "partition", "model", "trainer", "codec", "downlink", "strategy", "aggregation", "engine",
@@ -100,7 +101,10 @@ def split(overrides: str) -> list[str]:
         key, _, value = part.partition("=")
         # No _target_: a choice's name, by which clients accept a run, must go on to say what it is.
         plain = re.fullmatch(r"[A-Za-z]\w*(\.[A-Za-z0-9]\w*)*", key) and "${" not in value and "=" in part
-        if not plain or key.startswith("hydra") or (key in _GROUPS and not re.fullmatch(r"\w+", value)):
+        choice = re.fullmatch(r"\w+", value)
+        if key == _SOURCE and choice:
+            continue
+        if not plain or key.startswith("hydra") or (key in _GROUPS and not choice):
             raise ConfigError(
                 f"{part!r} is no plain override: write key=value or group=choice, without +, ~, paths, "
                 f"interpolation, hydra keys or keys that begin with _"
@@ -162,7 +166,7 @@ def job(config: DictConfig) -> Job:
     }  # fmt: skip
     return Job(
         **{key: tree[key] for key in _KEYS},
-        task=build(tree["task"], "task", **shared),
+        task=_task(tree["task"], "task", shared),
         trainer=build(tree["trainer"], "trainer"),
         codec=build(tree["codec"], "codec"),
         downlink=build(tree["downlink"], "downlink"),
@@ -175,6 +179,13 @@ def job(config: DictConfig) -> Job:
         assignment=build(tree["assignment"], "assignment"),
         choices=tree["choices"],
     )
+
+
+def _task(node: Mapping[str, Any], path: str, shared: Mapping[str, Any]) -> Any:
+    """The task; one that reads another shares with it what is the run's."""
+    if isinstance(node.get("source"), Mapping):
+        node = {**node, "source": _task(node["source"], f"{path}.source", shared)}
+    return build(node, path, **shared)
 
 
 def _check_strategy(settings: Mapping[str, Any]) -> None:

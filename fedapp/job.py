@@ -65,6 +65,7 @@ class Job:
     sampling: str
     over_selection: float
     deadline: float | None
+    norm_bound: float | None
     evaluate: str
     device: str
     round_timeout: float
@@ -94,6 +95,8 @@ class Job:
         check.real("over_selection", self.over_selection, low=1.0, high=100.0)
         if self.deadline is not None:
             check.real("deadline", self.deadline, above=0.0)
+        if self.norm_bound is not None:
+            check.real("norm_bound", self.norm_bound, above=0.0, high=1e6)
         check.choice("evaluate", self.evaluate, ("server", "clients", "none"))
         check.choice("device", self.device, ("auto", "cpu", "cuda"))
         check.real("round_timeout", self.round_timeout, above=0.0)
@@ -109,6 +112,7 @@ class Job:
         combinations.check_privacy(self)
         combinations.check_aggregation(self)
         combinations.check_steering(self)
+        combinations.check_bound(self)
         self._tell_what_they_need()
         self._decide_codec()
 
@@ -270,7 +274,8 @@ class Job:
         """None where weights come back as plain Flower sends them."""
         plain = isinstance(self.codec, Identity) and isinstance(self.downlink, Plain) and not self.mechanism
         buffered = isinstance(self.strategy, FedBuff)  # which adds updates of different weights
-        return None if plain and not buffered and not self.steers and not self.assigns else self.codec
+        updates = buffered or self.steers or self.assigns or self.norm_bound is not None
+        return None if plain and not updates else self.codec
 
     @property
     def assigns(self) -> bool:
@@ -300,7 +305,8 @@ class Job:
         uniform, workloads = self.privacy.unit is not None, None
         if isinstance(self.assignment, Deadline) and self.deadline is not None:
             workloads = Workloads(self.assignment, self.deadline)
-        return Wire(self.strategy, self.wire_codec, self.mechanism, uniform, controls, workloads)
+        known = controls, workloads, self.norm_bound
+        return Wire(self.strategy, self.wire_codec, self.mechanism, uniform, *known)
 
     @property
     def fold(self) -> Callable[[int], Fold] | None:

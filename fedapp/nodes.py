@@ -16,9 +16,11 @@ from fedapp.facts import ASKS, Facts, read, simulated
 from fedapp.fold import Folded
 from fedapp.job import Job
 from fedapp.records import CONFIG, size_of
-from fedapp.replies import refuse
+from fedapp.replies import drifted, refuse
 from fedapp.selection import Tags
 from fedapp.stages import TRANSFER
+from fedapp.tasks.classification import Classification
+from fedapp.tasks.quality import COUNTS, of_data
 
 
 class Cohort:
@@ -33,10 +35,11 @@ class Cohort:
 
 @dataclass
 class Traffic:
-    """Bytes that crossed the wire: the serialized content of each message and each reply."""
+    """What crossed the wire: bytes of the serialized content of each message and each reply, and alarms."""
 
     uplink: int = 0
     downlink: int = 0
+    drifted: int = 0  # replies that say so
 
     def exchange(
         self, grid: Grid, messages: list[Message], timeout: float, until: float = float("inf")
@@ -61,6 +64,7 @@ class Traffic:
         for reply in replies:
             if reply.has_content():
                 self.uplink += reply.size if isinstance(reply, Folded) else size_of(reply.content)
+                self.drifted += reply.tally.drift if isinstance(reply, Folded) else drifted(reply)
 
 
 def partitions(grid: Grid, clients: int, timeout: float) -> dict[int, int]:
@@ -124,3 +128,25 @@ def facts(grid: Grid, job: Job, partitions: Mapping[int, int]) -> dict[int, Fact
         except Exception as error:  # hostile bytes may reach any line
             refuse(reply, error)
     return told
+
+
+def checks(grid: Grid, job: Job, nodes: Iterable[int]) -> list[dict[str, int]]:
+    """What each client tells of its data's quality; simulated ones, which have no policy, tell all.
+
+    Nothing under privacy, and of nodes whose policy lets nothing out. These messages are not among the bytes
+    of rounds.
+    """
+    if job.privacy.unit is not None or not isinstance(job.task, Classification):
+        return []
+    if isinstance(grid, LocalGrid):
+        parts = ({"partition-id": i, "num-partitions": job.clients} for i in grid.partitions.values())
+        return [dict(of_data(job.task.client_data(part), job.task.labels).counts) for part in parts]
+    first = ConfigRecord({"server-round": 1})
+    asked = [Message(RecordDict({CONFIG: first}), node, "query.check") for node in nodes]
+    found = []
+    for reply in stream(grid, asked, job.round_timeout):
+        told = reply.content.config_records.get(CONFIG) if reply.has_content() else None
+        said = dict(told or ConfigRecord())
+        counts = {name: n for name in COUNTS if isinstance(n := said.get(name), int) and 0 <= n < 2**53}
+        found += [counts] if counts else []
+    return found

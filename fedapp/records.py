@@ -12,7 +12,8 @@ from fedapp.vector import arrays_in, record_of
 
 STYPE = "fedapp.packet"
 ARRAYS, METRICS, CONFIG, UPDATE = "arrays", "metrics", "config", "update"
-WEIGHT, LOSS = "num-examples", "train_loss"
+WEIGHT, LOSS, DRIFT = "num-examples", "train_loss", "drift"
+STREAM = "stream"  # what a node keeps of data that grow
 
 
 def size_of(content: RecordDict) -> int:

@@ -12,7 +12,7 @@ from numpy.lib.format import read_array_header_1_0, read_magic
 from numpy.typing import NDArray
 
 from fedapp.errors import DecodeError
-from fedapp.records import METRICS, STYPE, WEIGHT
+from fedapp.records import DRIFT, METRICS, STYPE, WEIGHT
 from fedapp.stages import DECODE
 
 
@@ -36,6 +36,12 @@ def metrics_of(reply: Message, names: tuple[str, ...]) -> MetricRecord:
         if not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
             raise DecodeError(f"{name} is not a finite number of at least 0")
     return metrics
+
+
+def drifted(reply: Message) -> bool:
+    """Whether a client says that its data have drifted."""
+    metrics = reply.content.metric_records.get(METRICS, MetricRecord()) if reply.has_content() else {}
+    return metrics.get(DRIFT) == 1
 
 
 def weight_of(metrics: MetricRecord, uniform: bool, least: int = 0) -> int:

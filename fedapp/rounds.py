@@ -32,6 +32,7 @@ from fedapp.secagg import Server
 from fedapp.secagg.wire import SecureSum
 from fedapp.selection import PowerOfChoice
 from fedapp.stages import AGGREGATE, CLOCK, ENCODE, EVALUATE
+from fedapp.tasks.stream import Stream
 from fedapp.vector import arrays_in, layout_of, record_of
 
 
@@ -55,11 +56,12 @@ class Federation:
         coded = self.job.downlink
         self._downlink = Downlink(coded, self.arrays) if isinstance(coded, Coded) else None
         self._partitions = partitions(self.grid, self.job.clients, self.job.round_timeout)
-        self._nodes = sorted(self._partitions, key=self._partitions.__getitem__)  # a node's id is random
+        self._nodes = self.nodes
         told = facts(self.grid, self.job, self._partitions)
         self._facts = [told.get(node, Facts()) for node in self._nodes]
         self._wire.weigh_at_least(self.job.selection.least_weight(self._facts, self.job.at_once))
         self._late, self._lost = 0, False
+        self._streamed = isinstance(self.job.task, Stream) and self.job.privacy.unit is None
         self._asynchronous: Asynchronous | None = None
         if isinstance(self.job.strategy, FedBuff):
             parts = self._wire, self._downlink, self._partitions, self.traffic, self.begun
@@ -131,12 +133,18 @@ class Federation:
                 failures=answers - (self.accepted - accepted),
                 stages=CLOCK.end_round(self.grid.workers if isinstance(self.grid, LocalGrid) else None),
                 clock=self.clock if self.job.timed else None,
+                drift=self.traffic.drifted - before.drifted if self._streamed else None,
             )
             if answers and self.accepted == accepted and not self._lost:
                 early = "" if self.job.deadline is None else f", or deadline={self.job.deadline:g} is early"
                 raise FedappError(
                     f"round {number}: none of {answers} clients returned an update; the log says why{early}"
                 )
+
+    @property
+    def nodes(self) -> list[int]:
+        """The nodes that take part, by partition: a node's id is random."""
+        return sorted(self._partitions, key=self._partitions.__getitem__)
 
     @property
     def clock(self) -> float | None:

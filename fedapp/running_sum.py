@@ -13,7 +13,7 @@ from fedapp.codec.packet import decode_update, unpadded
 from fedapp.exact_sum import ExactSum
 from fedapp.privacy.mechanism import Mechanism, Numbers
 from fedapp.records import ARRAYS, METRICS, UPDATE, WEIGHT
-from fedapp.replies import metrics_of, packet_in, side_of, values_of, weight_of
+from fedapp.replies import drifted, metrics_of, packet_in, side_of, values_of, weight_of
 from fedapp.stages import DECODE
 from fedapp.vector import buffers_of, layout_of, ravel, record_of, unravel, values
 
@@ -38,8 +38,11 @@ class Own:
 class Reader:
     """What a reply that `wire.compress` made says, by public settings alone.
 
-    `uniform` refuses replies that weigh anything but 1: no client then counts more. `least` is what one with
-    any examples weighs at least. `own` is what this process knows of a packet that it has made itself.
+    `uniform` refuses replies that weigh anything but 1: no client then counts more. `least` is what one
+    with any examples weighs at least. `own` is what this process knows of a packet that it has made
+    itself. `bound` makes an update no longer than that (2-norm), and then all weigh the same, whatever
+    they say: what one client moves is bounded (Sun et al. 2019, "Can you really backdoor federated
+    learning?").
     """
 
     codec: Codec
@@ -47,6 +50,11 @@ class Reader:
     uniform: bool = False
     least: int = 0
     own: Own | None = None
+    bound: float | None = None
+
+    def weight(self, said: int) -> int:
+        """What a client counts that says it weighs so much."""
+        return said if self.bound is None else min(said, 1)
 
     @DECODE
     def update_in(
@@ -55,7 +63,7 @@ class Reader:
         """The update in the packet, bounded by the mechanism, and the numbers beside it."""
         data = packet_in(reply.content.array_records[ARRAYS].pop(UPDATE))
         if self.mechanism is None:
-            return self._decoded(data, layout), {}
+            return self._bounded(self._decoded(data, layout)), {}
         if self.mechanism.packet_bytes:
             data = unpadded(data, self.mechanism.packet_bytes)
         return self.mechanism.on_reply(self._decoded(data, layout), side_of(reply), terms)
@@ -63,6 +71,13 @@ class Reader:
     def _decoded(self, data: bytes, layout: Layout) -> NDArray[np.float32]:
         known = None if self.own is None else self.own.take(data)
         return decode_update(data, self.codec, layout) if known is None else known
+
+    def _bounded(self, update: NDArray[np.float32]) -> NDArray[np.float32]:
+        """The update, shortened to the bound where it is longer."""
+        if self.bound is None:
+            return update
+        norm = float(np.linalg.norm(update.astype(np.float64)))
+        return update if norm <= self.bound else update * np.float32(self.bound / norm)
 
 
 @dataclass(frozen=True)
@@ -72,6 +87,7 @@ class Tally:
     node: int
     weight: int
     side: Numbers
+    drift: bool = False
 
 
 class RunningSum:
@@ -88,14 +104,14 @@ class RunningSum:
         self, reply: Message, read: Reader, received: ArrayRecord, terms: Numbers, factor: float = 1.0
     ) -> Tally:
         """Add a reply to these received weights, its update times `factor`; whole, or DecodeError and not."""
-        weight = weight_of(metrics_of(reply, (WEIGHT,)), read.uniform, read.least)
+        weight = read.weight(weight_of(metrics_of(reply, (WEIGHT,)), read.uniform, read.least))
         update, side = read.update_in(reply, self.layout, terms)
         trained = values_of(reply.content.array_records[ARRAYS], self.buffers)
         if trained:
             moved = [trained[name] - values(received[name]) for name in self.buffers]
             update = np.concatenate([update, *(one.reshape(-1) for one in moved)])
         self.exact.add(update if factor == 1.0 else update * update.dtype.type(factor), weight)
-        return Tally(reply.metadata.src_node_id, weight, side)
+        return Tally(reply.metadata.src_node_id, weight, side, drifted(reply))
 
     def reply(self, mean: NDArray[np.float64], weights: ArrayRecord) -> Message:
         """A reply as of one client that trained the mean of all: weights, buffers, total weight."""

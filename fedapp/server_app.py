@@ -22,6 +22,7 @@ from fedapp.codec.chain import ErrorFeedback
 from fedapp.engine.local import LocalGrid
 from fedapp.errors import ConfigError, FedappError
 from fedapp.job import Job
+from fedapp.nodes import checks
 from fedapp.privacy.begun import Begun
 from fedapp.report.folder import Round, RunFolder, alone
 from fedapp.report.page import write_page
@@ -135,6 +136,8 @@ def _run(
     failure: BaseException | None = None
     for said in _told(federation, begin):
         console.print(said, soft_wrap=True, markup=False, highlight=False)
+    if found := checks(grid, job, federation.nodes):
+        folder.write_checks(found)
     checkpoints = Checkpoints(folder.checkpoint, job.checkpointed)
     startup = time.perf_counter() - started
     try:

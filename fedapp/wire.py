@@ -132,7 +132,8 @@ class Wire(Strategy):
     that is an error, or does not decode, is counted in `failures` and costs the round nothing else.
 
     A mechanism of client-level privacy, which takes a linear strategy, bounds each update, and makes the mean
-    of their sum. `uniform` refuses replies that weigh anything but 1: no client then counts more.
+    of their sum. `uniform` refuses replies that weigh anything but 1: no client then counts more. `bound` is
+    the norm that the server cuts an update to (`Reader`).
     """
 
     def __init__(
@@ -143,10 +144,12 @@ class Wire(Strategy):
         uniform: bool = False,
         controls: Controls | None = None,
         workloads: Workloads | None = None,
+        bound: float | None = None,
     ) -> None:
         self.controls, self.workloads = controls, workloads
         self.inner, self.codec, self.mechanism = inner, codec, mechanism
-        self.reader = None if codec is None else Reader(codec, mechanism, uniform or mechanism is not None)
+        uniform = uniform or mechanism is not None
+        self.reader = None if codec is None else Reader(codec, mechanism, uniform, bound=bound)
         self.streams = codec is not None and type(inner).__name__ in STREAMED
         self.failures = 0
         self._uniform, self._least, self._kept = uniform, 0, dict[str, float]()
@@ -230,6 +233,7 @@ class Wire(Strategy):
             else:
                 layout = layout_of(self._weights)
                 update, _ = self.reader.update_in(reply, layout, self._terms)
+                metrics[WEIGHT] = weight = self.reader.weight(weight)
                 trained = values_of(arrays, buffers_of(self._weights, layout))
                 trained |= unravel(ravel(self._weights, layout) + update, layout, self._weights)
             if weight:

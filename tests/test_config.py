@@ -50,6 +50,7 @@ def data(tmp_path: Path) -> dict[str, str]:
     return {
         "task=csv": f"task.path={table} model=mlp partition=iid clients=2",
         "task=image_folder": f"task.path={tmp_path / 'images'} task.size=8 partition=iid clients=2",
+        "task=stream": f"task.source.path={table} model=mlp partition=iid clients=2",
     }
 
 
@@ -128,6 +129,10 @@ SAID = [
     ("seed=-1", r"seed .* from 0 to 4294967295, got -1"),
     ("seed=4294967296", r"seed .* from 0 to 4294967295, got 4294967296"),
     ("sampling=always", r"sampling must be one of .*fixed.*, got 'always'"),
+    ("norm_bound=0", r"norm_bound .* above 0 .*, got 0"),
+    ("norm_bound=1 strategy=scaffold privacy=none", r"norm_bound=1 .* strategy=scaffold"),
+    ("norm_bound=1 privacy=local_gaussian", r"norm_bound=1 .* privacy.clip"),
+    ("norm_bound=1 privacy=distributed_gaussian", r"norm_bound=1 .* sums alone"),
     ("evaluate=nobody", r"evaluate must be one of server, clients, none, got 'nobody'"),
     ("device=tpu", r"device must be one of auto, cpu, cuda, got 'tpu'"),
     ("round_timeout=0", r"round_timeout .* above 0, got 0"),

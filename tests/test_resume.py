@@ -53,6 +53,7 @@ SETTINGS = {
     "codec.rate=0.5 codec.feedback=true downlink=coded",
     "fedbuff, plain": "strategy=fedbuff cohort=null strategy.buffer=2 codec=identity downlink=plain",
     "over-selection": "speeds=stragglers over_selection=1.4 codec.rate=0.5 codec.feedback=true",
+    "stream": "task=stream task@task.source=digits task.rounds=2 task.replay=20 codec=identity",
 }
 every_setting = pytest.mark.parametrize("setting", SETTINGS)
 

@@ -24,22 +24,26 @@ from contextlib import nullcontext
 from importlib.machinery import PathFinder
 from pathlib import Path
 
-from flwr.app import Context, Error, Message, MetricRecord, RecordDict
+import numpy as np
+from flwr.app import ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
 from flwr.clientapp.typing import Mod
 from flwr.common.constant import ErrorCode
 from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 
 import fedapp
 from fedapp.deploy.bundle import digests
-from fedapp.errors import ConfigError, FedappError
+from fedapp.errors import ConfigError, DataError, FedappError
 from fedapp.facts import OF_DATA, Told, of_data, of_machine
 from fedapp.job import Job
 from fedapp.privacy.accounting import Release
 from fedapp.privacy.central import CentralGaussian
 from fedapp.privacy.ledger import BudgetSpent, Ledger, fingerprint
 from fedapp.privacy.policy import Policy, PolicyRefusal
-from fedapp.records import CONFIG, METRICS
+from fedapp.records import CONFIG, DRIFT, METRICS, STREAM, load_state, store_state
 from fedapp.tasks import Data
+from fedapp.tasks.classification import Classification
+from fedapp.tasks.quality import Findings
+from fedapp.tasks.stream import Stream
 
 SPENT = "the client's privacy budget does not allow this release"
 _PROTO = type(recorddict_to_proto(RecordDict()))
@@ -90,12 +94,16 @@ def data_of(job: Job, message: Message, context: Context) -> Data:
     Raises PolicyRefusal, BudgetSpent.
     """
     policy, books = _policy(context), _books(context)
+    if message.metadata.message_type == "train":
+        _require_fit(job, context, policy)
     if policy is None:
         data = job.task.client_data(context.node_config)
     else:
         data = policy.data(job.task, context.node_config)
-        if message.metadata.message_type == "train":
-            policy.check_work(job.trainer, len(data))
+    if isinstance(job.task, Stream):
+        data = _of_round(job.task, data, _round(message), context)
+    if policy is not None and message.metadata.message_type == "train":
+        policy.check_work(job.trainer, len(data))
     if books is not None:
         ledger, data_id = books
         own = context.node_config.get("data")
@@ -140,6 +148,62 @@ def facts_of(job: Job, context: Context, asked: Collection[object]) -> Told:
     except FedappError as refusal:
         _log.warning("node %s tells nothing of its data: %s", context.node_id, refusal)
         return told
+
+
+def counts_of(job: Job, context: Context) -> dict[str, int]:
+    """What a check of a node's own data counts, as far as its policy lets that out; nothing under privacy.
+
+    A count is as unprotected as data are, and charged so. Raises PolicyRefusal, BudgetSpent.
+    """
+    policy, books = _policy(context), _books(context)
+    if job.privacy.unit is not None or policy is None or not policy.counts:
+        return {}
+    found = _findings(job, context, policy)
+    if found is None:
+        return {}
+    if books is not None:
+        books[0].charge(books[1], None, (), context.run_id, 1, "check")
+    return {name: count for name, count in found.counts.items() if name in policy.counts}
+
+
+def _findings(job: Job, context: Context, policy: Policy | None) -> Findings | None:
+    """A check of a node's own data; None where it has none, or the task cannot check."""
+    own = context.node_config.get("data")
+    if own is None or not isinstance(job.task, Classification):
+        return None
+    return job.task.examined(Path(str(own)).expanduser(), *(policy.narrowed if policy else ()))
+
+
+def _require_fit(job: Job, context: Context, policy: Policy | None) -> None:
+    """Check a node's own data before it trains first; what is wrong goes to its own log.
+
+    Raises DataError where training is impossible.
+    """
+    if "checked" in context.state or (found := _findings(job, context, policy)) is None:
+        return
+    for problem in found.problems:
+        _log.log(logging.ERROR if problem.fatal else logging.WARNING, "data check: %s", problem.said)
+    if found.fatal:
+        fatal = sum(problem.fatal for problem in found.problems)
+        raise DataError(
+            f"{context.node_config['data']} cannot be trained on, for {fatal} reasons that the log tells "
+            "above: mend them; fedapp check tells whether all is well"
+        )
+    context.state["checked"] = ConfigRecord({"fit": True})
+
+
+def _of_round(task: Stream, data: Data, server_round: int, context: Context) -> Data:
+    """What a round takes of data that grow. An alarm of drift goes to the client's own log."""
+    partition, own = int(context.node_config.get("partition-id", 0)), "data" in context.node_config
+    state = load_state(context, STREAM)
+    data, kept, drifted = task.of_round(data, server_round, partition, state, own)
+    store_state(context, STREAM, {**kept, DRIFT: np.array([drifted], np.int64)})
+    if drifted:
+        _log.warning(
+            "node %s: examples of round %s differ from the first window (chi-square tests, alarm=%g)",
+            context.node_id, server_round, task.alarm,
+        )  # fmt: skip
+    return data
 
 
 def releases(job: Job) -> Sequence[Release]:

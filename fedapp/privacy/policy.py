@@ -2,7 +2,7 @@
 
 import math
 import signal
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, fields
 from hashlib import blake2b
@@ -19,6 +19,8 @@ from fedapp.errors import ConfigError, FedappError
 from fedapp.privacy.accounting import Gaussian, Release
 from fedapp.privacy.central import BIT, CentralGaussian
 from fedapp.tasks import Data, Task
+from fedapp.tasks.quality import COUNTS
+from fedapp.tasks.stream import Stream
 from fedapp.tasks.tables import Csv
 from fedapp.training import DpSgd, Sgd, Trainer
 
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
 
     from fedapp.job import Job
 
-_LISTS = ("tasks", "privacy", "metrics", "facts", "versions", "columns", "classes")
+_LISTS = ("tasks", "privacy", "metrics", "facts", "counts", "versions", "columns", "classes")
 _NEEDED = {"train": ("num-examples",), "evaluate": ("num-examples", "accuracy", "loss")}  # by the server
 
 
@@ -49,6 +51,9 @@ class Policy:
     refused. facts: what a run without privacy may be told of the data before it begins, examples (how many)
     and labels (how many of each class); not given, nothing. versions: of fedapp.
 
+    counts: what of a check of the data (`fedapp.tasks.quality.COUNTS`) runs without privacy may be told: of
+    the columns and rows below, whatever classes and fraction take part. Nothing, where it is not given.
+
     epsilon, delta: the most that a whole planned run may cost, one update a round. noise: the least noise
     multiplier. secure_aggregation: true refuses all runs without it.
 
@@ -69,6 +74,7 @@ class Policy:
     privacy: tuple[str, ...]
     metrics: tuple[str, ...]
     facts: tuple[str, ...] = ()
+    counts: tuple[str, ...] = ()
     versions: tuple[str, ...] | None = None
     epsilon: float | None = None
     delta: float | None = None
@@ -96,6 +102,8 @@ class Policy:
             object.__setattr__(self, "rows", rows)
         for name in self.facts:
             check.choice("each of policy.facts", name, ("examples", "labels"))
+        if unknown := sorted({*self.counts} - {*COUNTS}):
+            raise ConfigError(f"policy.counts names {', '.join(unknown)}: choose of {', '.join(COUNTS)}")
         check.flag("policy.secure_aggregation", self.secure_aggregation)
         check.real("policy.fraction", self.fraction, above=0.0, high=1.0)
         for name in ("epsilon", "noise", "seconds"):
@@ -177,10 +185,16 @@ class Policy:
         if self.columns is None and self.rows is None:
             return self.share(task.client_data(node_config), _class_names(task))
         rule = "columns" if self.rows is None else "rows"
-        if not isinstance(task, Csv) or "data" not in node_config:
+        if not isinstance(_reads(task), Csv) or "data" not in node_config:
             raise PolicyRefusal(rule, "it is kept for task=csv on the client's own table only")
+        assert isinstance(task, (Csv, Stream))
         whole = task.read(Path(str(node_config["data"])).expanduser(), self.table)
         return self.share(whole, _class_names(task))
+
+    @property
+    def narrowed(self) -> "tuple[Callable[[pd.DataFrame], pd.DataFrame], ...]":
+        """What makes of a whole table the columns and rows that may be used."""
+        return () if self.columns is None and self.rows is None else (self.table,)
 
     def table(self, table: "pd.DataFrame") -> "pd.DataFrame":
         """The rows and columns of a table of text that may be used. Raises PolicyRefusal without a column."""
@@ -246,9 +260,10 @@ class Policy:
             raise PolicyRefusal("delta", f"it is {job.privacy.delta}, at most {self.delta:g} may be")
 
     def _check_columns(self, task: Task) -> None:
-        if self.columns is None or not isinstance(task, Csv):
+        reads = _reads(task)
+        if self.columns is None or not isinstance(reads, Csv):
             return
-        for column in (task.label, *(task.features or ())):
+        for column in (reads.label, *(reads.features or ())):
             _among("columns", f"the column {column}", column, self.columns)
 
 
@@ -261,6 +276,11 @@ def _work(trainer: Trainer | DpStep, examples: int) -> tuple[int, float]:
     if isinstance(trainer, Sgd):
         return trainer.epochs * math.ceil(examples / trainer.batch_size), float(trainer.epochs * examples)
     raise PolicyRefusal("steps", f"the work of a {type(trainer).__name__} is not known")
+
+
+def _reads(task: Task) -> Task:
+    """The task that reads the data."""
+    return task.source if isinstance(task, Stream) else task
 
 
 def _class_names(task: Task) -> Sequence[str]:

@@ -39,6 +39,7 @@ class Round:
     failures: int
     stages: Mapping[str, float | None] | None = None  # seconds by stage, see fedapp/stages.py
     clock: float | None = None  # simulated seconds until its end, see fedapp/speeds.py
+    drift: int | None = None  # clients whose data have drifted, see fedapp/tasks/drift.py
 
 
 class RunFolder:
@@ -67,6 +68,10 @@ class RunFolder:
         """labels.json: `counts[client][label]`, how many examples of each label each client holds."""
         rows = [[int(count) for count in row] for row in counts]
         write_text(self.path / "labels.json", json.dumps({"counts": rows}))
+
+    def write_checks(self, counts: list[dict[str, int]]) -> None:
+        """data.json: what clients told of the quality of their data, one object each, nobody's name in it."""
+        write_text(self.path / "data.json", json.dumps({"counts": counts}))
 
     def append(self, r: Round) -> None:
         """One more line of rounds.jsonl, on the disk when this returns; a failed write leaves nothing."""

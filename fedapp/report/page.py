@@ -23,6 +23,7 @@ from fedapp.report.summary import (
     seconds_text,
 )
 from fedapp.stages import NAMES, total
+from fedapp.tasks.quality import COUNTS
 
 
 def write_page(folder: Path) -> Path:
@@ -35,11 +36,38 @@ def write_page(folder: Path) -> Path:
     charts = f'<section class="charts of{len(lines)}">{"".join(lines)}{_stages(rounds)}{split}</section>'
     text = config.read_text(encoding="utf-8") if config.exists() else ""
     page = folder / "report.html"
-    write_text(page, _page(summary, charts, text))
+    write_text(page, _page(summary, charts, text, _alarms(rounds), _data(folder)))
     return page
 
 
-def _page(s: Summary, charts: str, config: str) -> str:
+def _data(folder: Path) -> str:
+    """What clients told of the quality of their data: sums, and the most that one of them has."""
+    file = folder / "data.json"
+    if not file.exists():
+        return ""
+    counts: list[dict[str, int]] = json.loads(file.read_text(encoding="utf-8"))["counts"]
+    rows = [("clients that told", str(len(counts)))]
+    for name in COUNTS:
+        told = [client[name] for client in counts if name in client]
+        if told:
+            many = sum(count > 0 for count in told)
+            rows.append((name, f"{sum(told):,} of {many} clients, {max(told):,} at most"))
+    return _table("Data of the clients", rows)
+
+
+def _alarms(rounds: Sequence[Round]) -> list[str]:
+    """Drift that clients told of, in words."""
+    alarms = [(r.round, r.drift) for r in rounds if r.drift]
+    if not alarms:
+        return []
+    most = max(count for _, count in alarms)
+    return [
+        f"Drift: from round {alarms[0][0]} on, up to {most} client{'s' * (most > 1)} a round found new "
+        "examples to differ from the first window (two-sample chi-square tests, task.alarm)."
+    ]
+
+
+def _page(s: Summary, charts: str, config: str, alarms: Sequence[str] = (), data: str = "") -> str:
     choices = f"{s.task} · {s.codec} · {s.privacy} · {s.engine}"
     notes = [f"Interrupted; rounds finished: {s.rounds}."] if s.interrupted else []
     notes += [s.note] if s.note else []
@@ -50,10 +78,10 @@ def _page(s: Summary, charts: str, config: str) -> str:
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{escape(choices)}</title><style>{CSS}</style></head><body><main>"
         f'<header><h1>{escape(s.task)}</h1><p class="choices">{_choices(s)}</p></header>'
-        + "".join(f'<p class="alert">{escape(note)}</p>' for note in notes)
+        + "".join(f'<p class="alert">{escape(note)}</p>' for note in [*notes, *alarms])
         + f'<section class="tiles">{_tiles(s)}</section>'
         + charts
-        + f'<section class="tables">{_tables(s)}</section>'
+        + f'<section class="tables">{_tables(s)}{data}</section>'
         + (
             f'<details class="card"><summary>Configuration</summary><pre>{escape(config)}</pre></details>'
             if config
@@ -99,6 +127,7 @@ def _charts(rounds: Sequence[Round]) -> list[str]:
     timed = [(r.clock, r.accuracy) for r in rounds if r.accuracy is not None and r.clock is not None]
     loss = [(r.round, r.loss) for r in rounds if r.loss is not None]
     epsilon = [(r.round, r.epsilon) for r in rounds if r.epsilon is not None]
+    drift = [(r.round, r.drift) for r in rounds if r.drift is not None]
     charts = []
     if accuracy:
         series = Series("last", accuracy, percent_text)
@@ -118,6 +147,9 @@ def _charts(rounds: Sequence[Round]) -> list[str]:
     if epsilon:
         series = Series("spent", epsilon, digits)
         charts.append(line_chart("Privacy budget", "epsilon", [series], zero=True))
+    if any(count for _, count in drift):
+        series = Series("last", drift, digits)
+        charts.append(line_chart("Drift", "clients whose new examples differ from their first", [series]))
     return charts
 
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property, wraps
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from fedapp import check
 from fedapp.errors import ConfigError, DataError
 from fedapp.tasks import Data
 from fedapp.tasks.partition import Partition
+from fedapp.tasks.quality import Findings, Problem, of_data
 
 EVALUATION_BATCH = 1000
 
@@ -59,6 +60,29 @@ class Classification(ABC):
     @abstractmethod
     def read(self, path: Path) -> Data:
         """A client's own examples: the whole of that file or folder, read anew at each call."""
+
+    def arrived(self, path: Path, *narrowed: Callable[[Any], Any]) -> Data:
+        """As `read`, of a file or folder that grows: what is whole in it, in order of arrival; may be none.
+
+        Raises ConfigError where the task reads nothing that could grow.
+        """
+        raise ConfigError(
+            f"{type(self).__name__} reads no data that grow on a node's disk: "
+            "choose task@task.source=csv or image_folder"
+        )
+
+    def examined(self, path: Path, *narrowed: Callable[[Any], Any], growing: bool = False) -> Findings:
+        """A check of a client's own file or folder, or what of it is narrowed to; never a DataError."""
+        try:
+            return of_data((self.arrived if growing else self.read)(path), self.labels)
+        except DataError as error:
+            return Findings({}, (Problem(str(error), fatal=True),))
+
+    @property
+    def labels(self) -> Sequence[str]:
+        """What the classes are called; numbers where the data do not name them."""
+        names: Sequence[str] | None = getattr(self, "class_names", None)
+        return [str(index) for index in range(self.classes)] if names is None else names
 
     def client_names(self) -> NDArray[np.generic] | None:
         """The client each training example belongs to by nature, (n,); None where the data do not say."""

@@ -1,8 +1,9 @@
 """Images in folders named after their class, laid out as torchvision's ImageFolder reads them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ from fedapp.errors import ConfigError, DataError
 from fedapp.tasks import Data
 from fedapp.tasks.classification import Classification, check_names, held_out, once
 from fedapp.tasks.features import CHOICES, LEAST, features, features_shape
+from fedapp.tasks.quality import Findings, Problem, of_data
 
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"}
 
@@ -73,8 +75,57 @@ class ImageFolder(Classification):
 
     def read(self, path: Path) -> Data:
         """A client's own tree: it may lack classes, but must have no unknown one. Raises DataError."""
-        names = self._names()
         files = _images(path)
+        if not files:
+            raise DataError(
+                f"{path} has no images: put {', '.join(sorted(EXTENSIONS))} files into its class folders"
+            )
+        return self._own(files, path)
+
+    def arrived(self, path: Path, *narrowed: Callable[[Any], Any]) -> Data:
+        """The same by when each file became what it is (its inode's change time), the first ones first.
+
+        An image is to be written elsewhere, or under a name with another ending, and moved to its place.
+        """
+        files = sorted(_images(path), key=lambda image: (image[0].stat().st_ctime_ns, image[0]))
+        if not files:
+            return _nothing(self.input_shape)
+        return self._own(files, path)
+
+    def examined(self, path: Path, *narrowed: Callable[[Any], Any], growing: bool = False) -> Findings:
+        """A check of all images, rather than up to the first that cannot be read."""
+        try:
+            files = _images(path)
+        except DataError as error:
+            return Findings({}, (Problem(str(error), fatal=True),))
+        names, problems, good = self._names(), list[Problem](), list[tuple[Path, str]]()
+        for file, name in files:
+            try:
+                self._pixels(file)
+                good += [(file, name)] * (name in names)
+            except DataError as error:
+                problems.append(Problem(str(error), fatal=True))
+        strange = [name for _, name in files if name not in names]
+        if strange:
+            said = (
+                f"{len(strange)} images in folders {sorted(set(strange))[:5]} that are none of {list(names)}"
+            )
+            problems.append(Problem(f"{said}: rename the folders", fatal=True))
+        if not files and not growing:
+            problems.append(Problem("there are no images: put some into the class folders", fatal=True))
+        data = self._own(good, path) if good else _nothing(self.input_shape)
+        found = of_data(data, names)
+        unread = len(problems) - bool(strange) - (not files and not growing)
+        counts = {"examples": len(files), "values-malformed": unread, "labels-unknown": len(strange)}
+        return Findings({**found.counts, **counts}, (*problems, *found.problems))
+
+    @property
+    def labels(self) -> Sequence[str]:
+        """The names of the class folders."""
+        return self._names()
+
+    def _own(self, files: Sequence[tuple[Path, str]], path: Path) -> Data:
+        names = self._names()
         unknown = sorted({name for _, name in files} - set(names))
         if unknown:
             raise DataError(
@@ -125,6 +176,10 @@ class ImageFolder(Classification):
         return np.asarray(square).reshape(self.size, self.size, self.channels).transpose(2, 0, 1)
 
 
+def _nothing(shape: tuple[int, ...]) -> Data:
+    return Data(torch.empty((0, *shape)), torch.empty(0, dtype=torch.int64))
+
+
 def _classes(tree: Path) -> list[str]:
     """The class folders of a tree, sorted. Raises DataError when there are none."""
     if not tree.is_dir():
@@ -140,15 +195,10 @@ def _classes(tree: Path) -> list[str]:
 
 
 def _images(tree: Path) -> list[tuple[Path, str]]:
-    """Every image of a tree with its class, sorted. Raises DataError when there are none."""
-    files = [
+    """Every image of a tree with its class, sorted. Raises DataError where there are no class folders."""
+    return [
         (file, name)
         for name in _classes(tree)
         for file in sorted((tree / name).rglob("*"))
         if file.suffix.lower() in EXTENSIONS and file.is_file()
     ]
-    if not files:
-        raise DataError(
-            f"{tree} has no images: put {', '.join(sorted(EXTENSIONS))} files into its class folders"
-        )
-    return files

@@ -1,7 +1,9 @@
 """How a text table becomes numbers: the same columns, categories and classes on every node."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -48,18 +50,38 @@ class Schema:
 
 def read_table(path: Path, separator: str) -> "pd.DataFrame":
     """All columns of a table as text, missing values marked. Raises DataError for a file that is no table."""
+    table = _parsed(path, path, separator)
+    if not len(table):
+        raise DataError(f"{path} has no rows: give at least one example")
+    return table
+
+
+def read_growing(path: Path, separator: str) -> "pd.DataFrame":
+    """The same of a file that is being written to: the whole lines that are there now, be it the first alone.
+
+    Values must have no line breaks. Raises DataError where there is no line yet.
+    """
+    try:
+        with path.open("rb") as file:
+            data = file.read(os.fstat(file.fileno()).st_size)  # what comes meanwhile is for the next round
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error}): give a text file with a header line") from error
+    end = data.rfind(b"\n") + 1
+    if not end:
+        raise DataError(f"{path} has no whole line yet: begin it with a header line")
+    return _parsed(BytesIO(data[:end]), path, separator)
+
+
+def _parsed(source: Path | BytesIO, path: Path, separator: str) -> "pd.DataFrame":
     import pandas as pd
 
     try:
         # As text, because a type guessed from one node's rows need not be another node's.
-        table = pd.read_csv(path, sep=separator, dtype=str, skipinitialspace=True)
+        return pd.read_csv(source, sep=separator, dtype=str, skipinitialspace=True)
     except (OSError, ValueError) as error:  # pandas' and Unicode's errors are ValueErrors
         raise DataError(
             f"{path} cannot be read as a table ({error}): give a text file with a header line"
         ) from error
-    if not len(table):
-        raise DataError(f"{path} has no rows: give at least one example")
-    return table
 
 
 def need(table: "pd.DataFrame", names: Sequence[str], source: str) -> None:

@@ -1,7 +1,7 @@
 """Tables: a text file with one example a line and a column of labels."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,7 +16,8 @@ from fedapp.errors import ConfigError, DataError
 from fedapp.tasks import Data
 from fedapp.tasks.anonymity import Anonymity, Cost, anonymise, total
 from fedapp.tasks.classification import Classification, check_names, held_out, once
-from fedapp.tasks.schema import Schema, categories_of, in_order, need, read_table, whole
+from fedapp.tasks.quality import Findings, Problem, Ranges, check_ranges, of_table
+from fedapp.tasks.schema import Schema, categories_of, in_order, need, read_growing, read_table, whole
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -63,6 +64,8 @@ class Csv(Classification):
     rows stay as they are. In a simulation the training table is split first: a client knows only its own
     rows. It is no differential privacy, and mixes rows, so private_preprocessing is True with it.
 
+    ranges: public bounds [low, high] of columns, for the check of a client's data alone (`quality`).
+
     Raises ConfigError for settings that do not fit together; DataError, when data are read, for a table that
     cannot be read, is empty, lacks a column, or has a value that is missing, infinite or unknown.
     """
@@ -79,6 +82,7 @@ class Csv(Classification):
     std: float | Sequence[float] = 1.0
     standardize: bool = False
     anonymity: Anonymity | None = None
+    ranges: Mapping[str, Sequence[float]] | Ranges | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -87,6 +91,7 @@ class Csv(Classification):
                 object.__setattr__(self, field, check_names(field, getattr(self, field)))
         for field in ("mean", "std"):
             object.__setattr__(self, field, _constants(field, getattr(self, field)))
+        object.__setattr__(self, "ranges", check_ranges(self.ranges))
         check.real("task.test_fraction", self.test_fraction, low=0.0, below=1.0)
         if self.path is None and (self.class_names is None or self.features is None):
             raise ConfigError(
@@ -155,13 +160,40 @@ class Csv(Classification):
         self, path: Path, shared: Callable[["pd.DataFrame"], "pd.DataFrame"] = lambda table: table
     ) -> Data:
         """A client's own table, or what is shared of it, with the columns and classes that all agree on."""
+        return self._own(shared(read_table(path, self.separator)), path)
+
+    def arrived(self, path: Path, *narrowed: Callable[["pd.DataFrame"], "pd.DataFrame"]) -> Data:
+        """The same of the lines that are whole, in order: one that is half written is left for later."""
+        table = read_growing(path, self.separator)
+        for share in narrowed:
+            table = share(table)
+        return self._own(table, path)
+
+    def examined(
+        self, path: Path, *narrowed: Callable[["pd.DataFrame"], "pd.DataFrame"], growing: bool = False
+    ) -> Findings:
+        """A check of all columns, rather than up to the first error."""
+        try:
+            table = (read_growing if growing else read_table)(path, self.separator)
+        except DataError as error:
+            return Findings({}, (Problem(str(error), fatal=True),))
+        for share in narrowed:
+            table = share(table)
+        return of_table(table, self._schema(), check_ranges(self.ranges), growing)
+
+    @property
+    def labels(self) -> Sequence[str]:
+        """The classes as written in the table."""
+        return self._schema().classes
+
+    def _own(self, table: "pd.DataFrame", path: Path) -> Data:
         if self.standardize:
             raise ConfigError(
                 "task.standardize=true uses statistics that nodes with their own data do not share: "
                 "set public task.mean and task.std instead"
             )
         schema = self._schema()
-        data = self._encode(schema, shared(read_table(path, self.separator)), str(path))
+        data = self._encode(schema, table, str(path))
         if self.anonymity is None:
             return self._scaled(data)
         found = anonymise(data.x.numpy(), data.y.numpy(), schema, self.anonymity, str(path))
