@@ -137,7 +137,7 @@ def check(shell: Shell, run_dir: Path) -> None:
     assert all(0 < r["uplink_bytes"] < 2 * FLOAT32 / 8 for r in rounds)
     assert summary["uplink_bytes"] == sum(r["uplink_bytes"] for r in rounds)
     assert summary["engine"] == "flower"
-    shell.run(f"fedapp simulate {SETTINGS} run_dir={shell.home}/local")
+    shell.run(f"fedapp simulate {SETTINGS} run_dir={shell.home}/local", timeout=240)
     local, local_rounds = records(shell.home / "local")
     same = ("accuracy", "loss", "uplink_bytes", "downlink_bytes", "parameters", "seed")
     assert {key: summary[key] for key in same} == {key: local[key] for key in same}
