@@ -29,7 +29,7 @@ from fedapp.secagg import Client, Identity
 from fedapp.secagg.roster import read_identity
 from fedapp.secagg.wire import answer, masked
 from fedapp.stages import DECODE, ENCODE, EVALUATE, TRAIN
-from fedapp.tasks import Data
+from fedapp.tasks import EVALUATION_BATCH, Data, Score
 from fedapp.tasks.stream import Stream
 from fedapp.training import Sgd
 from fedapp.vector import values
@@ -84,7 +84,7 @@ def client_app(job_of: Callable[[Context], Job], own: Own | None = None) -> Clie
         if job.assigns and isinstance(trainer, Sgd):
             trainer = replace(trainer, part=_part(job, message))
         at = _round(message), partition_of(context)
-        rng, data = job.public_rng(*at, use=0), _on(job, data_of(job, message, context))
+        rng, data = job.public_rng(*at, use=0), _on(job, job.split(data_of(job, message, context), at[1])[0])
         if isinstance(trainer, DpStep):
             secret = source(job.privacy.test_seed, BATCH, *at)
             total = Array(trainer.total(job.task, job.model, data, secret))
@@ -107,12 +107,16 @@ def client_app(job_of: Callable[[Context], Job], own: Own | None = None) -> Clie
     @app.evaluate(mods=[guard, consent(job_of), downlink])
     @EVALUATE
     def evaluate(message: Message, context: Context) -> Message:
-        """Test the received weights on the client's own data; refused under differential privacy."""
+        """Test the received weights on what the client held out; refused under differential privacy.
+
+        Where clients do not test, a selection may ask for the loss on what they train on.
+        """
         job = job_of(context)
         if job.privacy.unit is not None:
             raise PermissionError("metrics of private data do not leave the client")
         load(job, message.content.array_records[ARRAYS])
-        data = _on(job, data_of(job, message, context))
+        trained, held_out = job.split(data_of(job, message, context), partition_of(context))
+        data = _on(job, held_out if job.evaluate == "clients" else trained)
         metrics = job.task.evaluate(job.model, data) if len(data) else {"accuracy": 0.0, "loss": 0.0}
         return Message(RecordDict({METRICS: MetricRecord({**metrics, WEIGHT: len(data)})}), reply_to=message)
 
@@ -149,23 +153,32 @@ def client_app(job_of: Callable[[Context], Job], own: Own | None = None) -> Clie
     return app
 
 
-def local_app(job: Job) -> ClientApp:
-    """The app of the local engine's workers: the clients', and a test of the server's model.
+def remote_app(settings: str) -> ClientApp:
+    """The app of clients in processes that know nothing of the run but its settings, as YAML."""
 
-    A process that has touched CUDA forks no more workers that could. So the server never does, and has one of
-    them test its model.
-    """
+    def job_of(context: Context) -> Job:
+        torch.set_num_threads(1)
+        logging.getLogger("flwr").setLevel(logging.ERROR)  # an actor warns that it is ended
+        return config.job_in(settings)
+
+    return client_app(job_of)
+
+
+def local_app(job: Job) -> ClientApp:
+    """The app of the local engine's workers: the clients', and the server's test (`ServerTest`)."""
     app = client_app(lambda _: job, job.own if job.fold else None)
 
     @app.query("test", mods=[guard])
     @EVALUATE
     def test(message: Message, context: Context) -> Message:
-        """Test the weights on the server's test set."""
-        data = job.task.test_data()
+        """Test the weights on a part of the server's test set: those batches, by their numbers."""
+        data, config = job.task.test_data(), message.content.config_records[CONFIG]
         assert data is not None
         load(job, message.content.array_records[ARRAYS])
-        metrics = job.task.evaluate(job.model, data)
-        return Message(RecordDict({METRICS: MetricRecord({**metrics})}), reply_to=message)
+        first, end = (EVALUATION_BATCH * int(str(config[name])) for name in ("first", "end"))
+        scores = job.task.scores(job.model, Data(data.x[first:end], data.y[first:end]))
+        metrics = MetricRecord({name: [getattr(score, name) for score in scores] for name in Score._fields})
+        return Message(RecordDict({METRICS: metrics, CONFIG: config}), reply_to=message)
 
     return app
 

@@ -43,7 +43,7 @@ _NAMES = {  # group: where its classes live, and which
         "FedAvg FedAvgM FedAdam FedYogi FedAdagrad FedProx QFedAvg "
         "FedMedian FedTrimmedAvg Krum MultiKrum Bulyan",
     ),
-    "engine": ("fedapp.engine.local", "Local"),
+    "engine": ("fedapp.engine", "local.Local flower.Flower"),
     "speeds": ("fedapp.speeds", "Untimed Stragglers"),
     "selection": ("fedapp.selection", "Uniform Poisson BySize PowerOfChoice Tags"),
     "assignment": ("fedapp.assignment", "Whole Deadline"),
@@ -67,10 +67,13 @@ _STRATEGY_COUNTS = {"num_malicious_nodes": 0, "num_nodes_to_select": 1}
 
 _KEYS = (
     "clients", "cohort", "rounds", "seed", "sampling", "over_selection", "deadline", "norm_bound",
-    "evaluate", "device", "round_timeout", "checkpoint", "profile",
+    "evaluate", "held_out", "device", "round_timeout", "checkpoint", "profile",
 )  # fmt: skip
 _SOURCE = "task@task.source"  # which task a stream reads
-_WITHOUT_EFFECT = ("run_dir", "resume", "checkpoint", "profile", "engine.workers", "engine.state_mb")
+_WITHOUT_EFFECT = (
+    "run_dir", "resume", "checkpoint", "profile",
+    "engine.workers", "engine.state_mb", "engine.address", "engine.cpus", "engine.gpus",
+)  # fmt: skip
 _GROUPS = (
     "task", "partition", "model", "trainer", "codec", "downlink", "strategy", "aggregation", "engine",
     "speeds", "selection", "assignment", "privacy", "experiment",
@@ -89,6 +92,14 @@ def compose(overrides: str) -> DictConfig:
 def job_of(overrides: str) -> Job:
     """The job of an override string; cached, so that a process builds its model once."""
     return job(compose(overrides))
+
+
+@cache
+def job_in(settings: str) -> Job:
+    """The job of a whole configuration as YAML; cached in the same way."""
+    tree = OmegaConf.create(settings)
+    assert isinstance(tree, DictConfig)
+    return job(tree)
 
 
 def split(overrides: str) -> list[str]:

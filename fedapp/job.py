@@ -45,12 +45,14 @@ from fedapp.secagg.roster import MADE, make, read_roster
 from fedapp.secagg.wire import Summed
 from fedapp.selection import BySize, Poisson, PowerOfChoice, Selection, Uniform
 from fedapp.speeds import Stragglers, Untimed
-from fedapp.tasks import Task
+from fedapp.tasks import Data, Task
+from fedapp.tasks.classification import held_out
 from fedapp.training import DpSgd, Sgd, Trainer, scheduled
 from fedapp.vector import layout_of
 from fedapp.wire import Recall, Wire
 
 if TYPE_CHECKING:
+    from fedapp.engine.flower import Flower
     from fedapp.engine.local import Local
 
 
@@ -67,6 +69,7 @@ class Job:
     deadline: float | None
     norm_bound: float | None
     evaluate: str
+    held_out: float
     device: str
     round_timeout: float
     checkpoint: float | None
@@ -78,7 +81,7 @@ class Job:
     strategy: Strategy
     privacy: NoPrivacy | ExamplePrivacy | LocalGaussian | CentralGaussian | Summed
     aggregation: Open | Ckks
-    engine: "Local"
+    engine: "Local | Flower"
     speeds: Untimed | Stragglers
     selection: Selection
     assignment: Whole | Deadline
@@ -98,6 +101,7 @@ class Job:
         if self.norm_bound is not None:
             check.real("norm_bound", self.norm_bound, above=0.0, high=1e6)
         check.choice("evaluate", self.evaluate, ("server", "clients", "none"))
+        check.real("held_out", self.held_out, above=0.0, high=0.5)
         check.choice("device", self.device, ("auto", "cpu", "cuda"))
         check.real("round_timeout", self.round_timeout, above=0.0)
         if self.checkpoint is not None:
@@ -388,6 +392,14 @@ class Job:
         if self.terms is not None:
             return (self.terms.release(participations),)
         return () if self.mechanism is None else self.mechanism.releases(rounds, participations)
+
+    def split(self, data: Data, partition: int) -> tuple[Data, Data]:
+        """A client's examples: what it trains on, and what it holds out, where clients test; by the seed."""
+        if self.evaluate != "clients" or not len(data):
+            return data, data.at(np.empty(0, np.int64))
+        rng = self.public_rng(0, partition, use=6)
+        train, test = held_out(data.y.numpy(), self.held_out, rng)
+        return data.at(train), data.at(test)
 
     @property
     def note(self) -> str | None:

@@ -14,18 +14,17 @@ from flwr.supercore import log
 from fedapp.assignment import Workloads
 from fedapp.asynchronous import Asynchronous
 from fedapp.ckks import Ckks, CkksSum
-from fedapp.client_app import load
 from fedapp.downlink import Coded, Downlink
-from fedapp.engine.grid import now, stream
+from fedapp.engine.grid import now
 from fedapp.engine.local import LocalGrid
-from fedapp.errors import DataError, FedappError, RoundLost
+from fedapp.errors import FedappError, RoundLost
+from fedapp.evaluation import Evaluated, ServerTest, over_clients
 from fedapp.facts import Facts
 from fedapp.fedbuff import FedBuff
 from fedapp.job import Job
 from fedapp.nodes import Cohort, Traffic, facts, partitions
 from fedapp.privacy.accounting import Spent
 from fedapp.privacy.begun import Begun
-from fedapp.records import ARRAYS, METRICS
 from fedapp.report.folder import Round
 from fedapp.report.progress import Progress
 from fedapp.secagg import Server
@@ -66,13 +65,7 @@ class Federation:
         if isinstance(self.job.strategy, FedBuff):
             parts = self._wire, self._downlink, self._partitions, self.traffic, self.begun
             self._asynchronous = Asynchronous(self.job, self.grid, *parts)
-        self._test = self.job.task.test_data() if self.job.evaluate == "server" else None
-        # Workers that are forked after this process has touched CUDA could not.
-        self._aside = isinstance(self.grid, LocalGrid) and self.job.torch_device.type == "cuda"
-        if self.job.evaluate == "server" and self._test is None:
-            raise DataError(
-                "evaluate=server needs a test set and the task has none: set evaluate=clients or none"
-            )
+        self._test = ServerTest(self.job, self.grid) if self.job.evaluate == "server" else None
 
     def state(self) -> dict[str, Any]:
         """All that the next round depends on, for a checkpoint; by partition, since a node's id is random."""
@@ -119,12 +112,11 @@ class Federation:
             CLOCK.begin_round(number)
             started, before, accepted = time.perf_counter(), replace(self.traffic), self.accepted
             answers = self._train(number, progress)
-            accuracy, loss = self._evaluate(number)
+            evaluated = self._evaluate(number)
             spent, self.finished = self.spent, number
             yield Round(
                 round=number,
-                accuracy=accuracy,
-                loss=loss,
+                **evaluated._asdict(),
                 uplink_bytes=self.traffic.uplink - before.uplink,
                 downlink_bytes=self.traffic.downlink - before.downlink,
                 epsilon=None if spent is None else spent.epsilon,
@@ -309,18 +301,14 @@ class Federation:
         return next(self._partitions[node] for node in ends if node in self._partitions)
 
     @EVALUATE
-    def _evaluate(self, number: int) -> tuple[float | None, float | None]:
-        """Accuracy and loss of the weights, on the server's test set or on the clients' own data."""
-        if self._test is not None and self._aside:
-            return self._tested_aside(number)
+    def _evaluate(self, number: int) -> Evaluated:
+        """How well the weights do, on the server's test set or on what clients held out."""
         if self._test is not None:
-            load(self.job, self.arrays)
-            metrics = self.job.task.evaluate(self.job.model, self._test)
-            return metrics["accuracy"], metrics["loss"]
+            return self._test(self.arrays, next(iter(self._partitions)))
         if self.job.evaluate == "none":
-            return None, None
+            return Evaluated()
         means = self._wire.aggregate_evaluate(number, self._tests(number, list(self._partitions)))
-        return (float(means["accuracy"]), float(means["loss"])) if means else (None, None)  # type: ignore[arg-type]
+        return over_clients(means) if means else Evaluated()
 
     @EVALUATE
     def _tests(self, number: int, nodes: list[int]) -> list[Message]:
@@ -328,16 +316,6 @@ class Federation:
         view = cast(Grid, Cohort(nodes))
         messages = list(self._wire.configure_evaluate(number, self.arrays, ConfigRecord(), view))
         return sorted(self._exchange(messages), key=self._partition)
-
-    def _tested_aside(self, number: int) -> tuple[float, float]:
-        """The same on the server's test set by a worker, and by another where that one dies."""
-        for _ in range(2):
-            message = Message(RecordDict({ARRAYS: self.arrays}), next(iter(self._partitions)), "query.test")
-            for reply in stream(self.grid, [message], self.job.round_timeout):
-                if reply.has_content():
-                    metrics = cast(Mapping[str, float], reply.content.metric_records[METRICS])
-                    return metrics["accuracy"], metrics["loss"]
-        raise FedappError(f"round {number}: the model could not be tested; the log says why")
 
 
 def _anew(message: Message) -> Message:

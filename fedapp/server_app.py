@@ -5,6 +5,7 @@ import os
 import resource
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -17,9 +18,10 @@ from rich.console import Console
 
 from fedapp import __version__, combinations, config
 from fedapp.checkpoint import BEGUN, CLIENTS, Checkpoints
-from fedapp.client_app import local_app
+from fedapp.client_app import local_app, remote_app
 from fedapp.codec.chain import ErrorFeedback
-from fedapp.engine.local import LocalGrid
+from fedapp.engine.flower import Flower
+from fedapp.engine.local import Local, LocalGrid
 from fedapp.errors import ConfigError, FedappError
 from fedapp.job import Job
 from fedapp.nodes import checks
@@ -78,32 +80,40 @@ def _placed(tree: DictConfig, run_id: int) -> Path | None:
 def simulate(
     tree: DictConfig, path: Path, console: Console, started: float, overrides: Iterable[str] = ()
 ) -> Summary:
-    """The embedded run: the same app over the local engine, forked workers for clients.
+    """The run that this process leads: the same app over the engine that was chosen.
 
     `overrides` are those that made the tree: to a run that goes on they may say nothing new.
     """
     with start(tree, path, overrides) as begin:
         job = config.job(begin.tree)
-        if job.choices["engine"] != "local":
-            raise ConfigError(
-                f"the run in {begin.path} was none on this machine: resume it as it was started"
-            )
-        combinations.check_clock(job, simulated=True)
-        combinations.check_roster(job, simulated=True)
-        sizes = [len(part) for part in job.task.partitions()]  # loads the data, for all workers
+        local = isinstance(job.engine, Local)
+        if (job.choices["engine"] == "local") != local:
+            raise ConfigError(f"the run in {begin.path} was started by `flwr run`: resume it in the same way")
+        combinations.check_clock(job, simulated=local)
+        combinations.check_roster(job, simulated=local)
+        counts = job.task.label_counts().tolist()  # loads the data, for all workers
         job.prepare()
-        if job.evaluate == "server" and job.torch_device.type == "cuda":
-            job.task.test_data()  # which a worker is to test on
         folder = RunFolder(begin.path, begin.again)
-        lasting = job.checkpointed is not None or begin.state is not None
-        file = folder.checkpoint / CLIENTS if lasting else None
         CLOCK.begin(job.profile)  # workers, which are forked now, do as this process
-        with job.engine.grid(
-            local_app(job), sizes, job.at_once, job.fold, file, begin.finished, job.seconds, job.sending
-        ) as grid:
+        with _grid(job, begin, folder) as grid:
+            folder.write_split(counts)
             summary = run(job, begin.tree, grid, folder, console, started, begin)
         folder.clear()
     return summary
+
+
+def _grid(job: Job, begin: Start, folder: RunFolder) -> AbstractContextManager[Grid]:
+    """The grid of the engine that was chosen, with the clients' end of this run on it."""
+    if isinstance(job.engine, Flower):
+        return job.engine.grid(remote_app(OmegaConf.to_yaml(begin.tree, resolve=True)), job.clients)
+    sizes = [len(part) for part in job.task.partitions()]
+    if job.evaluate == "server":
+        job.task.test_data()  # which workers are to test on
+    lasting = job.checkpointed is not None or begin.state is not None
+    file = folder.checkpoint / CLIENTS if lasting else None
+    return job.engine.grid(
+        local_app(job), sizes, job.at_once, job.fold, file, begin.finished, job.seconds, job.sending
+    )
 
 
 def run(
@@ -129,8 +139,6 @@ def _run(
     logging.getLogger("flwr").setLevel(logging.WARNING)  # of a streamed round it would count one reply
     settings = OmegaConf.to_yaml(tree, resolve=True)
     folder.write_config(settings)
-    if job.choices["engine"] == "local":
-        folder.write_split(job.task.label_counts().tolist())
     federation = Federation(job, grid, begun=Begun(folder.checkpoint / BEGUN if job.privacy.unit else None))
     before = _restored(federation, folder, begin)
     failure: BaseException | None = None
@@ -252,6 +260,7 @@ def _summary(
 ) -> Summary:
     traffic, parameters, spent = federation.traffic, federation.parameters, federation.spent
     float32_up = 4 * parameters * federation.accepted
+    last = records[-1] if records else None
     uncompressed = float32_up + 4 * parameters * federation.messages
     sent = traffic.uplink + traffic.downlink
     return Summary(
@@ -262,8 +271,11 @@ def _summary(
         clients=job.clients,
         cohort=job.in_round,
         rounds=len(records),
-        accuracy=records[-1].accuracy if records else None,
-        loss=records[-1].loss if records else None,
+        accuracy=last.accuracy if last else None,
+        loss=last.loss if last else None,
+        clients_mean=last.clients_mean if last else None,
+        clients_worst=last.clients_worst if last else None,
+        clients_tested=last.clients_tested if last else None,
         uplink_bytes=traffic.uplink,
         downlink_bytes=traffic.downlink,
         uplink_bits_per_parameter=8 * traffic.uplink / (parameters * federation.accepted)

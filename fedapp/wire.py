@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from logging import WARNING
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
@@ -268,14 +268,16 @@ class Wire(Strategy):
         return self.inner.configure_evaluate(server_round, arrays, config, grid)
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
-        """The strategy's mean of accuracy and loss; None where nobody tested on anything."""
+        """The strategy's means, and each client's accuracy; None where nobody tested on anything."""
         good = []
         for reply in replies:
             with self._at_its_own_cost(reply):
                 metrics = metrics_of(reply, (WEIGHT, "accuracy", "loss"))
                 reply.content = RecordDict({METRICS: metrics})
                 good += [reply] if metrics[WEIGHT] else []
-        return self.inner.aggregate_evaluate(server_round, good) if good else None
+        means = self.inner.aggregate_evaluate(server_round, good) if good else None
+        accuracies = [reply.content.metric_records[METRICS]["accuracy"] for reply in good]
+        return means and MetricRecord({**means, "accuracies": cast(list[float], accuracies)})
 
     def losses(self, replies: Iterable[Message]) -> dict[int, float]:
         """The loss that each node with any examples says that the model has on them."""

@@ -104,6 +104,7 @@ def accuracies(overrides: list[str], attack: dict[str, Any] | None) -> list[floa
     app = client_app(lambda context: attacking if partition_of(context) in ATTACKERS else job)
     job.prepare()
     sizes, quiet = [len(part) for part in job.task.partitions()], Console(file=io.StringIO())
+    assert isinstance(job.engine, Local)
     with job.engine.grid(app, sizes, job.at_once, job.fold) as grid:
         rounds = list(Federation(job, grid).run(Progress(quiet, job.rounds)))
     return [r.accuracy for r in rounds if r.accuracy is not None]

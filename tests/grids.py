@@ -14,7 +14,7 @@ from rich.console import Console
 
 from fedapp import config
 from fedapp.client_app import local_app
-from fedapp.engine.local import LocalGrid
+from fedapp.engine.local import Local, LocalGrid
 from fedapp.job import Job
 from fedapp.report.folder import Round
 from fedapp.report.progress import Progress
@@ -81,6 +81,12 @@ class Forgetful(Elsewhere):
         return super().pull_messages(message_ids)
 
 
+def local(job: Job) -> Local:
+    """The local engine of a job that has no other."""
+    assert isinstance(job.engine, Local)
+    return job.engine
+
+
 def rounds_on(job: Job, grid: Grid) -> tuple[Federation, list[Round]]:
     """All rounds of a job, told to nobody."""
     federation = Federation(job, grid)
@@ -92,7 +98,7 @@ def rounds_here(job: Job, app: Any = None, fold: bool = True) -> tuple[Federatio
     job.prepare()
     sizes, app = [len(part) for part in job.task.partitions()], app or local_app(job)
     fold_of = job.fold if fold else None
-    with job.engine.grid(app, sizes, job.at_once, fold_of, seconds=job.seconds, sending=job.sending) as grid:
+    with local(job).grid(app, sizes, job.at_once, fold_of, seconds=job.seconds, sending=job.sending) as grid:
         return rounds_on(job, grid)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 from flwr.app import Context, Message, MetricRecord, RecordDict
-from grids import Elsewhere, Forgetful, bits, model_of, rounds_on
+from grids import Elsewhere, Forgetful, bits, local, model_of, rounds_on
 from grids import rounds_here as run
 
 from fedapp import combinations, config
@@ -92,7 +92,7 @@ def test_a_schedule_by_hand(setting: str) -> None:
         f"strategy.buffer=2 {setting}"
     )
     app: Any = mover
-    with job.engine.grid(app, [1] * 3, job.at_once, seconds=lambda which, _: SECONDS[which]) as grid:
+    with local(job).grid(app, [1] * 3, job.at_once, seconds=lambda which, _: SECONDS[which]) as grid:
         federation, records = rounds_on(job, grid)
     ways = [federation.arrays[name].numpy() - array.numpy() for name, array in job.initial.items()]
     total, happened = SCHEDULES[setting]

@@ -17,7 +17,8 @@ import numpy as np
 import pytest
 import torch
 from flwr.app import ArrayRecord
-from grids import bits, rounds_here
+from flwr.serverapp import Grid
+from grids import bits, local, rounds_here
 from numpy.typing import NDArray
 from rich.console import Console
 from scipy.stats import chi2
@@ -25,6 +26,7 @@ from scipy.stats import chi2
 from fedapp import config, server_app
 from fedapp.client_app import local_app
 from fedapp.dp_step import DpStep
+from fedapp.evaluation import ServerTest
 from fedapp.job import Job
 from fedapp.models import Cnn, Resnet18, SmallCnn
 from fedapp.privacy.example import ExamplePrivacy
@@ -32,7 +34,7 @@ from fedapp.privacy.secret import source
 from fedapp.report.folder import Round
 from fedapp.report.progress import Progress
 from fedapp.rounds import Federation
-from fedapp.tasks import Data
+from fedapp.tasks import Data, Score
 from fedapp.tasks.images import Digits
 from fedapp.tasks.partition import Iid
 from fedapp.training import DpSgd, Sgd, Trainer
@@ -55,14 +57,14 @@ everywhere = pytest.mark.parametrize("device", ["cpu", on_cuda], indirect=True) 
 @pytest.fixture(params=[pytest.param("cpu", marks=pytest.mark.slow), on_cuda])
 def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Where models train. On a CPU, too, a worker tests the server's model."""
-    begin, name = Federation.__post_init__, str(request.param)
+    begin, name = ServerTest.__init__, str(request.param)
 
-    def aside(self: Federation) -> None:
-        begin(self)
+    def aside(self: ServerTest, job: Job, grid: Grid) -> None:
+        begin(self, job, grid)
         self._aside = True
 
     if name == "cpu":
-        monkeypatch.setattr(Federation, "__post_init__", aside)
+        monkeypatch.setattr(ServerTest, "__init__", aside)
     return name
 
 
@@ -158,7 +160,7 @@ def test_a_worker_that_is_killed_is_replaced_by_one_that_trains(device: str) -> 
     job = job_of(device, "privacy=none cohort=null rounds=3")
     job.prepare()
     sizes = [len(part) for part in job.task.partitions()]
-    with job.engine.grid(local_app(job), sizes, job.in_round, job.fold) as grid:
+    with local(job).grid(local_app(job), sizes, job.in_round, job.fold) as grid:
         first = [worker.process.pid for worker in grid._workers]
 
         class Killer:
@@ -182,14 +184,14 @@ def test_a_worker_killed_while_it_tests_is_replaced(device: str) -> None:
     task, there = job.task, os.getpid()
     calls = multiprocessing.get_context("fork").Value("i", 0)
 
-    def evaluate(model: torch.nn.Module, data: Data) -> dict[str, float]:
+    def scores(model: torch.nn.Module, data: Data) -> list[Score]:
         assert os.getpid() != there
         calls.value += 1
         if calls.value == 1:
             os.kill(os.getpid(), signal.SIGKILL)
-        return type(task).evaluate(task, model, data)
+        return type(task).scores(task, model, data)
 
-    object.__setattr__(task, "evaluate", evaluate)
+    object.__setattr__(task, "scores", scores)
     _, records = rounds_here(job)
     assert calls.value == 2
     assert records[0].accuracy is not None
@@ -200,7 +202,7 @@ def test_a_worker_killed_while_it_trains_costs_a_reply(device: str) -> None:
     job = job_of(device, f"privacy=none cohort=null rounds=3 trainer.epochs={epochs}")
     job.prepare()
     sizes = [len(part) for part in job.task.partitions()]
-    with job.engine.grid(local_app(job), sizes, job.in_round, job.fold) as grid:
+    with local(job).grid(local_app(job), sizes, job.in_round, job.fold) as grid:
         federation, records = Federation(job, grid), []
         for record in federation.run(Progress(Console(file=io.StringIO()), 3)):
             records.append((record.replies, record.failures))

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
+from grids import local
 from numpy.typing import NDArray
 from omegaconf import OmegaConf
 from rich.console import Console
@@ -209,7 +210,7 @@ def test_both_ends_of_a_run_use_what_was_decided(rate: float, on: bool, tmp_path
     job, shown = config.job(tree), Console(file=io.StringIO(), width=200)
     sizes = [len(part) for part in job.task.partitions()]
     job.prepare()
-    with job.engine.grid(client_app(lambda _: config.job(tree)), sizes, job.in_round) as grid:
+    with local(job).grid(client_app(lambda _: config.job(tree)), sizes, job.in_round) as grid:
         summary = server_app.run(job, tree, grid, RunFolder(tmp_path), shown, time.perf_counter())
         states = [load_state(context, "codec") for context in grid._contexts.values()]
     rounds = [json.loads(line) for line in (tmp_path / "rounds.jsonl").read_text().splitlines()]

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import signal
+import time
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -54,7 +56,7 @@ def check(shell: Shell, run_dir: Path) -> None:
     assert all(0 < r["uplink_bytes"] < 2 * FLOAT32 / 8 for r in rounds)
     assert summary["uplink_bytes"] == sum(r["uplink_bytes"] for r in rounds)
     assert summary["engine"] == "flower"
-    shell.run(f"fedapp simulate {SETTINGS} run_dir={shell.home}/local")
+    shell.run(f"fedapp simulate {SETTINGS} run_dir={shell.home}/local", timeout=240)
     local, local_rounds = records(shell.home / "local")
     same = ("accuracy", "loss", "uplink_bytes", "downlink_bytes", "parameters", "seed")
     assert {key: summary[key] for key in same} == {key: local[key] for key in same}
@@ -80,6 +82,49 @@ def test_flowers_simulation_runtime_gives_the_bits_of_the_local_engine(shell: Sh
     )
     check(shell, home / "run")
     assert imports(home) == {"flwr-simulation", "default_worker.py"}
+
+
+def test_engine_flower_gives_the_bits_of_the_local_engine(shell: Shell) -> None:
+    """The same command on Ray, in one process with the rounds; nothing of Ray is left when it ends."""
+    pytest.importorskip("ray")
+    shell.run(
+        f"fedapp simulate {SETTINGS} engine=flower engine.workers=2 run_dir={shell.home}/run", timeout=480
+    )
+    check(shell, shell.home / "run")
+    assert not ray_processes(shell.home)
+    assert (shell.home / "run/labels.json").read_bytes() == (shell.home / "local/labels.json").read_bytes()
+
+
+def test_an_interrupted_run_on_ray_keeps_its_rounds_and_ends_ray(shell: Shell) -> None:
+    pytest.importorskip("ray")
+    run = shell.start(
+        f"fedapp simulate task=digits model=logistic privacy=none rounds=100000 clients=2 checkpoint=0 "
+        f"engine=flower run_dir={shell.home}/run"
+    )
+    deadline = time.monotonic() + 480
+    while not (shell.home / "run/rounds.jsonl").exists() and time.monotonic() < deadline:
+        assert run.poll() is None
+        time.sleep(0.2)
+    assert ray_processes(shell.home)
+    run.send_signal(signal.SIGINT)
+    assert run.wait(120) == 130
+    summary, rounds = records(shell.home / "run")
+    assert summary["interrupted"]
+    assert summary["rounds"] == len(rounds) >= 1
+    assert not ray_processes(shell.home)
+
+
+def ray_processes(home: Path) -> list[str]:
+    """What Ray has running for a program that was started in this folder; they inherit its FLWR_HOME."""
+    mark, found = f"FLWR_HOME={home}".encode(), []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            command = (process / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+            if mark in (process / "environ").read_bytes().split(b"\0") and "ray" in command:
+                found.append(command)
+        except OSError:  # it has ended
+            continue
+    return [command for command in found if "fedapp simulate" not in command and command.strip()]
 
 
 def deploy(shell: Shell, node_configs: list[str]) -> None:

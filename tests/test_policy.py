@@ -17,6 +17,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, 
 from flwr.clientapp import ClientApp
 from flwr.common.constant import ErrorCode
 from flwr.common.serde import recorddict_to_proto
+from grids import local
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
@@ -478,7 +479,7 @@ def test_a_run_goes_on_without_who_declines(tmp_path: Path) -> None:
     Ledger(tmp_path / "ledger.db", new=True)
     sizes = [len(part) for part in job.task.partitions()]
     job.prepare()
-    with job.engine.grid(client_app(lambda _: job), sizes, 3) as grid:
+    with local(job).grid(client_app(lambda _: job), sizes, 3) as grid:
         grid._contexts[2].node_config["policy"] = str(tmp_path / "policy.yaml")
         grid._contexts[3].node_config |= {"ledger": str(tmp_path / "ledger.db"), "data-id": "a"}
         records = list(Federation(job, grid).run(Progress(Console(file=io.StringIO()), job.rounds)))

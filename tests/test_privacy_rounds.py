@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
-from grids import Elsewhere
+from grids import Elsewhere, local
 from grids import rounds_on as run
 from numpy.typing import NDArray
 from rich.console import Console
@@ -69,7 +69,7 @@ def noise_of(job: Job, workers: int) -> list[NDArray[np.float64]]:
     """What each client's reply and each round's model hold of noise: no client learns anything here."""
     sizes = [len(part) for part in job.task.partitions()]
     layout, found = layout_of(job.initial), list[NDArray[np.float64]]()
-    with job.engine.grid(client_app(lambda _: job), sizes, workers) as grid:
+    with local(job).grid(client_app(lambda _: job), sizes, workers) as grid:
         pull = grid.pull_messages
 
         def watched(message_ids: Iterable[str]) -> list[Message]:

@@ -33,7 +33,8 @@ CONTRACT = (
     "startup_s seconds_per_round wall_s peak_rss_mb seed versions"
 )
 ROUND_CONTRACT = (
-    "round accuracy loss uplink_bytes downlink_bytes epsilon seconds replies failures stages clock"
+    "round accuracy loss uplink_bytes downlink_bytes epsilon seconds replies failures stages clock "
+    "clients_mean clients_worst clients_tested"
 )
 
 SUMMARY = Summary(
@@ -95,6 +96,7 @@ def strict(text: str) -> Any:
 def test_summary_and_rounds_keep_the_contract(tmp_path: Path) -> None:
     run(tmp_path)
     extra = {"uplink_ratio", "parameters", "interrupted", "note", "privacy_against", "coding", "stages"}
+    extra |= {"clients_mean", "clients_worst", "clients_tested"}
     assert set(strict((tmp_path / "summary.json").read_text())) == set(CONTRACT.split()) | extra
     lines = (tmp_path / "rounds.jsonl").read_text().splitlines()
     assert [" ".join(strict(line)) for line in lines] == [ROUND_CONTRACT] * 2

@@ -397,7 +397,7 @@ def test_a_deployed_run_goes_on_with_nodes_that_remember_nothing(
     assert killed(run, never) == -9
     with pytest.raises(ConfigError, match=r"goes on with its own settings, .*: codec.step: 2 -> null\."):
         deployed(f"{FAST} codec.feedback=false resume={tmp_path / 'run'}", [5])
-    with pytest.raises(ConfigError, match="was none on this machine: resume it as it was started"):
+    with pytest.raises(ConfigError, match="was started by `flwr run`: resume it in the same way"):
         resume(tmp_path / "run")
     capsys.readouterr()
     deployed(f"{settings} resume={tmp_path / 'run'}", [50, 60, 70, 80, 90])

@@ -40,6 +40,9 @@ class Round:
     stages: Mapping[str, float | None] | None = None  # seconds by stage, see fedapp/stages.py
     clock: float | None = None  # simulated seconds until its end, see fedapp/speeds.py
     drift: int | None = None  # clients whose data have drifted, see fedapp/tasks/drift.py
+    clients_mean: float | None = None  # where clients test: accuracy, where each of them counts the same
+    clients_worst: float | None = None  # and that of the worst tenth of them
+    clients_tested: int | None = None  # how many did
 
 
 class RunFolder:

@@ -21,6 +21,7 @@ from fedapp.report.summary import (
     ratio_text,
     read_summary,
     seconds_text,
+    spread_text,
 )
 from fedapp.stages import NAMES, total
 from fedapp.tasks.quality import COUNTS
@@ -132,6 +133,11 @@ def _charts(rounds: Sequence[Round]) -> list[str]:
     if accuracy:
         series = Series("last", accuracy, percent_text)
         charts.append(line_chart("Accuracy", "% of test examples", [series], scale=0.01))
+    means = [(r.round, r.clients_mean) for r in rounds if r.clients_mean is not None]
+    worst = [(r.round, r.clients_worst) for r in rounds if r.clients_worst is not None]
+    if means:
+        spread = [Series("mean", means, percent_text), Series("worst tenth", worst, percent_text)]
+        charts.append(line_chart("Accuracy by client", "% of what it held out", spread, scale=0.01))
     if timed:
         series = Series("last", timed, percent_text)
         axis = "simulated seconds"
@@ -205,6 +211,7 @@ def _tables(s: Summary) -> str:
         ("seed", f"{s.seed}"),
         ("accuracy", percent_text(s.accuracy)),
         ("loss", NONE if s.loss is None else digits(s.loss)),
+        *_by_client(s),
         ("parameters", f"{s.parameters:,}"),
     )
     bits = s.uplink_bits_per_parameter
@@ -234,6 +241,12 @@ def _tables(s: Summary) -> str:
     )
     groups = (("Run", run), ("Traffic, bytes", traffic), ("Privacy", privacy), ("Time and versions", cost))
     return "".join(_table(title, rows) for title, rows in groups)
+
+
+def _by_client(s: Summary) -> tuple[tuple[str, str], ...]:
+    if s.clients_mean is None:
+        return ()
+    return (("mean over clients", percent_text(s.clients_mean)), ("their spread", spread_text(s)))
 
 
 def _table(title: str, rows: Iterable[tuple[str, str]]) -> str:

@@ -53,6 +53,9 @@ class Summary:
     peak_rss_mb: float
     seed: int
     versions: dict[str, str]
+    clients_mean: float | None = None  # where clients test: accuracy, where each of them counts the same
+    clients_worst: float | None = None  # and that of the worst tenth of them
+    clients_tested: int | None = None  # how many did
     privacy_against: str | None = None
     coding: str | None = None  # how updates were coded, where the settings leave that open
     interrupted: bool = False
@@ -143,6 +146,12 @@ def guarantee_text(summary: Summary) -> str:
     return ", ".join(part for part in parts if part) or "not accounted"
 
 
+def spread_text(summary: Summary) -> str:
+    """What stands beside the mean over clients: 'worst tenth 79.12 %, 10 clients tested'."""
+    many = summary.clients_tested or 0
+    return f"worst tenth {percent_text(summary.clients_worst)}, {many} client{'s' * (many != 1)} tested"
+
+
 def table(summary: Summary, folder_path: Path) -> Table:
     """The end of a run on a terminal: accuracy, traffic, privacy, time; titled with the run folder's name."""
     from rich.table import Table
@@ -166,6 +175,8 @@ def table(summary: Summary, folder_path: Path) -> Table:
             f"start-up {seconds_text(s.startup_s)}, {seconds_text(s.seconds_per_round)} a round",
         ),
     ]
+    if s.clients_mean is not None:
+        rows.insert(1, ("by client", percent_text(s.clients_mean), spread_text(s)))
     if s.note:
         rows.append(("note", "", s.note))
     shown = Table(title=Text(folder_path.name), show_header=False, title_justify="left")

@@ -1,8 +1,8 @@
 """What is learned from which data: the tasks, and how their examples are split over clients."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -11,7 +11,10 @@ from torch import nn
 
 from fedapp.errors import DataError
 
-__all__ = ["Data", "Task"]
+__all__ = ["EVALUATION_BATCH", "Data", "Score", "Task", "means"]
+
+
+EVALUATION_BATCH = 1000  # examples; whoever tests them, batches are the same, and so is each bit of a mean
 
 
 @dataclass(frozen=True)
@@ -28,8 +31,30 @@ class Data:
         if len(self.x) != len(self.y):
             raise DataError(f"{len(self.x)} examples have {len(self.y)} labels: give each example one label")
 
+    def at(self, rows: NDArray[np.int64]) -> "Data":
+        """Those examples, by their numbers, (m,)."""
+        chosen = torch.from_numpy(rows)
+        return Data(self.x[chosen], self.y[chosen])
+
     def __len__(self) -> int:
         return len(self.y)
+
+
+class Score(NamedTuple):
+    """A test on one batch: right answers, loss summed over examples, and how many these are."""
+
+    right: int
+    loss: float
+    examples: int
+
+
+def means(scores: Sequence[Score]) -> dict[str, float]:
+    """Accuracy (0 to 1) and mean loss over all examples, at least one; sums are in the order of batches."""
+    count = sum(score.examples for score in scores)
+    return {
+        "accuracy": sum(score.right for score in scores) / count,
+        "loss": sum(score.loss for score in scores) / count,
+    }
 
 
 class Task(Protocol):
@@ -55,7 +80,9 @@ class Task(Protocol):
 
     def loss(self, output: torch.Tensor, target: torch.Tensor, reduction: str = "mean") -> torch.Tensor: ...
 
-    def evaluate(self, model: nn.Module, data: Data) -> dict[str, float]: ...
+    def evaluate(self, model: nn.Module, data: Data) -> dict[str, float]: ...  # the means of `scores`
+
+    def scores(self, model: nn.Module, data: Data) -> list[Score]: ...  # of each batch of EVALUATION_BATCH
 
     def partitions(self) -> list[NDArray[np.int64]]: ...
 

@@ -15,11 +15,9 @@ from torch.nn import functional
 
 from fedapp import check
 from fedapp.errors import ConfigError, DataError
-from fedapp.tasks import Data
+from fedapp.tasks import EVALUATION_BATCH, Data, Score, means
 from fedapp.tasks.partition import Partition
 from fedapp.tasks.quality import Findings, Problem, of_data
-
-EVALUATION_BATCH = 1000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,9 +122,7 @@ class Classification(ABC):
                 f"partition-id must be a whole number from 0 to {self.clients - 1}, got {index!r}: "
                 "change it in the node config, or set clients higher"
             )
-        chosen = torch.from_numpy(self._partitions[index])
-        train = self.train_data()
-        return Data(train.x[chosen], train.y[chosen])
+        return self.train_data().at(self._partitions[index])
 
     def loss(self, output: torch.Tensor, target: torch.Tensor, reduction: str = "mean") -> torch.Tensor:
         """Cross entropy of logits (n, classes) against labels (n,) in nats: the mean, or "none" (n,)."""
@@ -135,24 +131,28 @@ class Classification(ABC):
     def evaluate(self, model: nn.Module, data: Data) -> dict[str, float]:
         """Accuracy (0 to 1) and mean loss over all of `data`, in evaluation mode and without gradients.
 
-        Works where the model is, and restores its mode. Raises DataError when there are no examples.
+        Raises DataError when there are no examples.
         """
         if not len(data):
             raise DataError("there are no examples to evaluate on: leave this client out of evaluation")
+        return means(self.scores(model, data))
+
+    def scores(self, model: nn.Module, data: Data) -> list[Score]:
+        """How each EVALUATION_BATCH examples are answered; works where the model is, restores its mode."""
         device = next((p.device for p in model.parameters()), data.x.device)
         xs, ys = torch.split(data.x, EVALUATION_BATCH), torch.split(data.y, EVALUATION_BATCH)
         was_training = model.training
         model.eval()
-        right, loss = 0, 0.0
+        scores = []
         try:
             with torch.no_grad():
                 for x, y in zip(xs, ys, strict=True):
                     output, target = model(x.to(device)), y.to(device)
-                    right += int((output.argmax(dim=1) == target).sum())
-                    loss += float(self.loss(output, target)) * len(y)
+                    right = int((output.argmax(dim=1) == target).sum())
+                    scores.append(Score(right, float(self.loss(output, target)) * len(y), len(y)))
         finally:
             model.train(was_training)
-        return {"accuracy": right / len(data), "loss": loss / len(data)}
+        return scores
 
     def partitions(self) -> list[NDArray[np.int64]]:
         """Which training examples each simulated client has: `clients` disjoint index arrays."""
@@ -192,8 +192,10 @@ def once(read: Callable[[_Task], _Result]) -> Callable[[_Task], _Result]:
     return call
 
 
-def held_out(labels: NDArray[np.int64], fraction: float) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """A fixed split (train, test) of len(labels) examples, stratified by label and the same for every seed.
+def held_out(
+    labels: NDArray[np.int64], fraction: float, rng: np.random.Generator | None = None
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """A split (train, test) of len(labels) examples, stratified by label; without `rng` always the same one.
 
     Returns two disjoint sorted index arrays; the test part has round(n * fraction) examples.
     Raises DataError when it leaves no training example.
@@ -203,7 +205,7 @@ def held_out(labels: NDArray[np.int64], fraction: float) -> tuple[NDArray[np.int
         raise DataError(
             f"holding out {size} of {count} examples leaves none to train on: lower task.test_fraction"
         )
-    order = np.random.default_rng(0).permutation(count)
+    order = (rng or np.random.default_rng(0)).permutation(count)
     by_label = order[np.argsort(labels[order], kind="stable")]
     test = by_label[(2 * np.arange(size) + 1) * count // (2 * max(size, 1))]  # evenly spaced
     return np.setdiff1d(np.arange(count), test), np.sort(test)
