@@ -25,6 +25,7 @@ from torch import nn
 
 from fedapp import config
 from fedapp.client_app import client_app, partition_of
+from fedapp.engine.local import Local
 from fedapp.report.folder import write_text
 from fedapp.report.progress import Progress
 from fedapp.rounds import Federation
