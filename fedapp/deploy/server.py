@@ -11,6 +11,7 @@ import signal
 import socket
 import sys
 import tempfile
+import threading
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
@@ -24,8 +25,9 @@ from flwr.superlink.config_loader import SuperLinkLifespanConfig
 from flwr.superlink.main import create_app
 
 from fedapp.deploy import keys
-from fedapp.deploy.control import ADDRESS, is_loopback
+from fedapp.deploy.control import ADDRESS, Access, access, is_loopback
 from fedapp.deploy.front import Private, Public, Pushes
+from fedapp.deploy.going_on import take_up
 from fedapp.deploy.listener import Listener, listener
 from fedapp.deploy.runs import RunFolders
 from fedapp.errors import FedappError
@@ -77,6 +79,9 @@ class Server:
             try:
                 print(self._next(listening.public, said), flush=True)
                 _log.info("serving on %s port %d, %s", self.host, listening.public, said)
+                threading.Thread(
+                    target=take_up, args=(self._access(), self.folder / "runs"), daemon=True
+                ).start()
                 await asyncio.wait({copying, ending, *listening.tasks}, return_when=asyncio.FIRST_COMPLETED)
                 if not over.is_set():
                     raise FedappError(f"a part of it ended: see {self.folder / 'log'}, and start it again")
@@ -86,6 +91,10 @@ class Server:
                 await copying
                 ending.cancel()
                 self._forget()
+
+    def _access(self) -> Access:
+        """What the operator's own commands use."""
+        return access(argparse.Namespace(folder=self.folder, server=None, ca=None, token_file=None))
 
     def check(self) -> str:
         """Whether all is in order; returns what to say of it. Raises FedappError, which names the repair."""
