@@ -28,6 +28,7 @@ from fedapp.downlink import HOLDS
 from fedapp.engine.grid import stream
 from fedapp.engine.local import Local, LocalGrid
 from fedapp.errors import ConfigError, FedappError
+from fedapp.evaluation import Evaluated
 from fedapp.job import Job
 from fedapp.records import CONFIG, METRICS, WEIGHT
 from fedapp.rounds import Federation
@@ -167,10 +168,13 @@ def test_a_node_that_decodes_nothing_costs_its_reply() -> None:
     assert [(record.replies, record.failures) for record in records] == [(4, 1)] * 2
 
 
-def test_evaluation_on_clients_is_sent_and_counted_but_not_sent_twice() -> None:
+def test_evaluation_on_clients_is_sent_and_counted_but_not_sent_twice(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Whoever holds a version because it tested it is not sent it again for training."""
     tested, records = run(job_of(f"{STATELESS} cohort=null model=mlp evaluate=clients"))
-    silent, others = run(job_of(f"{STATELESS} cohort=null model=mlp evaluate=none"))
+    monkeypatch.setattr(Federation, "_evaluate", lambda self, number: Evaluated())
+    silent, others = run(job_of(f"{STATELESS} cohort=null model=mlp evaluate=clients"))
     assert bits(tested.arrays) == bits(silent.arrays)
     assert tested.messages == 2 * silent.messages
     # six versions are tested, of which the last is new; the six messages to train say next to nothing more

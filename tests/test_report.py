@@ -442,3 +442,23 @@ def test_importing_the_report_is_cheap() -> None:
 
 def test_reading_rounds_of_no_run_is_empty(tmp_path: Path) -> None:
     assert read_rounds(tmp_path) == []
+
+
+def test_how_accuracy_spreads_over_clients_is_shown(tmp_path: Path) -> None:
+    spread = {"clients_mean": 0.8123, "clients_worst": 0.7, "clients_tested": 9}
+    folder = RunFolder(tmp_path)
+    for number in (1, 2):
+        folder.append(one_round(number, **spread))
+    summary = replace(SUMMARY, **spread)  # type: ignore[arg-type]
+    folder.write_summary(summary)
+    console = Console(file=io.StringIO(), width=120)
+    console.print(table(summary, tmp_path))
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    assert re.search(r"by client │ +81\.23 % │ worst tenth 70\.00 %, 9 clients tested", shown)
+    page = write_page(tmp_path).read_text()
+    assert "Accuracy by client" in page
+    assert "worst tenth 70.00 %, 9 clients tested" in page
+    console.print(table(SUMMARY, tmp_path))
+    assert console.file.getvalue().count("by client") == 1  # type: ignore[attr-defined]
+    folder.write_summary(SUMMARY)
+    assert "mean over clients" not in write_page(tmp_path).read_text()
