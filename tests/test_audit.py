@@ -18,7 +18,7 @@ from fedapp import cli, config
 from fedapp.audit import command
 from fedapp.audit.bound import lower_bound, p_value
 from fedapp.audit.client import Central, Distributed, Local
-from fedapp.audit.example import SharedExamples, examples
+from fedapp.audit.example import Examples, SharedExamples, examples
 from fedapp.audit.one_run import Claim, Finding, Guesses, audit, choose
 from fedapp.errors import ConfigError
 from fedapp.job import Job
@@ -318,6 +318,7 @@ def test_a_canary_adds_the_sensitivity(monkeypatch: pytest.MonkeyPatch, trainer:
 def test_nothing_else_changes() -> None:
     """Without a canary the trainer does what it does without an audit: the same weights, bit by bit."""
     release = examples(job("rounds=1"), 500, np.random.default_rng(0))
+    assert isinstance(release, Examples)
     trained = release(np.zeros(500, bool))
     model, task, dp = release.job.task.model(0), release.job.task, release.trainer
     before = torch.cat([p.detach().reshape(-1) for p in model.parameters()])[release.coordinates]

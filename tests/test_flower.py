@@ -182,16 +182,22 @@ def test_a_deployment_with_tls_and_node_keys_gives_the_bits_of_the_local_engine(
 
 
 def test_secure_aggregation_in_a_deployment_gives_the_bits_of_the_local_engine(shell: Shell) -> None:
+    """There with the nodes' own signing keys and roster, here with those that the simulation makes."""
     home = shell.home
     app_in(home, marked=False)
-    deploy(shell, [f"partition-id={n} num-partitions=3" for n in range(3)])
+    for node in range(3):
+        shell.run(f"ssh-keygen -q -t ed25519 -N '' -C '' -f {home}/sign{node}.key")
+    shell.run(f"cat {home}/sign*.key.pub > {home}/roster")
+    known = f'num-partitions=3 roster="{home}/roster" signing-key="{home}/sign%d.key"'
+    deploy(shell, [f"partition-id={n} {known % n}" for n in range(3)])
     chosen = "task=digits privacy=distributed_gaussian privacy.test_seed=1 rounds=1 clients=3"
-    (home / "run.toml").write_text(f'overrides = "{chosen} run_dir={home}/run"\n')
+    run = f"{chosen} privacy.roster={home}/roster run_dir={home}/run"
+    (home / "run.toml").write_text(f'overrides = "{run}"\n')
     shell.run("flwr run app own --run-config run.toml --stream", timeout=300)
     summary, rounds = records(home / "run")
     assert [(r["replies"], r["failures"]) for r in rounds] == [(3, 0)]
     assert (summary["epsilon"], summary["codec"]) == (None, "secure aggregation")
-    shell.run(f"fedapp simulate {chosen} run_dir={home}/local")
+    shell.run(f"fedapp simulate {chosen} privacy.roster=made run_dir={home}/local")
     models = [(home / run / "model.safetensors").read_bytes() for run in ("run", "local")]
     assert models[0] == models[1]
 

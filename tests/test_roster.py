@@ -179,7 +179,7 @@ def test_the_dead_confirm_nothing() -> None:
     confirmed = np.unpackbits(np.frombuffer(held(messages[0], "confirmed"), np.uint8))[:9].astype(bool)
     assert not confirmed[seat]
     confirmed[seat] = True
-    extra = {
+    extra: Record = {
         "confirmed": marks(confirmed.tolist()),
         "signatures": held(messages[0], "signatures") + bytes(64),
     }

@@ -206,8 +206,7 @@ class Known(Watched):
             file = folder / f"{node}.key"
             file.write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption()))
             if node not in without:
-                files = {"roster": str(folder / "roster"), "signing-key": str(file)}
-                context.node_config = context.node_config | files
+                context.node_config |= {"roster": str(folder / "roster"), "signing-key": str(file)}
 
 
 def test_nodes_bring_their_own_rosters(tmp_path: Path) -> None:

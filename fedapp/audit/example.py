@@ -75,14 +75,10 @@ class SharedExamples:
 
     def claim(self) -> Claim:
         """Epsilon of a client that takes part in all rounds of the job."""
-        spent, terms, clip = (
-            self.job.spent(self.job.rounds, self.job.rounds),
-            self._terms,
-            self._trainer.max_grad_norm,
-        )
+        spent, terms = self.job.spent(self.job.rounds, self.job.rounds), self._terms
         assert spent is not None
         assert self.job.privacy.delta is not None
-        noise = terms.step * math.sqrt(terms.honest * terms.share) / clip
+        noise = terms.step * math.sqrt(terms.honest * terms.share) / self._trainer.max_grad_norm
         return Claim(spent.epsilon, self.job.privacy.delta, noise, terms.rate, self.job.rounds)
 
     def __call__(self, included: NDArray[np.bool_]) -> NDArray[np.float64]:
