@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
@@ -223,7 +224,12 @@ def load(job: Job, arrays: ArrayRecord) -> None:
     if arrays.keys() != own.keys():
         raise ValueError("received weights are not of this model")
     for name, tensor in own.items():
-        tensor.copy_(torch.tensor(values(arrays[name])))
+        if tensor.device.type == "cpu":
+            np.copyto(
+                tensor.numpy(), values(arrays[name])
+            )  # read once; torch would copy what is read-only first
+        else:
+            tensor.copy_(torch.tensor(values(arrays[name])))
 
 
 def partition_of(context: Context, default: int = 0) -> int:

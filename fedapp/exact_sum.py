@@ -9,6 +9,8 @@ from fedapp.errors import DecodeError
 from fedapp.jit import jit
 
 COARSE, FINE, MOST = 2.0**14, 2.0**60, 2.0**32
+_ROUND = 1.5 * 2.0**52  # a number below 2**51, added to it, becomes whole, and is then in the low bits
+_ZERO = np.float64(_ROUND).view(np.int64)
 
 
 class ExactSum:
@@ -44,12 +46,15 @@ class ExactSum:
 
 @jit
 def _add(x: Any, weight: float, coarse: Any, fine: Any) -> bool:
+    allowed = True
     for value in x:
-        if not abs(np.float64(value) * weight) < MOST:
-            return False
+        allowed &= abs(np.float64(value) * weight) < MOST
+    if not allowed:
+        return False
     for i in range(len(x)):
         term = np.float64(x[i]) * weight
-        whole = np.rint(term * COARSE)
-        coarse[i] += np.int64(whole)
-        fine[i] += np.int64(np.rint((term - whole / COARSE) * FINE))
+        whole = term * COARSE + _ROUND
+        rest = (term - (whole - _ROUND) / COARSE) * FINE + _ROUND
+        coarse[i] += np.float64(whole).view(np.int64) - _ZERO
+        fine[i] += np.float64(rest).view(np.int64) - _ZERO
     return True

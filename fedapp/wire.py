@@ -103,8 +103,12 @@ def compress(
 def update_of(received: ArrayRecord, trained: ArrayRecord) -> NDArray[np.float32]:
     """Trained minus received, float32 (size,)."""
     layout = layout_of(received)
+    update = ravel(trained, layout)
     with np.errstate(invalid="ignore"):  # of infinities: the caller looks at what comes out
-        return ravel(trained, layout) - ravel(received, layout)
+        for slot in layout.slots:
+            start = values(received[slot.name]).astype(np.float32, copy=False).reshape(-1)
+            update[slot.offset : slot.offset + len(start)] -= start
+    return update
 
 
 def require_finite(update: NDArray[np.float32]) -> None:

@@ -26,6 +26,11 @@ class Identity:
     ) -> tuple[Packet, State]:
         return Packet(x), {}
 
+    def encode_known(
+        self, x: NDArray[Any], layout: Layout, state: State, rng: np.random.Generator
+    ) -> tuple[Packet, State]:
+        return Packet(x, known=x), {}
+
     def decode(self, packet: Packet, layout: Layout) -> NDArray[Any]:
         return packet.body
 

@@ -121,20 +121,20 @@ def _thinned(
 
 
 def magnitudes(x: NDArray[np.float32], most: float) -> tuple[Floats, Floats]:
-    """Magnitudes within 2^-8 of themselves, and how many values have each; `most`, the largest, is added."""
+    """Magnitudes within 2^-9 of themselves, and how many values have each; `most`, the largest, is added."""
     stride = max(len(x) // _SAMPLE, 1) | 1  # odd: what repeats itself mostly does so every so many even ones
     count = _count(np.ascontiguousarray(x).view(np.int32), stride)
     kind = np.flatnonzero(count)
-    middle = (kind.astype(np.int32) << 16 | 1 << 15).view(np.float32)
+    middle = (kind.astype(np.int32) << 15 | 1 << 14).view(np.float32)
     return np.append(middle, most).astype(np.float64), np.append(count[kind], 1.0)
 
 
 @jit
 def _count(bits: NDArray[np.int32], stride: int) -> NDArray[np.int64]:
     """How many of every stride-th float32 have these leading bits, but for their sign."""
-    count = np.zeros(1 << 15, np.int64)
+    count = np.zeros(1 << 16, np.int64)
     for i in range(0, len(bits), stride):
-        count[np.uint64(bits[i] & np.int32(0x7FFFFFFF)) >> np.uint64(16)] += 1
+        count[np.uint64(bits[i] & np.int32(0x7FFFFFFF)) >> np.uint64(15)] += 1
     return count
 
 
