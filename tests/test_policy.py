@@ -86,7 +86,7 @@ def test_a_whole_policy_is_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        (RULES + "colums: [age]", "unknown rules colums: there are classes, columns, delta"),
+        (RULES + "colums: [age]", "unknown rules colums: there are classes, columns, counts, delta"),
         ("tasks: [csv]\nprivacy: [none]", "lacks metrics: list what you accept"),
         ("", "holds no rules: give at least tasks, privacy, metrics"),
         ("tasks: [", "cannot be read"),

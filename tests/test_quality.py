@@ -83,7 +83,7 @@ def test_the_wrong_schema_stops_training() -> None:
     found = of_table(table(age=["1"], village=["ulm"]), SCHEMA)
     assert found.fatal
     assert found.counts["columns-missing"] == 2
-    assert "['sick', 'town'] are not there" in said(found)
+    assert "['town', 'sick'] are not there" in said(found)
     empty = table(age=[], town=[], sick=[])
     assert of_table(empty, SCHEMA).fatal
     assert not of_table(empty, SCHEMA, empty=True).fatal

@@ -33,7 +33,7 @@ CONTRACT = (
     "startup_s seconds_per_round wall_s peak_rss_mb seed versions"
 )
 ROUND_CONTRACT = (
-    "round accuracy loss uplink_bytes downlink_bytes epsilon seconds replies failures stages clock "
+    "round accuracy loss uplink_bytes downlink_bytes epsilon seconds replies failures stages clock drift "
     "clients_mean clients_worst clients_tested"
 )
 

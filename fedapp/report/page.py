@@ -24,7 +24,6 @@ from fedapp.report.summary import (
     spread_text,
 )
 from fedapp.stages import NAMES, total
-from fedapp.tasks.quality import COUNTS
 
 
 def write_page(folder: Path) -> Path:
@@ -48,11 +47,10 @@ def _data(folder: Path) -> str:
         return ""
     counts: list[dict[str, int]] = json.loads(file.read_text(encoding="utf-8"))["counts"]
     rows = [("clients that told", str(len(counts)))]
-    for name in COUNTS:
+    for name in dict.fromkeys(name for client in counts for name in client):
         told = [client[name] for client in counts if name in client]
-        if told:
-            many = sum(count > 0 for count in told)
-            rows.append((name, f"{sum(told):,} of {many} clients, {max(told):,} at most"))
+        many = sum(count > 0 for count in told)
+        rows.append((name, f"{sum(told):,} of {many} clients, {max(told):,} at most"))
     return _table("Data of the clients", rows)
 
 
