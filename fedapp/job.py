@@ -397,7 +397,7 @@ class Job:
         """A client's examples: what it trains on, and what it holds out, where clients test; by the seed."""
         if self.evaluate != "clients" or not len(data):
             return data, data.at(np.empty(0, np.int64))
-        rng = self.public_rng(0, partition, use=6)
+        rng = self.public_rng(0, partition, use=7)
         train, test = held_out(data.y.numpy(), self.held_out, rng)
         return data.at(train), data.at(test)
 
