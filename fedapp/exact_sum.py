@@ -46,7 +46,7 @@ class ExactSum:
 
 @jit
 def _add(x: Any, weight: float, coarse: Any, fine: Any) -> bool:
-    allowed = True
+    allowed: Any = True
     for value in x:
         allowed &= abs(np.float64(value) * weight) < MOST
     if not allowed:
