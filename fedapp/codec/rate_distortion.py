@@ -14,6 +14,7 @@ from fedapp.codec import Codec, Layout, Packet, State, context
 from fedapp.codec.chain import with_feedback
 from fedapp.codec.feedback import AutoFeedback
 from fedapp.codec.layers import extent, require_finite, require_whole, size
+from fedapp.codec.model import Levels
 from fedapp.codec.target import Floats, Target, magnitudes, meet, within
 from fedapp.errors import DecodeError
 from fedapp.jit import jit
@@ -169,7 +170,7 @@ class RateDistortion:
         known = self._points(levels, step32, rounded) if knowing else None
         return Packet(np.frombuffer(code, np.uint8), self._header.pack(step32, *rounded), known)
 
-    def _points(self, levels: context.Levels, step: Any, moves: Sequence[int]) -> NDArray[np.float32] | None:
+    def _points(self, levels: Levels, step: Any, moves: Sequence[int]) -> NDArray[np.float32] | None:
         """What levels stand for, in their place; None where that is beyond float32."""
         one, two, more = moves if self.trellis else (moves[0], moves[1], moves[1])
         finite = _to_points(levels, np.float32(step), 128 if self.trellis else 256, one, two, more)
