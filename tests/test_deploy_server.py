@@ -29,9 +29,10 @@ from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_ssh_private_key
 from flwr.app import ConfigRecord, Message, MessageType, RecordDict
+from flwr.app.message import remove_content_from_message
 from flwr.cli.build import build_fab_from_disk
 from flwr.common.constant import TIMESTAMP_HEADER
-from flwr.common.serde import run_from_proto, user_config_to_proto
+from flwr.common.serde import message_to_proto, run_from_proto, user_config_to_proto
 from flwr.proto.control_pb2 import (
     ListNodesRequest,
     ListRunsRequest,
@@ -42,14 +43,17 @@ from flwr.proto.control_pb2 import (
 from flwr.proto.fab_pb2 import Fab
 from flwr.proto.fleet_pb2 import (
     ActivateNodeRequest,
+    ActivateNodeResponse,
     PullMessagesRequest,
     PullMessagesResponse,
+    PushMessagesRequest,
     RegisterNodeFleetRequest,
 )
 from flwr.proto.node_pb2 import Node
 from flwr.proto.runtime_pb2 import AcquireTaskRequest, PullTaskInputRequest
 from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIGNATURE_HEADER
 from flwr.supercore.date import now
+from flwr.supercore.inflatable.inflatable_object import get_object_tree
 from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor, SuperExecAuthHttpInterceptor
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes, sign_message
 from flwr.supercore.protobuf.client import ProtobufClientInterceptor
@@ -631,6 +635,55 @@ def test_who_leaves_while_it_waits_takes_no_message_along(server: Running, tmp_p
         time.sleep(0.1)
         pushing.push_messages([message(node_id)])
         assert len(server.pull(key, node_id).messages_list) == 1
+
+
+def test_a_node_that_was_killed_is_in_again_at_once_and_its_work_is_not_given_up(
+    server: Running, tmp_path: Path
+) -> None:
+    key, node_id = server.node()
+    pem = public_key_to_bytes(key.public_key())
+    with grid(server, tmp_path / "app") as pushing:
+        (sent,) = pushing.push_messages([message(node_id)])
+        again = ActivateNodeRequest(public_key=pem, heartbeat_interval=10).SerializeToString()
+        answer = server.post("/v1/fleet/activate-node", again, signed(key))
+        assert ActivateNodeResponse.FromString(answer.content).node_id == node_id
+        assert list(pushing.pull_messages([sent])) == []  # no error stands for its reply
+        assert server.pull(key, node_id).messages_list[0].metadata.message_id == sent
+    for interval in (5.0, 1e9, float("nan")):
+        wrong = ActivateNodeRequest(public_key=pem, heartbeat_interval=interval).SerializeToString()
+        assert server.post("/v1/fleet/activate-node", wrong, signed(key)).status_code == 401
+    other = ActivateNodeRequest(
+        public_key=public_key_to_bytes(server.node()[0].public_key()), heartbeat_interval=10
+    )
+    as_other = server.post("/v1/fleet/activate-node", other.SerializeToString(), signed(key))
+    assert as_other.status_code == 401
+    assert server.post("/v1/fleet/activate-node", b"\xff", signed(key)).status_code == 400
+
+
+def test_a_reply_in_the_name_of_another_node_is_refused(server: Running, tmp_path: Path) -> None:
+    (key, node_id), (_, another) = server.node(), server.node()
+    with grid(server, tmp_path / "app") as pushing:
+        (sent,) = pushing.push_messages([message(another)])
+
+        def pushed(name: int) -> int:
+            """The answer to a reply to the other node's message, in the name of a node."""
+            question = message(another)
+            question.metadata.__dict__["_message_id"] = sent
+            reply = Message(RecordDict(), reply_to=question)
+            reply.metadata.__dict__.update(_message_id=reply.object_id, _src_node_id=name)
+            request = PushMessagesRequest(
+                node=Node(node_id=node_id),
+                messages_list=[message_to_proto(remove_content_from_message(reply))],
+                message_object_trees=[get_object_tree(reply)],
+                clientapp_runtime_list=[0.1],
+            )
+            return server.post(
+                "/v1/fleet/push-messages", request.SerializeToString(), signed(key)
+            ).status_code
+
+        assert pushed(another) == 403
+        pushed(node_id)  # in its own name, to what was not asked of it: Flower drops it
+        assert list(pushing.pull_messages([sent])) == []
 
 
 # Run folders

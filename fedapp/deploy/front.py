@@ -17,15 +17,24 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime
 from hashlib import sha256
-from typing import Any
+from typing import Any, TypeVar
 
 from cryptography.exceptions import UnsupportedAlgorithm
-from flwr.common.constant import SYSTEM_TIME_TOLERANCE, TIMESTAMP_HEADER, TIMESTAMP_TOLERANCE
+from flwr.common.constant import (
+    HEARTBEAT_MAX_INTERVAL,
+    HEARTBEAT_MIN_INTERVAL,
+    SYSTEM_TIME_TOLERANCE,
+    TIMESTAMP_HEADER,
+    TIMESTAMP_TOLERANCE,
+)
+from flwr.proto.fleet_pb2 import ActivateNodeRequest, ActivateNodeResponse, PushMessagesRequest
 from flwr.proto.message_pb2 import PullObjectResponse
 from flwr.server.superlink.linkstate import LinkState
 from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIGNATURE_HEADER
 from flwr.supercore.date import now
 from flwr.supercore.primitives.asymmetric import bytes_to_public_key, uses_nist_ec_curve, verify_signature
+from flwr.supercore.protobuf.constants import PROTOBUF_MEDIA_TYPE
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from starlette.concurrency import run_in_threadpool
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -37,13 +46,14 @@ _NODES_OWN = _HAS_IT | {  # what a node asks; registering is the operator's
     *("activate-node", "deactivate-node", "send-node-heartbeat"),
     *("pull-messages", "push-messages", "push-object"),
 }
-_PULL = f"{_FLEET}pull-messages"
+_PULL, _PUSH, _ACTIVATE = (f"{_FLEET}{name}" for name in ("pull-messages", "push-messages", "activate-node"))
 HOLD_S = 5.0  # a pull waits so long; clients give up after 30 s, and a signature is good for 300 s
 _TASK_S = 2.0  # the longest that a task waits which nobody told of: one from before a restart
 _SETTLE_S = 0.01  # pushes come in bursts: wait for the burst's end
 _QUESTION = 1 << 16  # bytes of a request that may be held, and be asked again
 _LINGER, _LINGER_S = 1 << 20, 1.0  # bytes, seconds of a body that nobody reads
 _BODY_S = 60.0  # between two pieces of a body
+_Request = TypeVar("_Request", ActivateNodeRequest, PushMessagesRequest)
 _log = logging.getLogger("fedapp.server")
 
 
@@ -137,13 +147,17 @@ class Public:
             answer.who += f" ({fingerprint(key)})"
             if path.removeprefix(_FLEET) in _HAS_IT:
                 self._handed.pop(key, None)
-            if path == _PULL:
+            if path == _ACTIVATE:
+                await self._activate(key, receive, answer)
+            elif path == _PUSH:
+                await self._push(scope, receive, answer)
+            elif path == _PULL:
                 await self._pull(key, scope, receive, answer)
             elif path == f"{_FLEET}pull-object":
                 await _hold(self.app, scope, receive, answer, self.pushes, _unavailable)
             else:
                 await through(self.app, scope, receive, answer, self.max_body)
-                if path in (f"{_FLEET}push-messages", f"{_FLEET}push-object"):
+                if path == f"{_FLEET}push-object":
                     self.pushes.tell()
         elif path.startswith(("/v1/control/", "/fedapp/")):
             self._operator(_headers(scope))
@@ -155,6 +169,34 @@ class Public:
                 self.pushes.tasks.set()
         else:
             raise Refused(404, "there is nothing here")
+
+    async def _activate(self, key: bytes, receive: Receive, answer: "_Answer") -> None:
+        """Let a node in that says it is there: at once, even if it was killed and still counts as online.
+
+        Flower would refuse it until then, and meanwhile give its work up for lost.
+        """
+        request = _parsed(ActivateNodeRequest, await _body(receive, _QUESTION))
+        least, most = HEARTBEAT_MIN_INTERVAL, HEARTBEAT_MAX_INTERVAL
+        number = await run_in_threadpool(self.linkstate().get_node_id_by_public_key, key)
+        if request.public_key != key or number is None or not least <= request.heartbeat_interval <= most:
+            raise Refused(401, "this is no request of this node")
+        beat = self.linkstate().acknowledge_node_heartbeat
+        if not await run_in_threadpool(beat, number, request.heartbeat_interval):
+            raise Refused(401, "this node is registered no more")
+        headers = [(b"content-type", PROTOBUF_MEDIA_TYPE.encode())]
+        await answer({"type": "http.response.start", "status": 200, "headers": headers})
+        content = ActivateNodeResponse(node_id=number).SerializeToString()
+        await answer({"type": "http.response.body", "body": content})
+
+    async def _push(self, scope: Scope, receive: Receive, answer: "_Answer") -> None:
+        """Take a reply in the node's own name: Flower checks whose request it is, not whose reply."""
+        body = await _body(receive, self.max_body)
+        request = _parsed(PushMessagesRequest, body)
+        if any(reply.metadata.src_node_id != request.node.node_id for reply in request.messages_list):
+            raise Refused(403, "a reply in the name of another node")
+        for message in await _ask(self.app, scope, body):
+            await answer(message)
+        self.pushes.tell()
 
     async def _pull(self, key: bytes, scope: Scope, receive: Receive, answer: "_Answer") -> None:
         """Answer a node that asks for a message. Flower marks one as delivered once it is handed out, so an
@@ -390,6 +432,13 @@ async def _body(receive: Receive, most: int) -> bytes:
             raise Refused(413, f"more than {most} bytes for a question")
         more = message.get("more_body", False)
     return body
+
+
+def _parsed(kind: type[_Request], body: bytes) -> _Request:
+    try:
+        return kind.FromString(body)  # type: ignore[no-any-return]
+    except DecodeError as error:
+        raise Refused(400, "the request cannot be read") from error
 
 
 def _unavailable(body: bytes) -> bool:
