@@ -128,7 +128,7 @@ def plot(table: dict[str, dict[str, list[float]]], path: Path) -> None:
 
     figure, axis = pyplot.subplots(figsize=(8.5, 4.2))
     image = [[np.mean(found) for found in row.values()] for row in table.values()]
-    axis.imshow(image, cmap="RdYlGn", vmin=10, vmax=85, aspect="auto")
+    axis.imshow(image, cmap="RdYlGn", vmin=60, vmax=100, aspect="auto", alpha=0.6)
     for y, row in enumerate(image):
         for x, value in enumerate(row):
             axis.text(x, y, f"{value:.1f}", ha="center", va="center", fontsize=9)
