@@ -19,8 +19,10 @@ from fedapp.records import CONFIG, size_of
 from fedapp.replies import drifted, refuse
 from fedapp.selection import Tags
 from fedapp.stages import TRANSFER
-from fedapp.tasks.classification import Classification
+from fedapp.tasks.folders import ImageFolder
 from fedapp.tasks.quality import COUNTS, of_data
+from fedapp.tasks.stream import Stream
+from fedapp.tasks.tables import Csv
 
 
 class Cohort:
@@ -133,14 +135,15 @@ def facts(grid: Grid, job: Job, partitions: Mapping[int, int]) -> dict[int, Fact
 def checks(grid: Grid, job: Job, nodes: Iterable[int]) -> list[dict[str, int]]:
     """What each client tells of its data's quality; simulated ones, which have no policy, tell all.
 
-    Nothing under privacy, and of nodes whose policy lets nothing out. These messages are not among the bytes
-    of rounds.
+    Nothing under privacy, of nodes whose policy lets nothing out, and of data that come with a task. These
+    messages are not among the bytes of rounds.
     """
-    if job.privacy.unit is not None or not isinstance(job.task, Classification):
+    task = job.task.source if isinstance(job.task, Stream) else job.task
+    if job.privacy.unit is not None or not isinstance(task, (Csv, ImageFolder)):
         return []
     if isinstance(grid, LocalGrid):
         parts = ({"partition-id": i, "num-partitions": job.clients} for i in grid.partitions.values())
-        return [dict(of_data(job.task.client_data(part), job.task.labels).counts) for part in parts]
+        return [dict(of_data(job.task.client_data(part), task.labels).counts) for part in parts]
     first = ConfigRecord({"server-round": 1})
     asked = [Message(RecordDict({CONFIG: first}), node, "query.check") for node in nodes]
     found = []

@@ -228,7 +228,7 @@ def _told(federation: Federation, begin: Start) -> Iterator[str]:
         and isinstance(job.codec, ErrorFeedback)
         and not isinstance(federation.grid, LocalGrid)
     ):
-        yield "Nodes begin anew: what error feedback kept back on them is lost"
+        yield "Stock SuperNodes begin anew: what error feedback kept back on them is lost"
 
 
 def _charged(repeated: int) -> str:
@@ -239,7 +239,7 @@ def _charged(repeated: int) -> str:
 def _lost(records: list[Round]) -> str:
     """Which rounds left no update."""
     lost = [str(record.round) for record in records if record.failures and not record.replies]
-    return f"too few clients were left in round {', '.join(lost)}, which changed nothing" if lost else ""
+    return f"no update came of round {', '.join(lost)}, which changed nothing" if lost else ""
 
 
 def _note(federation: Federation, records: list[Round]) -> str | None:

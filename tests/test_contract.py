@@ -60,7 +60,7 @@ from flwr.superlink.main import create_app
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
 import fedapp
-from fedapp.deploy import front
+from fedapp.deploy import front, holding
 from fedapp.wire import STREAMED
 
 PRIVATE = {
@@ -355,9 +355,9 @@ def test_an_empty_answer_to_a_pull_is_empty_bytes_and_an_object_to_come_is_two()
     """`PullMessagesResponse`, `PullObjectResponse`: what the front holds back."""
     assert PullMessagesResponse().SerializeToString() == b""
     coming = PullObjectResponse(object_found=True).SerializeToString()
-    assert front._unavailable(coming)
-    assert not front._unavailable(PullObjectResponse().SerializeToString())
-    assert not front._unavailable(
+    assert holding.unavailable(coming)
+    assert not holding.unavailable(PullObjectResponse().SerializeToString())
+    assert not holding.unavailable(
         PullObjectResponse(object_found=True, object_available=True, object_content=b"").SerializeToString()
     )
 
@@ -379,5 +379,5 @@ def test_a_nodes_signature_is_over_its_timestamp() -> None:
         bytes_to_public_key(pem), stamp.encode(), b64decode(headers[FLEET_HTTP_SIGNATURE_HEADER])
     )
     assert (TIMESTAMP_TOLERANCE, SYSTEM_TIME_TOLERANCE) == (300, 5)
-    assert front.HOLD_S < 30  # seconds that an HTTP client of flwr waits for an answer
+    assert holding.HOLD_S < 30  # seconds that an HTTP client of flwr waits for an answer
     assert inspect.signature(ProtobufClient).parameters["timeout"].default == 30.0

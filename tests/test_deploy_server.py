@@ -64,7 +64,7 @@ from flwr.superlink.grid import HttpGrid
 from omegaconf import OmegaConf
 
 from fedapp import server_app
-from fedapp.deploy import front, keys, registry
+from fedapp.deploy import bounded, holding, keys, registry
 from fedapp.deploy.control import Access
 from fedapp.deploy.runs import tar
 from fedapp.deploy.server import Listening, Server
@@ -613,7 +613,7 @@ def test_a_held_pull_is_answered_when_something_is_pushed(server: Running, tmp_p
 def test_an_answer_that_was_lost_is_given_again_until_the_node_has_it(
     server: Running, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(front, "HOLD_S", 0.2)
+    monkeypatch.setattr(holding, "HOLD_S", 0.2)
     key, node_id = server.node()
     with grid(server, tmp_path / "app") as pushing:
         pushing.push_messages([message(node_id)])
@@ -743,7 +743,7 @@ def test_a_server_chooses_where_run_folders_are(monkeypatch: pytest.MonkeyPatch,
 
 
 def test_log_lines_on_refusals_are_bounded(caplog: pytest.LogCaptureFixture) -> None:
-    refusals = front.Refusals(most=3, seconds=0.1)
+    refusals = bounded.Refusals(most=3, seconds=0.1)
     with caplog.at_level(logging.WARNING, "fedapp.server"):
         for _ in range(100):
             refusals.tell("a", "b", "c")

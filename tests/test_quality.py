@@ -221,20 +221,24 @@ def test_the_server_takes_counts_and_nothing_else() -> None:
         return Message(RecordDict({CONFIG: ConfigRecord(record)}), reply_to=message)
 
     grid = Elsewhere(app, [3, 4, 5, 6])  # type: ignore[arg-type]
-    found = checks(grid, job_of("task=digits privacy=none"), [3, 4, 5, 6])
+    found = checks(grid, job_of(f"{OWN} privacy=none"), [3, 4, 5, 6])
     assert sorted(found, key=str) == [{"examples": 2}, {"examples": 5}]
-    assert checks(grid, job_of("task=digits privacy=example"), [3, 4, 5, 6]) == []
+    assert checks(grid, job_of(f"{OWN} privacy=local_gaussian"), [3, 4, 5, 6]) == []
+    assert checks(grid, job_of("task=digits privacy=none"), [3, 4, 5, 6]) == []  # nobody's own
 
 
 def test_a_simulation_has_a_section_in_its_report(tmp_path: Path) -> None:
+    rows = [f"{20 + i % 50},{i % 7},{'yes' if i % 3 else 'no'}" for i in range(100)]
+    (tmp_path / "t.csv").write_text("\n".join(["age,dose,sick", *rows]) + "\n")
     tree = config.compose(
-        "task=digits privacy=none model=logistic clients=3 rounds=1 codec=identity partition=iid"
+        f"{OWN} task.path={tmp_path}/t.csv privacy=none clients=3 rounds=1 codec=identity partition=iid"
     )
-    server_app.simulate(tree, tmp_path, Console(file=io.StringIO()), 0.0)
-    counts = json.loads((tmp_path / "data.json").read_text())["counts"]
-    assert [client["examples"] for client in counts] == [480, 479, 479]
-    assert "1,438 of 3 clients, 480 at most" in _data(tmp_path)
-    assert "Data of the clients" in (tmp_path / "report.html").read_text()
+    server_app.simulate(tree, tmp_path / "run", Console(file=io.StringIO()), 0.0)
+    counts = json.loads((tmp_path / "run/data.json").read_text())["counts"]
+    held = [client["examples"] for client in counts]
+    assert (len(held), max(held) - min(held)) == (3, 1)
+    assert f"{sum(held)} of 3 clients, {max(held)} at most" in _data(tmp_path / "run")
+    assert "Data of the clients" in (tmp_path / "run/report.html").read_text()
 
 
 # The command

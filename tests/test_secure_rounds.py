@@ -178,7 +178,7 @@ def test_a_lost_round_is_in_the_run_folder(tmp_path: Path, monkeypatch: pytest.M
     records = [json.loads(line) for line in (tmp_path / "run" / "rounds.jsonl").read_text().splitlines()]
     assert [(one["replies"], one["failures"]) for one in records] == [(6, 0), (0, 6), (6, 0)]
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    assert summary["note"] == "too few clients were left in round 2, which changed nothing"
+    assert summary["note"] == "no update came of round 2, which changed nothing"
     assert summary["epsilon"] == records[2]["epsilon"] == pytest.approx(8, rel=0.01)
 
 

@@ -8,16 +8,14 @@ which its own secrets guard. Plain ASGI, so that streams stay streams.
 
 import asyncio
 import hmac
-import json
 import logging
-import time
 from base64 import b64decode
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime
 from hashlib import sha256
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from cryptography.exceptions import UnsupportedAlgorithm
 from flwr.common.constant import (
@@ -28,7 +26,6 @@ from flwr.common.constant import (
     TIMESTAMP_TOLERANCE,
 )
 from flwr.proto.fleet_pb2 import ActivateNodeRequest, ActivateNodeResponse, PushMessagesRequest
-from flwr.proto.message_pb2 import PullObjectResponse
 from flwr.server.superlink.linkstate import LinkState
 from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIGNATURE_HEADER
 from flwr.supercore.date import now
@@ -38,6 +35,8 @@ from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from starlette.concurrency import run_in_threadpool
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from fedapp.deploy.bounded import QUESTION, Answer, Refusals, Refused, ask, body_of, headers_of, through
+from fedapp.deploy.holding import Pushes, hold, unavailable
 from fedapp.deploy.keys import fingerprint
 
 _FLEET, _RUNTIME = "/v1/fleet/", "/v1/runtime/"
@@ -47,59 +46,9 @@ _NODES_OWN = _HAS_IT | {  # what a node asks; registering is the operator's
     *("pull-messages", "push-messages", "push-object"),
 }
 _PULL, _PUSH, _ACTIVATE = (f"{_FLEET}{name}" for name in ("pull-messages", "push-messages", "activate-node"))
-HOLD_S = 5.0  # a pull waits so long; clients give up after 30 s, and a signature is good for 300 s
 _TASK_S = 2.0  # the longest that a task waits which nobody told of: one from before a restart
-_SETTLE_S = 0.01  # pushes come in bursts: wait for the burst's end
-_QUESTION = 1 << 16  # bytes of a request that may be held, and be asked again
-_LINGER, _LINGER_S = 1 << 20, 1.0  # bytes, seconds of a body that nobody reads
-_BODY_S = 60.0  # between two pieces of a body
 _Request = TypeVar("_Request", ActivateNodeRequest, PushMessagesRequest)
 _log = logging.getLogger("fedapp.server")
-
-
-class Refused(Exception):  # noqa: N818
-    """A request that is not let through: its HTTP status, and why, in words for who asked."""
-
-    def __init__(self, status: int, why: str) -> None:
-        super().__init__(why)
-        self.status, self.why = status, why
-
-
-class Pushes:
-    """Tells those who wait that something was pushed. Take `next` before asking, then wait for it."""
-
-    def __init__(self) -> None:
-        self.next = asyncio.Event()
-        self.over = False  # the server ends, and nobody waits any more
-        self.tasks = asyncio.Event()  # set: there may be a task that nobody has acquired
-        self.tasks.set()
-
-    def tell(self, over: bool = False) -> None:
-        """Wake all who wait."""
-        self.over = self.over or over
-        if over:
-            self.tasks.set()
-        self.next.set()
-        self.next = asyncio.Event()
-
-
-class Refusals:
-    """One log line a refusal, at most 20 in 10 seconds; a count stands for the others."""
-
-    def __init__(self, most: int = 20, seconds: float = 10.0) -> None:
-        self._most, self._seconds = most, seconds
-        self._since, self._told = 0.0, 0
-
-    def tell(self, who: str, what: str, why: str) -> None:
-        """Log it. No header and no body is in any of the three."""
-        at = time.monotonic()
-        if at - self._since > self._seconds:
-            if self._told > self._most:
-                _log.warning("refused %d more requests", self._told - self._most)
-            self._since, self._told = at, 0
-        self._told += 1
-        if self._told <= self._most:
-            _log.warning("refused %s: %s: %s", who, what, why)
 
 
 @dataclass
@@ -127,7 +76,7 @@ class Public:
             return
         if scope["type"] != "http":
             return  # no WebSocket is offered
-        what, answer = f"{scope['method']} {_printable(scope['path'])}", _Answer(send, _who(scope))
+        what, answer = f"{scope['method']} {_printable(scope['path'])}", Answer(send, _who(scope))
         try:
             await self._answered(scope, receive, answer)
         except Refused as refused:
@@ -137,13 +86,13 @@ class Public:
             if answer.status >= 400:
                 self.refusals.tell(answer.who, what, f"answered {answer.status}")
 
-    async def _answered(self, scope: Scope, receive: Receive, answer: "_Answer") -> None:
+    async def _answered(self, scope: Scope, receive: Receive, answer: "Answer") -> None:
         method, path = scope["method"], scope["path"]
         if path == "/health" and method == "GET":
-            for message in await _ask(self.app, scope, b""):
+            for message in await ask(self.app, scope, b""):
                 await answer(message)
         elif path.startswith(_FLEET) and method == "POST":
-            key = await run_in_threadpool(self._node, path, _headers(scope))
+            key = await run_in_threadpool(self._node, path, headers_of(scope))
             answer.who += f" ({fingerprint(key)})"
             if path.removeprefix(_FLEET) in _HAS_IT:
                 self._handed.pop(key, None)
@@ -154,13 +103,13 @@ class Public:
             elif path == _PULL:
                 await self._pull(key, scope, receive, answer)
             elif path == f"{_FLEET}pull-object":
-                await _hold(self.app, scope, receive, answer, self.pushes, _unavailable)
+                await hold(self.app, scope, receive, answer, self.pushes, unavailable)
             else:
                 await through(self.app, scope, receive, answer, self.max_body)
                 if path == f"{_FLEET}push-object":
                     self.pushes.tell()
         elif path.startswith(("/v1/control/", "/fedapp/")):
-            self._operator(_headers(scope))
+            self._operator(headers_of(scope))
             if not path.startswith(("/v1/control/list-", "/v1/control/stream-")):
                 _log.info("operator at %s: %s", answer.who, _printable(path))
             own = path.startswith("/fedapp/")
@@ -170,12 +119,12 @@ class Public:
         else:
             raise Refused(404, "there is nothing here")
 
-    async def _activate(self, key: bytes, receive: Receive, answer: "_Answer") -> None:
+    async def _activate(self, key: bytes, receive: Receive, answer: "Answer") -> None:
         """Let a node in that says it is there: at once, even if it was killed and still counts as online.
 
         Flower would refuse it until then, and meanwhile give its work up for lost.
         """
-        request = _parsed(ActivateNodeRequest, await _body(receive, _QUESTION))
+        request = _parsed(ActivateNodeRequest, await body_of(receive, QUESTION))
         least, most = HEARTBEAT_MIN_INTERVAL, HEARTBEAT_MAX_INTERVAL
         number = await run_in_threadpool(self.linkstate().get_node_id_by_public_key, key)
         if request.public_key != key or number is None or not least <= request.heartbeat_interval <= most:
@@ -188,21 +137,21 @@ class Public:
         content = ActivateNodeResponse(node_id=number).SerializeToString()
         await answer({"type": "http.response.body", "body": content})
 
-    async def _push(self, scope: Scope, receive: Receive, answer: "_Answer") -> None:
+    async def _push(self, scope: Scope, receive: Receive, answer: "Answer") -> None:
         """Take a reply in the node's own name: Flower checks whose request it is, not whose reply."""
-        body = await _body(receive, self.max_body)
+        body = await body_of(receive, self.max_body)
         request = _parsed(PushMessagesRequest, body)
         if any(reply.metadata.src_node_id != request.node.node_id for reply in request.messages_list):
             raise Refused(403, "a reply in the name of another node")
-        for message in await _ask(self.app, scope, body):
+        for message in await ask(self.app, scope, body):
             await answer(message)
         self.pushes.tell()
 
-    async def _pull(self, key: bytes, scope: Scope, receive: Receive, answer: "_Answer") -> None:
+    async def _pull(self, key: bytes, scope: Scope, receive: Receive, answer: "Answer") -> None:
         """Answer a node that asks for a message. Flower marks one as delivered once it is handed out, so an
         answer that a broken link swallowed is handed out again, until the node asks for what is in it."""
         if key in self._handed:
-            await _body(receive, _QUESTION)
+            await body_of(receive, QUESTION)
             for message in self._handed[key]:
                 await answer(message)
             return
@@ -210,7 +159,7 @@ class Public:
         def keep(messages: list[Message]) -> None:
             self._handed[key] = messages
 
-        await _hold(self.app, scope, receive, answer, self.pushes, lambda body: not body, keep)
+        await hold(self.app, scope, receive, answer, self.pushes, lambda body: not body, keep)
 
     def _node(self, path: str, headers: dict[bytes, bytes]) -> bytes:
         """The public key, in PEM, of the registered node that signed these headers."""
@@ -253,14 +202,14 @@ class Private:
         """Let a request through; wake nodes that wait for what it pushed."""
         if scope["type"] != "http":
             return
-        path, answer = scope["path"], _Answer(send)
+        path, answer = scope["path"], Answer(send)
         try:
             if not path.startswith(_RUNTIME):
                 raise Refused(404, "there is nothing here")
             if path == f"{_RUNTIME}acquire-task":
                 await self._acquire(scope, receive, answer)
             elif path == f"{_RUNTIME}pull-object":
-                await _hold(self.app, scope, receive, answer, self.pushes, _unavailable)
+                await hold(self.app, scope, receive, answer, self.pushes, unavailable)
             else:
                 await through(self.app, scope, receive, answer, self.max_body)
         except Refused as refused:
@@ -270,168 +219,15 @@ class Private:
         elif path in (f"{_RUNTIME}create-task", f"{_RUNTIME}start-automation"):
             self.pushes.tasks.set()
 
-    async def _acquire(self, scope: Scope, receive: Receive, answer: "_Answer") -> None:
+    async def _acquire(self, scope: Scope, receive: Receive, answer: "Answer") -> None:
         """Ask for a task once there may be one: Flower takes 10 ms of a core to say that there is none."""
         tasks = self.pushes.tasks
         with suppress(TimeoutError):
             await asyncio.wait_for(tasks.wait(), _TASK_S)
         tasks.clear()
-        await through(self.app, scope, receive, answer, _QUESTION)
+        await through(self.app, scope, receive, answer, QUESTION)
         if answer.size:  # a task, and there may be more
             tasks.set()
-
-
-class _Answer:
-    """What goes back to whom, and whether it has begun."""
-
-    def __init__(self, send: Send, who: str = "") -> None:
-        self._send, self.who, self.status, self.size = send, who, 0, 0
-
-    async def __call__(self, message: Message) -> None:
-        if message["type"] == "http.response.start":
-            self.status = message["status"]
-        self.size += len(message.get("body", b""))
-        await self._send(message)
-
-    async def refuse(self, refused: Refused, receive: Receive) -> None:
-        """Answer, and hang up; before that drop some of what still comes, so that the answer arrives."""
-        if self.status:  # too late for another answer
-            return
-        body = json.dumps({"detail": refused.why}).encode()
-        headers = [
-            (b"content-type", b"application/json"),
-            (b"content-length", str(len(body)).encode()),
-            (b"connection", b"close"),
-        ]
-        await self({"type": "http.response.start", "status": refused.status, "headers": headers})
-        await self({"type": "http.response.body", "body": body, "more_body": True})
-        with suppress(TimeoutError):
-            await asyncio.wait_for(_dropped(receive), _LINGER_S)
-        await self({"type": "http.response.body", "body": b""})
-
-
-async def _dropped(receive: Receive) -> None:
-    left, more = _LINGER, True
-    while more and left > 0:
-        message = await receive()
-        left -= len(message.get("body", b""))
-        more = message.get("more_body", False)
-
-
-async def through(app: ASGIApp, scope: Scope, receive: Receive, send: Send, most: int) -> None:
-    """Ask the app, reading at most so many bytes of the body. Raises Refused, 413 or 408."""
-    length = _headers(scope).get(b"content-length", b"0")
-    if length.isdigit() and int(length) > most:
-        raise Refused(413, f"{int(length)} bytes, and the most is {most}: `fedapp server --max-body` sets it")
-    got, more, refused = 0, True, None
-
-    async def counted() -> Message:
-        nonlocal got, more, refused
-        if not more:
-            return await receive()  # when the other end leaves
-        try:
-            message = await asyncio.wait_for(receive(), _BODY_S)
-        except TimeoutError:
-            message, refused = {"type": "http.disconnect"}, Refused(408, f"no data for {_BODY_S:.0f} s")
-        got += len(message.get("body", b""))
-        if got > most:
-            message = {"type": "http.disconnect"}
-            refused = Refused(413, f"more than {most} bytes: `fedapp server --max-body` sets it")
-        more = message.get("more_body", False)
-        return message
-
-    async def unless_refused(message: Message) -> None:
-        if refused is None:
-            await send(message)
-
-    try:
-        await app(scope, counted, unless_refused)
-    except Exception:
-        if refused is None:
-            raise
-    if refused is not None:
-        raise refused
-
-
-async def _hold(
-    app: ASGIApp,
-    scope: Scope,
-    receive: Receive,
-    send: Send,
-    pushes: Pushes,
-    empty: Callable[[bytes], bool],
-    keep: Callable[[list[Message]], None] | None = None,
-) -> None:
-    """Answer when there is something to answer, at the latest after `HOLD_S`.
-
-    The app is asked again only where its former answer was empty, and not once the other end has left.
-    An answer that is not empty goes to `keep` before it is sent.
-    """
-    body = await _body(receive, _QUESTION)
-    until = asyncio.get_running_loop().time() + HOLD_S
-    left = asyncio.ensure_future(receive())  # after the body comes only that the other end has left
-    try:
-        while True:
-            pushed = pushes.next
-            messages = await _ask(app, scope, body)
-            content = b"".join(message.get("body", b"") for message in messages)
-            is_empty = messages[0]["status"] == 200 and empty(content)
-            remaining = until - asyncio.get_running_loop().time()
-            if not is_empty or remaining <= 0 or pushes.over:
-                break
-            waiting = asyncio.ensure_future(pushed.wait())
-            try:
-                await asyncio.wait({waiting, left}, timeout=remaining, return_when=asyncio.FIRST_COMPLETED)
-            finally:
-                waiting.cancel()
-            if left.done():
-                return
-            await asyncio.sleep(_SETTLE_S)
-        if keep is not None and not is_empty and messages[0]["status"] == 200:
-            keep(messages)
-        for message in messages:
-            await send(message)
-    finally:
-        left.cancel()
-
-
-async def _ask(app: ASGIApp, scope: Scope, body: bytes) -> list[Message]:
-    """The app's whole answer to a small request; the scope is copied, for apps write into it."""
-    messages: list[Message] = []
-    given = False
-    over = asyncio.Event()
-
-    async def replayed() -> Message:
-        nonlocal given
-        if given:
-            await over.wait()
-            return {"type": "http.disconnect"}
-        given = True
-        return {"type": "http.request", "body": body, "more_body": False}
-
-    async def kept(message: Message) -> None:
-        messages.append(message)
-
-    copy: dict[str, Any] = {**scope, "state": dict(scope.get("state", {}))}
-    try:
-        await app(copy, replayed, kept)
-    finally:
-        over.set()
-    return messages
-
-
-async def _body(receive: Receive, most: int) -> bytes:
-    body, more = b"", True
-    while more:
-        try:
-            message = await asyncio.wait_for(receive(), _BODY_S)
-        except TimeoutError as error:
-            raise Refused(408, f"no data for {_BODY_S:.0f} s") from error
-        body += message.get("body", b"")
-        if len(body) > most:
-            raise Refused(413, f"more than {most} bytes for a question")
-        more = message.get("more_body", False)
-    return body
 
 
 def _parsed(kind: type[_Request], body: bytes) -> _Request:
@@ -439,18 +235,6 @@ def _parsed(kind: type[_Request], body: bytes) -> _Request:
         return kind.FromString(body)  # type: ignore[no-any-return]
     except DecodeError as error:
         raise Refused(400, "the request cannot be read") from error
-
-
-def _unavailable(body: bytes) -> bool:
-    """Whether an answer says that an object is announced, and not here yet."""
-    if len(body) > 8:
-        return False
-    answer = PullObjectResponse.FromString(body)
-    return answer.object_found and not answer.object_available
-
-
-def _headers(scope: Scope) -> dict[bytes, bytes]:
-    return dict(reversed(scope["headers"]))  # of several, the first, as in Flower's app
 
 
 def _who(scope: Scope) -> str:

@@ -9,7 +9,7 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from fedapp.deploy import keys
-from fedapp.deploy.front import Refusals
+from fedapp.deploy.bounded import Refusals
 
 _IDLE_S = 30  # a connection without a request; clients drop theirs after 5 s
 _END_S = 10  # for requests that are being answered when the server ends

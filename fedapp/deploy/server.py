@@ -26,8 +26,9 @@ from flwr.superlink.main import create_app
 
 from fedapp.deploy import keys
 from fedapp.deploy.control import ADDRESS, Access, access, is_loopback
-from fedapp.deploy.front import Private, Public, Pushes
+from fedapp.deploy.front import Private, Public
 from fedapp.deploy.going_on import take_up
+from fedapp.deploy.holding import Pushes
 from fedapp.deploy.listener import Listener, listener
 from fedapp.deploy.runs import RunFolders
 from fedapp.errors import FedappError

@@ -1,0 +1,157 @@
+"""How much of a request is read, and how one is refused: plain ASGI, so that streams stay streams."""
+
+import asyncio
+import json
+import logging
+import time
+from contextlib import suppress
+from typing import Any
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+QUESTION = 1 << 16  # bytes of a request that may be held, and be asked again
+_LINGER, _LINGER_S = 1 << 20, 1.0  # bytes, seconds of a body that nobody reads
+_BODY_S = 60.0  # between two pieces of a body
+_log = logging.getLogger("fedapp.server")
+
+
+class Refused(Exception):  # noqa: N818
+    """A request that is not let through: its HTTP status, and why, in words for who asked."""
+
+    def __init__(self, status: int, why: str) -> None:
+        super().__init__(why)
+        self.status, self.why = status, why
+
+
+class Refusals:
+    """One log line a refusal, at most 20 in 10 seconds; a count stands for the others."""
+
+    def __init__(self, most: int = 20, seconds: float = 10.0) -> None:
+        self._most, self._seconds = most, seconds
+        self._since, self._told = 0.0, 0
+
+    def tell(self, who: str, what: str, why: str) -> None:
+        """Log it. No header and no body is in any of the three."""
+        at = time.monotonic()
+        if at - self._since > self._seconds:
+            if self._told > self._most:
+                _log.warning("refused %d more requests", self._told - self._most)
+            self._since, self._told = at, 0
+        self._told += 1
+        if self._told <= self._most:
+            _log.warning("refused %s: %s: %s", who, what, why)
+
+
+class Answer:
+    """What goes back to whom, and whether it has begun."""
+
+    def __init__(self, send: Send, who: str = "") -> None:
+        self._send, self.who, self.status, self.size = send, who, 0, 0
+
+    async def __call__(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+        self.size += len(message.get("body", b""))
+        await self._send(message)
+
+    async def refuse(self, refused: Refused, receive: Receive) -> None:
+        """Answer, and hang up; before that drop some of what still comes, so that the answer arrives."""
+        if self.status:  # too late for another answer
+            return
+        body = json.dumps({"detail": refused.why}).encode()
+        headers = [
+            (b"content-type", b"application/json"),
+            (b"content-length", str(len(body)).encode()),
+            (b"connection", b"close"),
+        ]
+        await self({"type": "http.response.start", "status": refused.status, "headers": headers})
+        await self({"type": "http.response.body", "body": body, "more_body": True})
+        with suppress(TimeoutError):
+            await asyncio.wait_for(_dropped(receive), _LINGER_S)
+        await self({"type": "http.response.body", "body": b""})
+
+
+async def _dropped(receive: Receive) -> None:
+    left, more = _LINGER, True
+    while more and left > 0:
+        message = await receive()
+        left -= len(message.get("body", b""))
+        more = message.get("more_body", False)
+
+
+async def through(app: ASGIApp, scope: Scope, receive: Receive, send: Send, most: int) -> None:
+    """Ask the app, reading at most so many bytes of the body. Raises Refused, 413 or 408."""
+    length = headers_of(scope).get(b"content-length", b"0")
+    if length.isdigit() and int(length) > most:
+        raise Refused(413, f"{int(length)} bytes, and the most is {most}: `fedapp server --max-body` sets it")
+    got, more, refused = 0, True, None
+
+    async def counted() -> Message:
+        nonlocal got, more, refused
+        if not more:
+            return await receive()  # when the other end leaves
+        try:
+            message = await asyncio.wait_for(receive(), _BODY_S)
+        except TimeoutError:
+            message, refused = {"type": "http.disconnect"}, Refused(408, f"no data for {_BODY_S:.0f} s")
+        got += len(message.get("body", b""))
+        if got > most:
+            message = {"type": "http.disconnect"}
+            refused = Refused(413, f"more than {most} bytes: `fedapp server --max-body` sets it")
+        more = message.get("more_body", False)
+        return message
+
+    async def unless_refused(message: Message) -> None:
+        if refused is None:
+            await send(message)
+
+    try:
+        await app(scope, counted, unless_refused)
+    except Exception:
+        if refused is None:
+            raise
+    if refused is not None:
+        raise refused
+
+
+async def ask(app: ASGIApp, scope: Scope, body: bytes) -> list[Message]:
+    """The app's whole answer to a small request; the scope is copied, for apps write into it."""
+    messages: list[Message] = []
+    given = False
+    over = asyncio.Event()
+
+    async def replayed() -> Message:
+        nonlocal given
+        if given:
+            await over.wait()
+            return {"type": "http.disconnect"}
+        given = True
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    async def kept(message: Message) -> None:
+        messages.append(message)
+
+    copy: dict[str, Any] = {**scope, "state": dict(scope.get("state", {}))}
+    try:
+        await app(copy, replayed, kept)
+    finally:
+        over.set()
+    return messages
+
+
+async def body_of(receive: Receive, most: int) -> bytes:
+    body, more = b"", True
+    while more:
+        try:
+            message = await asyncio.wait_for(receive(), _BODY_S)
+        except TimeoutError as error:
+            raise Refused(408, f"no data for {_BODY_S:.0f} s") from error
+        body += message.get("body", b"")
+        if len(body) > most:
+            raise Refused(413, f"more than {most} bytes for a question")
+        more = message.get("more_body", False)
+    return body
+
+
+def headers_of(scope: Scope) -> dict[bytes, bytes]:
+    return dict(reversed(scope["headers"]))  # of several, the first, as in Flower's app
