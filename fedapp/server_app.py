@@ -20,6 +20,7 @@ from fedapp import __version__, combinations, config
 from fedapp.checkpoint import BEGUN, CLIENTS, Checkpoints
 from fedapp.client_app import local_app, remote_app
 from fedapp.codec.chain import ErrorFeedback
+from fedapp.deploy.grid import few_requests
 from fedapp.engine.flower import Flower
 from fedapp.engine.local import Local, LocalGrid
 from fedapp.errors import ConfigError, FedappError
@@ -46,6 +47,8 @@ def main(grid: Grid, context: Context) -> None:
     tree = config.compose(str(context.run_config["overrides"])).copy()
     tree.choices.engine = "flower"  # whatever was chosen, this grid is Flower's
     place = _placed(tree, context.run_id)
+    if place is not None:
+        grid = few_requests(grid)
     with start(tree, Path(tree.run_dir)) as begin:
         if place is not None and place != begin.path:  # a run that goes on is found under both ids
             place.symlink_to(begin.path)

@@ -410,7 +410,7 @@ def test_what_does_not_go_together_is_named(overrides: str, said: str) -> None:
 
 def test_models_with_other_state_are_refused() -> None:
     job = job_of(f"{TIMED} model=resnet18 model.norm=batch")
-    with pytest.raises(ConfigError, match="assignment=deadline deals in parameters"):
+    with pytest.raises(ConfigError, match="assignment=deadline norm_bound=None deals in parameters"):
         job.prepare()
 
 

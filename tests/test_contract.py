@@ -46,6 +46,8 @@ from flwr.common.constant import (
 from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 from flwr.proto.fleet_pb2 import PullMessagesResponse
 from flwr.proto.message_pb2 import PullObjectResponse
+from flwr.server.superlink.linkstate import LinkState
+from flwr.server.superlink.utils import check_abort
 from flwr.serverapp import Grid, strategy
 from flwr.supercore import log
 from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIGNATURE_HEADER
@@ -56,47 +58,120 @@ from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 from flwr.superlink.cli.flower_superlink import SuperLinkLifespan
 from flwr.superlink.config_loader import SuperLinkLifespanConfig
+from flwr.superlink.grid import HttpGrid
 from flwr.superlink.main import create_app
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
 import fedapp
-from fedapp.deploy import front, holding
+from fedapp.deploy import front, holding, objects
 from fedapp.wire import STREAMED
 
 PRIVATE = {
+    "flwr.app.message": {"remove_content_from_message"},
+    "flwr.cli.build": {"build_fab_from_files"},
     "flwr.clientapp.typing": {"Mod"},
     "flwr.common.constant": {
         "ErrorCode",
+        "HEARTBEAT_MAX_INTERVAL",
+        "HEARTBEAT_MIN_INTERVAL",
         "ISOLATION_MODE_PROCESS",
         "SUPERLINK_NODE_ID",
         "SYSTEM_TIME_TOLERANCE",
+        "Status",
+        "SubStatus",
         "TIMESTAMP_HEADER",
         "TIMESTAMP_TOLERANCE",
         "TRANSPORT_TYPE_GRPC_RERE",
     },
-    "flwr.common.serde": {"recorddict_from_proto", "recorddict_to_proto"},
-    "flwr.proto.control_pb2": {"ListNodesRequest", "RegisterNodeRequest", "UnregisterNodeRequest"},
-    "flwr.proto.message_pb2": {"PullObjectResponse"},
-    "flwr.proto.node_pb2": {"NodeInfo"},
+    "flwr.common.serde": {
+        "context_from_proto",
+        "context_to_proto",
+        "fab_from_proto",
+        "fab_to_proto",
+        "message_from_proto",
+        "message_to_proto",
+        "recorddict_from_proto",
+        "recorddict_to_proto",
+        "run_from_proto",
+        "user_config_to_proto",
+    },
+    "flwr.proto.control_pb2": {
+        "ListNodesRequest",
+        "ListRunsRequest",
+        "RegisterNodeRequest",
+        "StartRunRequest",
+        "StopRunRequest",
+        "StreamLogsRequest",
+        "UnregisterNodeRequest",
+    },
+    "flwr.proto.fab_pb2": {"GetFabRequest"},
+    "flwr.proto.fleet_pb2": {
+        "ActivateNodeRequest",
+        "ActivateNodeResponse",
+        "DeactivateNodeRequest",
+        "PullMessagesRequest",
+        "PushMessagesRequest",
+        "PushMessagesResponse",
+        "RegisterNodeFleetRequest",
+    },
+    "flwr.proto.heartbeat_pb2": {"SendNodeHeartbeatRequest"},
+    "flwr.proto.message_pb2": {
+        "ConfirmMessageReceivedRequest",
+        "Context",
+        "Message",
+        "ObjectTree",
+        "PullObjectRequest",
+        "PullObjectResponse",
+        "PushObjectRequest",
+        "PushObjectResponse",
+    },
+    "flwr.proto.node_pb2": {"Node", "NodeInfo"},
+    "flwr.proto.run_pb2": {"GetRunRequest"},
+    "flwr.proto.runtime_pb2": {"PullAppMessagesRequest", "PushAppMessagesRequest"},
     "flwr.server.superlink.linkstate": {"LinkState"},
+    "flwr.server.superlink.utils": {"check_abort"},
     "flwr.simulation": {"run_simulation"},
     "flwr.supercore": {"log"},
-    "flwr.supercore.constant": {"FLEET_HTTP_PUBLIC_KEY_HEADER", "FLEET_HTTP_SIGNATURE_HEADER"},
+    "flwr.supercore.constant": {
+        "FLEET_HTTP_PUBLIC_KEY_HEADER",
+        "FLEET_HTTP_SIGNATURE_HEADER",
+        "TASK_TOKEN_HEADER",
+    },
     "flwr.supercore.control": {"ControlHttpClient"},
     "flwr.supercore.date": {"now"},
+    "flwr.supercore.error": {"ApiErrorCode", "FlowerError"},
+    "flwr.supercore.fab": {"Fab"},
+    "flwr.supercore.inflatable.inflatable_object": {
+        "InflatableObject",
+        "get_all_nested_objects",
+        "get_object_tree",
+        "iterate_object_tree",
+        "no_object_id_recompute",
+    },
+    "flwr.supercore.inflatable.inflatable_protobuf_utils": {"make_confirm_message_received_fn_protobuf"},
+    "flwr.supercore.inflatable.inflatable_utils": {
+        "ObjectPullError",
+        "ObjectPushError",
+        "inflate_object_from_contents",
+    },
+    "flwr.supercore.interceptors": {"RuntimeVersionHttpInterceptor"},
     "flwr.supercore.primitives.asymmetric": {
         "bytes_to_public_key",
         "public_key_to_bytes",
         "uses_nist_ec_curve",
         "verify_signature",
     },
-    "flwr.supercore.protobuf.client": {"ProtobufCall", "ProtobufRequestContext"},
+    "flwr.supercore.protobuf.client": {"ProtobufCall", "ProtobufClient", "ProtobufRequestContext"},
+    "flwr.supercore.protobuf.constants": {"PROTOBUF_MEDIA_TYPE"},
     "flwr.supercore.run": {"Run"},
     "flwr.supercore.task_identity": {"TaskIdentity"},
     "flwr.superlink.auth_plugin": {"NoOpControlAuthnPlugin"},
     "flwr.superlink.cli.flower_superlink": {"SuperLinkLifespan"},
     "flwr.superlink.config_loader": {"SuperLinkLifespanConfig"},
+    "flwr.superlink.grid": {"HttpGrid"},
     "flwr.superlink.main": {"create_app"},
+    "flwr.supernode.fleet_http_client": {"FleetHttpClient"},
+    "flwr.supernode.node_auth_http_interceptor": {"NodeAuthHttpInterceptor"},
 }
 PUBLIC = {"flwr.app", "flwr.clientapp", "flwr.serverapp", "flwr.serverapp.strategy"}
 
@@ -333,7 +408,8 @@ def test_the_superlinks_paths() -> None:
     prefixes = "/v1/control/", "/v1/fleet/", "/v1/runtime/"
     assert {path for _, path in PROTOBUF_REQUEST_TYPES if not path.startswith(prefixes)} == set()
     fleet = {path for _, path in PROTOBUF_REQUEST_TYPES if path.startswith("/v1/fleet/")}
-    assert fleet == {f"/v1/fleet/{name}" for name in front._NODES_OWN | {"register-node", "unregister-node"}}
+    flowers = front._NODES_OWN - {objects.PULL, objects.PUSH} | {"register-node", "unregister-node"}
+    assert fleet == {f"/v1/fleet/{name}" for name in flowers}
     pushes = {
         f"/v1/{api}/{name}" for api in ("fleet", "runtime") for name in ("push-messages", "push-object")
     }
@@ -381,3 +457,28 @@ def test_a_nodes_signature_is_over_its_timestamp() -> None:
     assert (TIMESTAMP_TOLERANCE, SYSTEM_TIME_TOLERANCE) == (300, 5)
     assert holding.HOLD_S < 30  # seconds that an HTTP client of flwr waits for an answer
     assert inspect.signature(ProtobufClient).parameters["timeout"].default == 30.0
+
+
+def test_what_is_read_of_flowers_clients_and_grid() -> None:
+    """`HttpGrid`, `ProtobufClient`: attributes that a grid of fewer requests takes over, and posts through."""
+    grid = HttpGrid("127.0.0.1:1", insecure=True, token="t")
+    assert (grid._addr, grid._insecure, grid._cert, grid._token) == ("127.0.0.1:1", True, None, "t")
+    assert isinstance(grid._runtime_client, ProtobufClient)
+    assert grid._runtime_client._base_url == "http://127.0.0.1:1"
+    assert isinstance(grid._runtime_client._client, httpx.Client)
+    assert list(inspect.signature(grid._runtime_client._send).parameters)[0] == "context"
+    assert list(inspect.signature(HttpGrid._try_push_messages).parameters) == ["self", "run_id", "messages"]
+    grid.close()
+
+
+def test_what_is_asked_of_the_superlinks_state() -> None:
+    """`LinkState`, `check_abort`: what the front stores, finds and looks up itself."""
+    for name, arguments in {
+        "get_object": ["self", "run_id", "object_id"],
+        "store_object": ["self", "run_id", "session_id", "object_id", "object_content"],
+        "get_task_by_token": ["self", "token"],
+        "acknowledge_node_heartbeat": ["self", "node_id", "heartbeat_interval"],
+        "get_node_id_by_public_key": ["self", "public_key"],
+    }.items():
+        assert list(inspect.signature(getattr(LinkState, name)).parameters) == arguments
+    assert list(inspect.signature(check_abort).parameters) == ["run_id", "abort_status_list", "state"]

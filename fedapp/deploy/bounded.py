@@ -139,6 +139,11 @@ async def ask(app: ASGIApp, scope: Scope, body: bytes) -> list[Message]:
     return messages
 
 
+def content_of(messages: list[Message]) -> bytes:
+    """The body of a whole answer."""
+    return b"".join(message.get("body", b"") for message in messages)
+
+
 async def body_of(receive: Receive, most: int) -> bytes:
     body, more = b"", True
     while more:

@@ -24,10 +24,21 @@ from flwr.common.constant import (
     SYSTEM_TIME_TOLERANCE,
     TIMESTAMP_HEADER,
     TIMESTAMP_TOLERANCE,
+    Status,
 )
-from flwr.proto.fleet_pb2 import ActivateNodeRequest, ActivateNodeResponse, PushMessagesRequest
+from flwr.proto.fleet_pb2 import (
+    ActivateNodeRequest,
+    ActivateNodeResponse,
+    PushMessagesRequest,
+    PushMessagesResponse,
+)
 from flwr.server.superlink.linkstate import LinkState
-from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIGNATURE_HEADER
+from flwr.server.superlink.utils import check_abort
+from flwr.supercore.constant import (
+    FLEET_HTTP_PUBLIC_KEY_HEADER,
+    FLEET_HTTP_SIGNATURE_HEADER,
+    TASK_TOKEN_HEADER,
+)
 from flwr.supercore.date import now
 from flwr.supercore.primitives.asymmetric import bytes_to_public_key, uses_nist_ec_curve, verify_signature
 from flwr.supercore.protobuf.constants import PROTOBUF_MEDIA_TYPE
@@ -35,19 +46,32 @@ from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from starlette.concurrency import run_in_threadpool
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from fedapp.deploy.bounded import QUESTION, Answer, Refusals, Refused, ask, body_of, headers_of, through
+from fedapp.deploy import objects
+from fedapp.deploy.bounded import (
+    QUESTION,
+    Answer,
+    Refusals,
+    Refused,
+    ask,
+    body_of,
+    content_of,
+    headers_of,
+    through,
+)
 from fedapp.deploy.holding import Pushes, hold, unavailable
 from fedapp.deploy.keys import fingerprint
+from fedapp.deploy.objects import Requests
 
 _FLEET, _RUNTIME = "/v1/fleet/", "/v1/runtime/"
-_HAS_IT = frozenset({"get-run", "get-fab", "pull-object", "confirm-message-received"})  # what a message holds
+_HAS_IT = frozenset({"get-run", "get-fab", "pull-object", objects.PULL, "confirm-message-received"})
 _NODES_OWN = _HAS_IT | {  # what a node asks; registering is the operator's
     *("activate-node", "deactivate-node", "send-node-heartbeat"),
-    *("pull-messages", "push-messages", "push-object"),
+    *("pull-messages", "push-messages", "push-object", objects.PUSH),
 }
 _PULL, _PUSH, _ACTIVATE = (f"{_FLEET}{name}" for name in ("pull-messages", "push-messages", "activate-node"))
+_REPLY_S = 0.5  # the longest that a ServerApp waits for replies, before it looks at its clock again
 _TASK_S = 2.0  # the longest that a task waits which nobody told of: one from before a restart
-_Request = TypeVar("_Request", ActivateNodeRequest, PushMessagesRequest)
+_Request = TypeVar("_Request", ActivateNodeRequest, PushMessagesRequest, PushMessagesResponse)
 _log = logging.getLogger("fedapp.server")
 
 
@@ -86,7 +110,7 @@ class Public:
             if answer.status >= 400:
                 self.refusals.tell(answer.who, what, f"answered {answer.status}")
 
-    async def _answered(self, scope: Scope, receive: Receive, answer: "Answer") -> None:
+    async def _answered(self, scope: Scope, receive: Receive, answer: Answer) -> None:
         method, path = scope["method"], scope["path"]
         if path == "/health" and method == "GET":
             for message in await ask(self.app, scope, b""):
@@ -102,12 +126,14 @@ class Public:
                 await self._push(scope, receive, answer)
             elif path == _PULL:
                 await self._pull(key, scope, receive, answer)
+            elif path in (f"{_FLEET}{objects.PULL}", f"{_FLEET}{objects.PUSH}"):
+                await self._objects(key, path, receive, answer)
             elif path == f"{_FLEET}pull-object":
-                await hold(self.app, scope, receive, answer, self.pushes, unavailable)
+                await hold(self.app, scope, receive, answer, self.pushes.parts, unavailable)
             else:
                 await through(self.app, scope, receive, answer, self.max_body)
                 if path == f"{_FLEET}push-object":
-                    self.pushes.tell()
+                    self.pushes.replies.ring()
         elif path.startswith(("/v1/control/", "/fedapp/")):
             self._operator(headers_of(scope))
             if not path.startswith(("/v1/control/list-", "/v1/control/stream-")):
@@ -119,7 +145,7 @@ class Public:
         else:
             raise Refused(404, "there is nothing here")
 
-    async def _activate(self, key: bytes, receive: Receive, answer: "Answer") -> None:
+    async def _activate(self, key: bytes, receive: Receive, answer: Answer) -> None:
         """Let a node in that says it is there: at once, even if it was killed and still counts as online.
 
         Flower would refuse it until then, and meanwhile give its work up for lost.
@@ -137,17 +163,37 @@ class Public:
         content = ActivateNodeResponse(node_id=number).SerializeToString()
         await answer({"type": "http.response.body", "body": content})
 
-    async def _push(self, scope: Scope, receive: Receive, answer: "Answer") -> None:
+    async def _push(self, scope: Scope, receive: Receive, answer: Answer) -> None:
         """Take a reply in the node's own name: Flower checks whose request it is, not whose reply."""
         body = await body_of(receive, self.max_body)
         request = _parsed(PushMessagesRequest, body)
         if any(reply.metadata.src_node_id != request.node.node_id for reply in request.messages_list):
             raise Refused(403, "a reply in the name of another node")
-        for message in await ask(self.app, scope, body):
+        messages = await ask(self.app, scope, body)
+        if not _parsed(PushMessagesResponse, content_of(messages)).objects_to_push:
+            self.pushes.replies.ring()  # else when they are here
+        for message in messages:
             await answer(message)
-        self.pushes.tell()
 
-    async def _pull(self, key: bytes, scope: Scope, receive: Receive, answer: "Answer") -> None:
+    async def _objects(self, key: bytes, path: str, receive: Receive, answer: Answer) -> None:
+        """Hand out, or take, many parts of a node's messages at once."""
+        state = self.linkstate()
+        number = await run_in_threadpool(state.get_node_id_by_public_key, key)
+
+        def allowed(asked: Requests) -> None:
+            if any(request.node.node_id != number for request in asked):
+                raise Refused(401, "this is no request of this node")
+            for run in {request.run_id for request in asked}:
+                if check_abort(run, [Status.PENDING, Status.STARTING, Status.FINISHED], state):
+                    raise Refused(403, "the run does not run")
+
+        given = receive, answer, self.max_body, state, allowed
+        if path.endswith(objects.PULL):
+            await objects.pull(self.pushes.parts, *given)
+        else:
+            await objects.push(self.pushes.replies, *given)
+
+    async def _pull(self, key: bytes, scope: Scope, receive: Receive, answer: Answer) -> None:
         """Answer a node that asks for a message. Flower marks one as delivered once it is handed out, so an
         answer that a broken link swallowed is handed out again, until the node asks for what is in it."""
         if key in self._handed:
@@ -159,7 +205,7 @@ class Public:
         def keep(messages: list[Message]) -> None:
             self._handed[key] = messages
 
-        await hold(self.app, scope, receive, answer, self.pushes, lambda body: not body, keep)
+        await hold(self.app, scope, receive, answer, self.pushes.messages, _nothing, keep)
 
     def _node(self, path: str, headers: dict[bytes, bytes]) -> bytes:
         """The public key, in PEM, of the registered node that signed these headers."""
@@ -195,6 +241,7 @@ class Private:
     """The listener on the loopback address, for SuperExec and the ServerApps: the Runtime API only."""
 
     app: ASGIApp
+    linkstate: Callable[[], LinkState]
     pushes: Pushes
     max_body: int
 
@@ -208,18 +255,44 @@ class Private:
                 raise Refused(404, "there is nothing here")
             if path == f"{_RUNTIME}acquire-task":
                 await self._acquire(scope, receive, answer)
+            elif path in (f"{_RUNTIME}{objects.PULL}", f"{_RUNTIME}{objects.PUSH}"):
+                await self._objects(path, headers_of(scope), receive, answer)
             elif path == f"{_RUNTIME}pull-object":
-                await hold(self.app, scope, receive, answer, self.pushes, unavailable)
+                await hold(self.app, scope, receive, answer, self.pushes.replies, unavailable)
+            elif path == f"{_RUNTIME}pull-messages":  # a node that is gone is found by asking, too
+                replies = self.pushes.replies
+                await hold(self.app, scope, receive, answer, replies, _nothing, seconds=_REPLY_S)
             else:
                 await through(self.app, scope, receive, answer, self.max_body)
         except Refused as refused:
             await answer.refuse(refused, receive)
-        if path in (f"{_RUNTIME}push-messages", f"{_RUNTIME}push-object"):
-            self.pushes.tell()
+        if path == f"{_RUNTIME}push-messages":
+            self.pushes.messages.ring()
+        elif path == f"{_RUNTIME}push-object":
+            self.pushes.parts.ring()
         elif path in (f"{_RUNTIME}create-task", f"{_RUNTIME}start-automation"):
             self.pushes.tasks.set()
 
-    async def _acquire(self, scope: Scope, receive: Receive, answer: "Answer") -> None:
+    async def _objects(
+        self, path: str, headers: dict[bytes, bytes], receive: Receive, answer: Answer
+    ) -> None:
+        """Hand out, or take, many parts of a run's messages at once."""
+        state, token = self.linkstate(), headers.get(TASK_TOKEN_HEADER.encode(), b"").decode("latin-1")
+        task = await run_in_threadpool(state.get_task_by_token, token) if token else None
+        if task is None:
+            raise Refused(401, "this needs the token of a task")
+
+        def allowed(asked: Requests) -> None:
+            if any(request.run_id != task.run_id for request in asked):
+                raise Refused(403, "this is no request of this run")
+
+        given = receive, answer, self.max_body, state, allowed
+        if path.endswith(objects.PULL):
+            await objects.pull(self.pushes.replies, *given)
+        else:
+            await objects.push(self.pushes.parts, *given)
+
+    async def _acquire(self, scope: Scope, receive: Receive, answer: Answer) -> None:
         """Ask for a task once there may be one: Flower takes 10 ms of a core to say that there is none."""
         tasks = self.pushes.tasks
         with suppress(TimeoutError):
@@ -228,6 +301,10 @@ class Private:
         await through(self.app, scope, receive, answer, QUESTION)
         if answer.size:  # a task, and there may be more
             tasks.set()
+
+
+def _nothing(body: bytes) -> bool:
+    return not body
 
 
 def _parsed(kind: type[_Request], body: bytes) -> _Request:

@@ -6,28 +6,39 @@ from collections.abc import Callable
 from flwr.proto.message_pb2 import PullObjectResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from fedapp.deploy.bounded import QUESTION, ask, body_of
+from fedapp.deploy.bounded import QUESTION, ask, body_of, content_of
 
 HOLD_S = 5.0  # a pull waits so long; clients give up after 30 s, and a signature is good for 300 s
-_SETTLE_S = 0.01  # pushes come in bursts: wait for the burst's end
+SETTLE_S = 0.01  # pushes come in bursts: wait for the burst's end
 
 
-class Pushes:
-    """Tells those who wait that something was pushed. Take `next` before asking, then wait for it."""
+class Bell:
+    """Wakes those who wait for something. Take `next` before asking, then wait for it."""
 
     def __init__(self) -> None:
         self.next = asyncio.Event()
         self.over = False  # the server ends, and nobody waits any more
+
+    def ring(self, over: bool = False) -> None:
+        """Wake all who wait."""
+        self.over = self.over or over
+        self.next.set()
+        self.next = asyncio.Event()
+
+
+class Pushes:
+    """What there may be to fetch: messages for nodes, parts of these, whole replies for ServerApps, tasks."""
+
+    def __init__(self) -> None:
+        self.messages, self.parts, self.replies = Bell(), Bell(), Bell()
         self.tasks = asyncio.Event()  # set: there may be a task that nobody has acquired
         self.tasks.set()
 
-    def tell(self, over: bool = False) -> None:
-        """Wake all who wait."""
-        self.over = self.over or over
-        if over:
-            self.tasks.set()
-        self.next.set()
-        self.next = asyncio.Event()
+    def end(self) -> None:
+        """Let nobody wait any more."""
+        for bell in (self.messages, self.parts, self.replies):
+            bell.ring(over=True)
+        self.tasks.set()
 
 
 async def hold(
@@ -35,26 +46,26 @@ async def hold(
     scope: Scope,
     receive: Receive,
     send: Send,
-    pushes: Pushes,
+    bell: Bell,
     empty: Callable[[bytes], bool],
     keep: Callable[[list[Message]], None] | None = None,
+    seconds: float | None = None,
 ) -> None:
-    """Answer when there is something to answer, at the latest after `HOLD_S`.
+    """Answer when there is something to answer, at the latest after so many seconds, or `HOLD_S`.
 
     The app is asked again only where its former answer was empty, and not once the other end has left.
     An answer that is not empty goes to `keep` before it is sent.
     """
     body = await body_of(receive, QUESTION)
-    until = asyncio.get_running_loop().time() + HOLD_S
+    until = asyncio.get_running_loop().time() + (HOLD_S if seconds is None else seconds)
     left = asyncio.ensure_future(receive())  # after the body comes only that the other end has left
     try:
         while True:
-            pushed = pushes.next
+            pushed = bell.next
             messages = await ask(app, scope, body)
-            content = b"".join(message.get("body", b"") for message in messages)
-            is_empty = messages[0]["status"] == 200 and empty(content)
+            is_empty = messages[0]["status"] == 200 and empty(content_of(messages))
             remaining = until - asyncio.get_running_loop().time()
-            if not is_empty or remaining <= 0 or pushes.over:
+            if not is_empty or remaining <= 0 or bell.over:
                 break
             waiting = asyncio.ensure_future(pushed.wait())
             try:
@@ -63,7 +74,7 @@ async def hold(
                 waiting.cancel()
             if left.done():
                 return
-            await asyncio.sleep(_SETTLE_S)
+            await asyncio.sleep(SETTLE_S)
         if keep is not None and not is_empty and messages[0]["status"] == 200:
             keep(messages)
         for message in messages:

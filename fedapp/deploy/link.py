@@ -3,7 +3,7 @@
 import threading
 import time
 from collections.abc import Callable
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import httpx
 from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
@@ -28,16 +28,11 @@ from flwr.supercore.inflatable.inflatable_object import (
     get_object_tree,
     no_object_id_recompute,
 )
-from flwr.supercore.inflatable.inflatable_protobuf_utils import (
-    make_confirm_message_received_fn_protobuf,
-    make_pull_object_fn_protobuf,
-    make_push_object_fn_protobuf,
-)
+from flwr.supercore.inflatable.inflatable_protobuf_utils import make_confirm_message_received_fn_protobuf
 from flwr.supercore.inflatable.inflatable_utils import (
     ObjectPullError,
     ObjectPushError,
-    pull_and_inflate_object_from_tree,
-    push_objects,
+    inflate_object_from_contents,
 )
 from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes
@@ -45,6 +40,7 @@ from flwr.supercore.run import Run
 from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
+from fedapp.deploy.objects import deliver, fetch, post
 from fedapp.errors import FedappError
 
 _BUSY = (429, 502, 503, 504)  # of a server, or of a proxy before it, that will be back
@@ -137,16 +133,11 @@ class Link:
             return None
         tree, run = answer.message_object_trees[0], answer.messages_list[0].metadata.run_id
         try:
-            message = pull_and_inflate_object_from_tree(
-                tree,
-                make_pull_object_fn_protobuf(self._asking(self._client.PullObject), self._node, run),
-                make_confirm_message_received_fn_protobuf(
-                    self._asking(self._client.ConfirmMessageReceived), self._node, run
-                ),
-                return_type=Message,
-                initial_backoff=0.02,
-                backoff_cap=1.0,
-            )
+            contents = fetch(self._post, self._node, run, tree)
+            message = cast(Message, inflate_object_from_contents(tree.object_id, contents))
+            make_confirm_message_received_fn_protobuf(
+                self._asking(self._client.ConfirmMessageReceived), self._node, run
+            )(tree.object_id)
         except (Over, ObjectPullError) as error:
             self._said(f"a message of run {run} could not be fetched ({error}): left out")
             return None
@@ -156,7 +147,7 @@ class Link:
     def send(self, reply: Message, seconds: float) -> int:
         """Send a reply that took so many seconds to make; returns how many bytes it has."""
         reply.metadata.__dict__["_message_id"] = reply.object_id
-        run, sizes = reply.metadata.run_id, list[int]()
+        run = reply.metadata.run_id
         with no_object_id_recompute():
             request = PushMessagesRequest(
                 node=self._node,
@@ -166,22 +157,13 @@ class Link:
             )
             for last in (False, True):  # a session that a broken link left behind is opened anew
                 answer = self._ask(self._client.PushMessages, request)
-                push = make_push_object_fn_protobuf(
-                    self._asking(self._client.PushObject), self._node, run, answer.session_id
-                )
-
-                def counted(name: str, content: bytes, push: Callable[[str, bytes], None] = push) -> None:
-                    sizes.append(len(content))
-                    push(name, content)
-
+                parts = get_all_nested_objects(reply), answer.objects_to_push
                 try:
-                    wanted = set(answer.objects_to_push)
-                    push_objects(get_all_nested_objects(reply), counted, object_ids_to_push=wanted)
-                    break
+                    return deliver(self._post, self._node, run, answer.session_id, *parts)
                 except ObjectPushError as error:
                     if last:
                         raise Refused(f"the server did not take a reply ({error})") from error
-        return sum(sizes)
+        raise AssertionError("the last try returns, or raises")
 
     def run(self, number: int) -> Run:
         """What the server says of a run. Raises Over."""
@@ -192,6 +174,10 @@ class Link:
         """The code that a run sends to its nodes."""
         request = GetFabRequest(node=self._node, hash_str=run.fab_hash, run_id=run.run_id)
         return fab_from_proto(self._ask(self._client.GetFab, request).fab).content
+
+    def _post(self, name: str, body: bytes) -> bytes:
+        """Send, or ask for, many objects at once."""
+        return self._ask(lambda content: post(self._client, f"/v1/fleet/{name}", content), body)
 
     def _asking(self, call: Callable[[_Request], _Answer]) -> Callable[[_Request], _Answer]:
         return lambda request: self._ask(call, request)

@@ -142,6 +142,9 @@ class Server:
                 f"cannot listen on {host} port {port} ({error}): choose another --port"
             ) from error
         with bound:
+            # Accepted sockets inherit it. asyncio sets it where a socket says that it is TCP; these do not,
+            # and without it the second part of an answer waits 40 ms for the receipt of the first.
+            bound.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             yield bound
 
     @asynccontextmanager
@@ -163,7 +166,7 @@ class Server:
                 keyed=not self.insecure,
             )
             outer = listener(front, lifespan=True, folder=None if self.insecure else self.folder)
-            inner = listener(Private(app, pushes, self.max_body))
+            inner = listener(Private(app, app.state.linkstate_factory.state, pushes, self.max_body))
             tasks = [asyncio.create_task(outer.serve([outside])), asyncio.create_task(inner.serve([inside]))]
             public, private = outside.getsockname()[1], inside.getsockname()[1]
             try:
@@ -175,7 +178,7 @@ class Server:
                 yield Listening(self.folder, outer, public, private, tasks)
             finally:
                 (self.folder / ADDRESS).unlink(missing_ok=True)
-                pushes.tell(over=True)
+                pushes.end()
                 outer.should_exit = inner.should_exit = True
                 await asyncio.gather(*tasks, return_exceptions=True)
 
