@@ -460,13 +460,13 @@ def test_a_nodes_signature_is_over_its_timestamp() -> None:
 
 
 def test_what_is_read_of_flowers_clients_and_grid() -> None:
-    """`HttpGrid`, `ProtobufClient`: attributes that a grid of fewer requests takes over, and posts through."""
+    """`HttpGrid`, `ProtobufClient`: what a grid of fewer requests takes over, and posts through."""
     grid = HttpGrid("127.0.0.1:1", insecure=True, token="t")
     assert (grid._addr, grid._insecure, grid._cert, grid._token) == ("127.0.0.1:1", True, None, "t")
     assert isinstance(grid._runtime_client, ProtobufClient)
     assert grid._runtime_client._base_url == "http://127.0.0.1:1"
     assert isinstance(grid._runtime_client._client, httpx.Client)
-    assert list(inspect.signature(grid._runtime_client._send).parameters)[0] == "context"
+    assert next(iter(inspect.signature(grid._runtime_client._send).parameters)) == "context"
     assert list(inspect.signature(HttpGrid._try_push_messages).parameters) == ["self", "run_id", "messages"]
     grid.close()
 
