@@ -148,7 +148,6 @@ PRIVATE = {
         "iterate_object_tree",
         "no_object_id_recompute",
     },
-    "flwr.supercore.inflatable.inflatable_protobuf_utils": {"make_confirm_message_received_fn_protobuf"},
     "flwr.supercore.inflatable.inflatable_utils": {
         "ObjectPullError",
         "ObjectPushError",

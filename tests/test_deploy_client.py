@@ -98,7 +98,7 @@ class TestMemory:
         path = tmp_path / "node.sqlite"
         memory = Memory(path)
         assert (memory.in_work(), memory.unsent(), memory.context(RUN, RUN, 9)) == (None, None, None)
-        memory.receive(b"asked")
+        assert memory.receive(b"asked", "first")
         memory.close()
         memory = Memory(path)
         assert (memory.in_work(), memory.unsent()) == (b"asked", None)
@@ -109,13 +109,15 @@ class TestMemory:
         assert memory.context(RUN, RUN, 2) == b"context"
         memory.sent()
         assert (memory.unsent(), memory.context(RUN, RUN, 2)) == (None, b"context")
+        assert not memory.receive(b"asked", "first")  # it was done, and the server did not hear of it
+        assert memory.in_work() is None
         memory.close()
 
     def test_an_answer_that_cannot_be_written_changes_nothing(self, tmp_path: Path) -> None:
         memory = Memory(tmp_path / "node.sqlite")
-        memory.receive(b"asked")
+        assert memory.receive(b"asked", "first")
         memory.answer(b"first", Kept(RUN, RUN, 1, b"old"))
-        memory.receive(b"asked again")
+        memory.receive(b"asked again", "second")
         memory._db.execute(
             "CREATE TRIGGER full BEFORE INSERT ON outbox BEGIN SELECT RAISE(FAIL, 'full'); END"
         )
@@ -244,12 +246,16 @@ class FakeLink:
     fab: bytes = field(default_factory=bundle)
     over: bool = False
     sent: list[Message] = field(default_factory=list)
+    confirmed: list[str] = field(default_factory=list)
 
     def open(self) -> int:
         return NODE
 
     def close(self) -> None:
         pass
+
+    def confirm(self, message: Message) -> None:
+        self.confirmed.append(message.metadata.message_id)
 
     def run(self, number: int) -> Any:
         if self.over:
@@ -323,7 +329,7 @@ class TestNode:
 
     def test_what_was_left_is_done_at_the_next_start(self, tmp_path: Path) -> None:
         link, memory = FakeLink(), Memory(tmp_path / "node.sqlite")
-        memory.receive(of_message(asked()))  # and then it was killed
+        memory.receive(of_message(asked()), "first")  # and then it was killed
         memory.close()
         own = node(link, tmp_path)
         own.catch_up()
@@ -341,7 +347,7 @@ class TestNode:
 
     def test_a_run_that_is_over_leaves_nothing(self, tmp_path: Path) -> None:
         link, memory = FakeLink(over=True), Memory(tmp_path / "node.sqlite")
-        memory.receive(of_message(asked()))
+        memory.receive(of_message(asked()), "first")
         memory.close()
         own = node(link, tmp_path)
         own.catch_up()

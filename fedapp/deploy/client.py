@@ -88,7 +88,7 @@ def _begin_log(folder: Path) -> None:
             RotatingFileHandler(folder / "node.log", maxBytes=_LOG, backupCount=3),
         ],
     )
-    for chatty in ("httpx", "httpcore", "flwr"):
+    for chatty in ("httpx", "httpcore", "flwr", "alembic"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
 
 

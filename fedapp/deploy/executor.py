@@ -18,6 +18,7 @@ def main() -> None:
     """Serve one run until the node closes the pipe, or is gone."""
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
+    logging.getLogger("matplotlib").setLevel(logging.WARNING)
     pipe = Connection(int(sys.argv[1]))
     from flwr.supercore.task_identity import TaskIdentity
 

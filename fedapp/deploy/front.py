@@ -63,8 +63,8 @@ from fedapp.deploy.keys import fingerprint
 from fedapp.deploy.objects import Requests
 
 _FLEET, _RUNTIME = "/v1/fleet/", "/v1/runtime/"
-_HAS_IT = frozenset({"get-run", "get-fab", "pull-object", objects.PULL, "confirm-message-received"})
-_NODES_OWN = _HAS_IT | {  # what a node asks; registering is the operator's
+_NODES_OWN = {  # what a node asks; registering is the operator's
+    *("get-run", "get-fab", "pull-object", objects.PULL, "confirm-message-received"),
     *("activate-node", "deactivate-node", "send-node-heartbeat"),
     *("pull-messages", "push-messages", "push-object", objects.PUSH),
 }
@@ -118,7 +118,7 @@ class Public:
         elif path.startswith(_FLEET) and method == "POST":
             key = await run_in_threadpool(self._node, path, headers_of(scope))
             answer.who += f" ({fingerprint(key)})"
-            if path.removeprefix(_FLEET) in _HAS_IT:
+            if path == f"{_FLEET}confirm-message-received":
                 self._handed.pop(key, None)
             if path == _ACTIVATE:
                 await self._activate(key, receive, answer)
@@ -194,8 +194,10 @@ class Public:
             await objects.push(self.pushes.replies, *given)
 
     async def _pull(self, key: bytes, scope: Scope, receive: Receive, answer: Answer) -> None:
-        """Answer a node that asks for a message. Flower marks one as delivered once it is handed out, so an
-        answer that a broken link swallowed is handed out again, until the node asks for what is in it."""
+        """Answer a node that asks for a message: until it confirms that one, with the same.
+
+        Flower marks a message as delivered once it is handed out, whatever becomes of link and node.
+        """
         if key in self._handed:
             await body_of(receive, QUESTION)
             for message in self._handed[key]:

@@ -3,6 +3,7 @@
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import TypeVar, cast
 
 import httpx
@@ -20,6 +21,7 @@ from flwr.proto.fleet_pb2 import (
     RegisterNodeFleetRequest,
 )
 from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatRequest
+from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest
 from flwr.proto.node_pb2 import Node
 from flwr.proto.run_pb2 import GetRunRequest
 from flwr.supercore.error import ApiErrorCode, FlowerError
@@ -28,7 +30,6 @@ from flwr.supercore.inflatable.inflatable_object import (
     get_object_tree,
     no_object_id_recompute,
 )
-from flwr.supercore.inflatable.inflatable_protobuf_utils import make_confirm_message_received_fn_protobuf
 from flwr.supercore.inflatable.inflatable_utils import (
     ObjectPullError,
     ObjectPushError,
@@ -135,14 +136,16 @@ class Link:
         try:
             contents = fetch(self._post, self._node, run, tree)
             message = cast(Message, inflate_object_from_contents(tree.object_id, contents))
-            make_confirm_message_received_fn_protobuf(
-                self._asking(self._client.ConfirmMessageReceived), self._node, run
-            )(tree.object_id)
         except (Over, ObjectPullError) as error:
             self._said(f"a message of run {run} could not be fetched ({error}): left out")
+            self._confirm(run, tree.object_id)
             return None
         message.metadata.__dict__["_message_id"] = tree.object_id
         return message
+
+    def confirm(self, message: Message) -> None:
+        """Tell that a message is in safe hands: until then it is handed out again."""
+        self._confirm(message.metadata.run_id, message.metadata.message_id)
 
     def send(self, reply: Message, seconds: float) -> int:
         """Send a reply that took so many seconds to make; returns how many bytes it has."""
@@ -175,12 +178,14 @@ class Link:
         request = GetFabRequest(node=self._node, hash_str=run.fab_hash, run_id=run.run_id)
         return fab_from_proto(self._ask(self._client.GetFab, request).fab).content
 
+    def _confirm(self, run: int, name: str) -> None:
+        request = ConfirmMessageReceivedRequest(node=self._node, run_id=run, message_object_id=name)
+        with suppress(Over):
+            self._ask(self._client.ConfirmMessageReceived, request)
+
     def _post(self, name: str, body: bytes) -> bytes:
         """Send, or ask for, many objects at once."""
         return self._ask(lambda content: post(self._client, f"/v1/fleet/{name}", content), body)
-
-    def _asking(self, call: Callable[[_Request], _Answer]) -> Callable[[_Request], _Answer]:
-        return lambda request: self._ask(call, request)
 
     def _ask(self, call: Callable[[_Request], _Answer], request: _Request) -> _Answer:
         """One request; tried again until the server answers."""

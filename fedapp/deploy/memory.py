@@ -11,6 +11,7 @@ from fedapp.errors import ConfigError
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS inbox (only INTEGER PRIMARY KEY CHECK (only = 1), message BLOB NOT NULL);
+CREATE TABLE IF NOT EXISTS newest (only INTEGER PRIMARY KEY CHECK (only = 1), name TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS contexts (
     experiment TEXT NOT NULL, round INTEGER NOT NULL, run TEXT NOT NULL,
     context BLOB NOT NULL, used REAL NOT NULL,
@@ -52,34 +53,34 @@ class Memory:
     def close(self) -> None:
         self._db.close()
 
-    def receive(self, message: bytes) -> None:
-        """Write down the message that is worked on now."""
+    def receive(self, message: bytes, name: str) -> bool:
+        """Write down the message that is worked on now; False if it is the newest one once more."""
         with self._explained():
-            self._db.execute("INSERT OR REPLACE INTO inbox VALUES (1, ?)", (message,))
+            newest = self._db.execute("SELECT name FROM newest").fetchone()
+            if newest == (name,):
+                return False
+            with self._whole():
+                self._db.execute("INSERT OR REPLACE INTO inbox VALUES (1, ?)", (message,))
+                self._db.execute("INSERT OR REPLACE INTO newest VALUES (1, ?)", (name,))
+        return True
 
     def answer(self, reply: bytes, after: Kept | None = None) -> None:
         """Write down a reply and the context after it, in one step; the message is done.
 
         What was kept of later rounds of the experiment is gone, for they are played again.
         """
-        with self._explained():
-            self._db.execute("BEGIN IMMEDIATE")
-            try:
-                if after is not None:
-                    own, run = str(after.experiment), str(after.run)
-                    self._db.execute(
-                        "DELETE FROM contexts WHERE experiment = ? AND round > ?", (own, after.round)
-                    )
-                    row = own, after.round, run, after.context, time.time()
-                    self._db.execute("INSERT OR REPLACE INTO contexts VALUES (?, ?, ?, ?, ?)", row)
-                    self._db.execute(_FORGET, (own, own, _ROUNDS))
-                    self._db.execute(_FORGET_OTHERS, (_KEPT,))
-                self._db.execute("INSERT OR REPLACE INTO outbox VALUES (1, ?)", (reply,))
-                self._db.execute("DELETE FROM inbox")
-                self._db.execute("COMMIT")
-            except BaseException:
-                self._db.execute("ROLLBACK")
-                raise
+        with self._explained(), self._whole():
+            if after is not None:
+                own, run = str(after.experiment), str(after.run)
+                self._db.execute(
+                    "DELETE FROM contexts WHERE experiment = ? AND round > ?", (own, after.round)
+                )
+                row = own, after.round, run, after.context, time.time()
+                self._db.execute("INSERT OR REPLACE INTO contexts VALUES (?, ?, ?, ?, ?)", row)
+                self._db.execute(_FORGET, (own, own, _ROUNDS))
+                self._db.execute(_FORGET_OTHERS, (_KEPT,))
+            self._db.execute("INSERT OR REPLACE INTO outbox VALUES (1, ?)", (reply,))
+            self._db.execute("DELETE FROM inbox")
 
     def drop(self) -> None:
         """Forget the message in work: its run is over."""
@@ -111,6 +112,17 @@ class Memory:
         with self._explained():
             row = self._db.execute(query, values).fetchone()
         return None if row is None else bytes(row[0])
+
+    @contextmanager
+    def _whole(self) -> Iterator[None]:
+        """All of it, or nothing."""
+        self._db.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+        except BaseException:
+            self._db.execute("ROLLBACK")
+            raise
+        self._db.execute("COMMIT")
 
     @contextmanager
     def _explained(self) -> Iterator[None]:

@@ -69,8 +69,10 @@ class Node:
     def take(self, message: Message) -> None:
         """Do what a message asks, and answer it."""
         data = of_message(message)
-        self._memory.receive(data)
-        self._work(message, data)
+        new = self._memory.receive(data, message.metadata.message_id)
+        self._link.confirm(message)
+        if new:
+            self._work(message, data)
 
     def tidy(self) -> None:
         """End the processes of runs that are over, looked at now and then."""
