@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 
+import httpx
 from flwr.common.constant import Status, SubStatus
 from flwr.common.serde import run_from_proto
 from flwr.proto.control_pb2 import ListRunsRequest, StopRunRequest, StreamLogsRequest
@@ -93,10 +94,10 @@ def _followed(at: Access, number: int) -> Run:
                     return run
                 print(f"run {later.run_id} goes on with it", file=sys.stderr)
                 number, after = later.run_id, 0.0
-        except FedappError:
+        except (FedappError, httpx.TransportError) as error:  # the second in the midst of an answer
             lost = lost or time.monotonic()
             if time.monotonic() > lost + _PATIENCE:
-                raise
+                raise FedappError(f"run {number} cannot be followed any more: {error}") from error
         time.sleep(0.2 if lost is None else 2.0)
 
 
