@@ -10,7 +10,6 @@ import httpx
 from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
 from flwr.app import Message
 from flwr.app.message import remove_content_from_message
-from flwr.common.constant import HEARTBEAT_MIN_INTERVAL
 from flwr.common.serde import fab_from_proto, message_to_proto, run_from_proto
 from flwr.proto.fab_pb2 import GetFabRequest
 from flwr.proto.fleet_pb2 import (
@@ -45,6 +44,7 @@ from fedapp.deploy.objects import deliver, fetch, post
 from fedapp.errors import FedappError
 
 _BUSY = (429, 502, 503, 504)  # of a server, or of a proxy before it, that will be back
+_BEAT = 20.0  # seconds: who gives no sign for twice as long is gone, so a link may be cut for half a minute
 _PATIENCE = 90.0  # seconds until a SuperLink takes a node for gone that was killed, and some more
 _SHORTEST, _LONGEST = 0.2, 20.0  # seconds between tries; doubles
 _Request = TypeVar("_Request")
@@ -95,7 +95,7 @@ class Link:
         """Say that this node is there, and go on saying so; returns its number."""
         if self._registers:
             self._ask(self._client.RegisterNode, RegisterNodeFleetRequest(public_key=self._key))
-        request = ActivateNodeRequest(public_key=self._key, heartbeat_interval=HEARTBEAT_MIN_INTERVAL)
+        request = ActivateNodeRequest(public_key=self._key, heartbeat_interval=_BEAT)
         deadline, told = time.monotonic() + _PATIENCE, False
         while True:
             try:
@@ -216,8 +216,8 @@ class Link:
 
     def _beat(self) -> None:
         """Tell the server now and then that this node lives; a beat that is lost is made up by the next."""
-        request = SendNodeHeartbeatRequest(node=self._node, heartbeat_interval=HEARTBEAT_MIN_INTERVAL)
-        while not self._closed.wait(HEARTBEAT_MIN_INTERVAL / 2):
+        request = SendNodeHeartbeatRequest(node=self._node, heartbeat_interval=_BEAT)
+        while not self._closed.wait(_BEAT / 3):
             try:
                 self._client.SendNodeHeartbeat(request)
             except (httpx.HTTPError, RuntimeError):
