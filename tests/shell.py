@@ -87,7 +87,7 @@ def listens(port: int, server: subprocess.Popen[bytes]) -> None:
     pytest.fail(f"nothing listens on port {port}")
 
 
-def wait(done: Callable[[], bool], process: subprocess.Popen[bytes], seconds: float = 120) -> None:
+def wait(done: Callable[[], bool], process: subprocess.Popen[bytes], seconds: float = 240) -> None:
     """Wait until something is so; fails where the process ends before."""
     deadline = time.monotonic() + seconds
     while not done():
