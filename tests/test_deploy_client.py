@@ -345,6 +345,24 @@ class TestNode:
         assert of_message(message_of(kept)) == of_message(link.sent[1])
         assert own._runs == {}  # the same bytes, without work
 
+    def test_a_reply_that_was_interrupted_is_sent_at_the_next_start(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        link, memory = FakeLink(), Memory(tmp_path / "node.sqlite")
+        reply = of_message(Message(RecordDict(), reply_to=asked()))
+        memory.answer(reply)
+        memory.close()
+
+        def interrupted(reply: Message, seconds: float) -> int:
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(link, "send", interrupted)
+        own = node(link, tmp_path)
+        with pytest.raises(KeyboardInterrupt):
+            own.catch_up()
+        assert own._memory.unsent() == reply
+        own.close()
+
     def test_a_run_that_is_over_leaves_nothing(self, tmp_path: Path) -> None:
         link, memory = FakeLink(over=True), Memory(tmp_path / "node.sqlite")
         memory.receive(of_message(asked()), "first")

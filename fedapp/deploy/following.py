@@ -104,7 +104,7 @@ def _followed(at: Access, number: int) -> Run:
 def _later(at: Access, run: Run) -> Run | None:
     """The newest run that goes on with this one's experiment; None if this one is it."""
     own = experiment(run.run_id, overrides_of(run))
-    newest = next(one for one in of(at) if experiment(one.run_id, overrides_of(one)) == own)
+    newest = next((one for one in of(at) if experiment(one.run_id, overrides_of(one)) == own), run)
     return None if newest.run_id == run.run_id else newest
 
 

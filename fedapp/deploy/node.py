@@ -108,13 +108,13 @@ class Node:
     def _send(self, reply: Message, seconds: float) -> str:
         try:
             size = self._link.send(reply, seconds)
-            return f"sent {size} bytes" if not reply.has_error() else f"declined: {reply.error.reason}"
+            said = f"sent {size} bytes" if not reply.has_error() else f"declined: {reply.error.reason}"
         except Over:
-            return "the run was over before the reply was ready"
+            said = "the run was over before the reply was ready"
         except Refused as refused:
-            return str(refused)
-        finally:
-            self._memory.sent()
+            said = str(refused)
+        self._memory.sent()  # not where this process was interrupted: then the next one sends it
+        return said
 
     def _goes_on(self, number: int) -> bool:
         try:

@@ -240,7 +240,7 @@ class Server:
         there = "" if self.folder == keys.FOLDER else f" --folder {self.folder}"
         name = "HOST" if not is_loopback(self.host) else self.host
         join = f"fedapp client --server {name}:{port}" + (
-            "" if self.insecure else " --ca ca.pem --key node.key"
+            " --insecure --key node.key" if self.insecure else " --ca ca.pem --key node.key"
         )
         return (
             f"fedapp server on {self.host} port {port}, {said}\n"
