@@ -139,7 +139,7 @@ PRIVATE = {
     },
     "flwr.supercore.control": {"ControlHttpClient"},
     "flwr.supercore.date": {"now"},
-    "flwr.supercore.error": {"ApiErrorCode", "FlowerError"},
+    "flwr.supercore.error": {"FlowerError"},
     "flwr.supercore.fab": {"Fab"},
     "flwr.supercore.inflatable.inflatable_object": {
         "InflatableObject",

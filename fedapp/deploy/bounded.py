@@ -5,13 +5,15 @@ import json
 import logging
 import time
 from contextlib import suppress
-from typing import Any
+from typing import Any, TypeVar
 
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 QUESTION = 1 << 16  # bytes of a request that may be held, and be asked again
 _LINGER, _LINGER_S = 1 << 20, 1.0  # bytes, seconds of a body that nobody reads
 _BODY_S = 60.0  # between two pieces of a body
+_Parsed = TypeVar("_Parsed")
 _log = logging.getLogger("fedapp.server")
 
 
@@ -156,6 +158,14 @@ async def body_of(receive: Receive, most: int) -> bytes:
             raise Refused(413, f"more than {most} bytes for a question")
         more = message.get("more_body", False)
     return body
+
+
+def parsed(kind: type[_Parsed], data: bytes) -> _Parsed:
+    """A message of protobuf; Refused, 400, where the bytes are none."""
+    try:
+        return kind.FromString(data)  # type: ignore[attr-defined,no-any-return]
+    except DecodeError as error:
+        raise Refused(400, "the request cannot be read") from error
 
 
 def headers_of(scope: Scope) -> dict[bytes, bytes]:

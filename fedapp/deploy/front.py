@@ -15,7 +15,6 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime
 from hashlib import sha256
-from typing import TypeVar
 
 from cryptography.exceptions import UnsupportedAlgorithm
 from flwr.common.constant import (
@@ -42,7 +41,6 @@ from flwr.supercore.constant import (
 from flwr.supercore.date import now
 from flwr.supercore.primitives.asymmetric import bytes_to_public_key, uses_nist_ec_curve, verify_signature
 from flwr.supercore.protobuf.constants import PROTOBUF_MEDIA_TYPE
-from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from starlette.concurrency import run_in_threadpool
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -56,6 +54,7 @@ from fedapp.deploy.bounded import (
     body_of,
     content_of,
     headers_of,
+    parsed,
     through,
 )
 from fedapp.deploy.holding import Pushes, hold, unavailable
@@ -71,7 +70,6 @@ _NODES_OWN = {  # what a node asks; registering is the operator's
 _PULL, _PUSH, _ACTIVATE = (f"{_FLEET}{name}" for name in ("pull-messages", "push-messages", "activate-node"))
 _REPLY_S = 0.5  # the longest that a ServerApp waits for replies, before it looks at its clock again
 _TASK_S = 2.0  # the longest that a task waits which nobody told of: one from before a restart
-_Request = TypeVar("_Request", ActivateNodeRequest, PushMessagesRequest, PushMessagesResponse)
 _log = logging.getLogger("fedapp.server")
 
 
@@ -150,7 +148,7 @@ class Public:
 
         Flower would refuse it until then, and meanwhile give its work up for lost.
         """
-        request = _parsed(ActivateNodeRequest, await body_of(receive, QUESTION))
+        request = parsed(ActivateNodeRequest, await body_of(receive, QUESTION))
         least, most = HEARTBEAT_MIN_INTERVAL, HEARTBEAT_MAX_INTERVAL
         number = await run_in_threadpool(self.linkstate().get_node_id_by_public_key, key)
         if request.public_key != key or number is None or not least <= request.heartbeat_interval <= most:
@@ -166,11 +164,11 @@ class Public:
     async def _push(self, scope: Scope, receive: Receive, answer: Answer) -> None:
         """Take a reply in the node's own name: Flower checks whose request it is, not whose reply."""
         body = await body_of(receive, self.max_body)
-        request = _parsed(PushMessagesRequest, body)
+        request = parsed(PushMessagesRequest, body)
         if any(reply.metadata.src_node_id != request.node.node_id for reply in request.messages_list):
             raise Refused(403, "a reply in the name of another node")
         messages = await ask(self.app, scope, body)
-        if not _parsed(PushMessagesResponse, content_of(messages)).objects_to_push:
+        if not parsed(PushMessagesResponse, content_of(messages)).objects_to_push:
             self.pushes.replies.ring()  # else when they are here
         for message in messages:
             await answer(message)
@@ -187,11 +185,8 @@ class Public:
                 if check_abort(run, [Status.PENDING, Status.STARTING, Status.FINISHED], state):
                     raise Refused(403, "the run does not run")
 
-        given = receive, answer, self.max_body, state, allowed
-        if path.endswith(objects.PULL):
-            await objects.pull(self.pushes.parts, *given)
-        else:
-            await objects.push(self.pushes.replies, *given)
+        bells = self.pushes.parts, self.pushes.replies
+        await objects.serve(path, *bells, receive, answer, self.max_body, state, allowed)
 
     async def _pull(self, key: bytes, scope: Scope, receive: Receive, answer: Answer) -> None:
         """Answer a node that asks for a message: until it confirms that one, with the same.
@@ -288,11 +283,8 @@ class Private:
             if any(request.run_id != task.run_id for request in asked):
                 raise Refused(403, "this is no request of this run")
 
-        given = receive, answer, self.max_body, state, allowed
-        if path.endswith(objects.PULL):
-            await objects.pull(self.pushes.replies, *given)
-        else:
-            await objects.push(self.pushes.parts, *given)
+        bells = self.pushes.replies, self.pushes.parts
+        await objects.serve(path, *bells, receive, answer, self.max_body, state, allowed)
 
     async def _acquire(self, scope: Scope, receive: Receive, answer: Answer) -> None:
         """Ask for a task once there may be one: Flower takes 10 ms of a core to say that there is none."""
@@ -307,13 +299,6 @@ class Private:
 
 def _nothing(body: bytes) -> bool:
     return not body
-
-
-def _parsed(kind: type[_Request], body: bytes) -> _Request:
-    try:
-        return kind.FromString(body)  # type: ignore[no-any-return]
-    except DecodeError as error:
-        raise Refused(400, "the request cannot be read") from error
 
 
 def _who(scope: Scope) -> str:

@@ -23,7 +23,7 @@ from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatRequest
 from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest
 from flwr.proto.node_pb2 import Node
 from flwr.proto.run_pb2 import GetRunRequest
-from flwr.supercore.error import ApiErrorCode, FlowerError
+from flwr.supercore.error import FlowerError
 from flwr.supercore.inflatable.inflatable_object import (
     get_all_nested_objects,
     get_object_tree,
@@ -45,18 +45,13 @@ from fedapp.errors import FedappError
 
 _BUSY = (429, 502, 503, 504)  # of a server, or of a proxy before it, that will be back
 _BEAT = 20.0  # seconds: who gives no sign for twice as long is gone, so a link may be cut for half a minute
-_PATIENCE = 90.0  # seconds until a SuperLink takes a node for gone that was killed, and some more
 _SHORTEST, _LONGEST = 0.2, 20.0  # seconds between tries; doubles
 _Request = TypeVar("_Request")
 _Answer = TypeVar("_Answer")
 
 
 class Refused(FedappError):  # noqa: N818
-    """The server does not take this node, or this request of it; `code` is Flower's, if it gave one."""
-
-    def __init__(self, said: str, code: int | None = None) -> None:
-        super().__init__(said)
-        self.code = code
+    """The server does not take this node, or this request of it."""
 
 
 class Over(Exception):  # noqa: N818
@@ -96,18 +91,7 @@ class Link:
         if self._registers:
             self._ask(self._client.RegisterNode, RegisterNodeFleetRequest(public_key=self._key))
         request = ActivateNodeRequest(public_key=self._key, heartbeat_interval=_BEAT)
-        deadline, told = time.monotonic() + _PATIENCE, False
-        while True:
-            try:
-                self._node = Node(node_id=self._ask(self._client.ActivateNode, request).node_id)
-                break
-            except Refused as refused:
-                if refused.code != ApiErrorCode.FLEET_NODE_ACTIVATION_FAILED or time.monotonic() > deadline:
-                    raise
-                if not told:
-                    self._said("the server still takes this node for running, as it was ended hard: waiting")
-                told = True
-                self._closed.wait(2)
+        self._node = Node(node_id=self._ask(self._client.ActivateNode, request).node_id)
         self._beats.start()
         return int(self._node.node_id)
 
@@ -124,7 +108,7 @@ class Link:
     def receive(self) -> Message | None:
         """The next message with all that it carries; None if there is none yet.
 
-        A `fedapp server` holds the question until there is one, a SuperLink answers at once: then this waits.
+        The server holds the question until there is one; where it is ending it does not, and this waits.
         """
         begun = time.monotonic()
         answer = self._ask(self._client.PullMessages, PullMessagesRequest(node=self._node))
@@ -235,4 +219,4 @@ def _refusal(response: httpx.Response) -> Exception:
         )
     told = FlowerError.from_json(response.text)
     said = (told.public_details or told.message) if told else response.text.strip()[:200]
-    return Refused(f"the server refused ({response.status_code}): {said}", told.code if told else None)
+    return Refused(f"the server refused ({response.status_code}): {said}")

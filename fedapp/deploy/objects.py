@@ -7,7 +7,6 @@ still keeps them one by one; what is saved is the way there and back, and lookin
 import asyncio
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import TypeVar
 
 from flwr.proto.message_pb2 import (
     ObjectTree,
@@ -22,11 +21,10 @@ from flwr.supercore.inflatable.inflatable_object import InflatableObject, iterat
 from flwr.supercore.inflatable.inflatable_utils import ObjectPullError, ObjectPushError
 from flwr.supercore.protobuf.client import ProtobufClient, ProtobufRequestContext
 from flwr.supercore.protobuf.constants import PROTOBUF_MEDIA_TYPE
-from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from starlette.concurrency import run_in_threadpool
 from starlette.types import Receive
 
-from fedapp.deploy.bounded import Answer, Refused, body_of
+from fedapp.deploy.bounded import Answer, Refused, body_of, parsed
 from fedapp.deploy.holding import HOLD_S, SETTLE_S, Bell
 
 PULL, PUSH = "pull-objects", "push-objects"  # paths beside those of Flower that end without the s
@@ -35,7 +33,6 @@ _AT_ONCE, _BYTES = (
     16,
     8 << 20,
 )  # objects that one request asks for, bytes that it brings; one has 5 MiB at most
-_Object = TypeVar("_Object", PullObjectRequest, PushObjectRequest)
 Requests = Sequence[PullObjectRequest] | Sequence[PushObjectRequest]
 
 
@@ -58,21 +55,43 @@ def parted(data: bytes) -> Iterator[bytes]:
         at += length
 
 
-async def pull(
-    bell: Bell,
+async def serve(
+    path: str,
+    coming: Bell,
+    gone: Bell,
     receive: Receive,
     answer: Answer,
     most: int,
     state: LinkState,
     allowed: Callable[[Requests], None],
 ) -> None:
-    """Answer a request for objects; those that are announced and not here yet are waited for, a while.
+    """Hand out many objects, or take them; what was taken rings `gone`.
 
-    `most` is in bytes; `allowed` raises Refused.
+    Of those asked for, what is announced and not here yet is waited for, a while, by `coming`. `most` is in
+    bytes; `allowed` raises Refused.
     """
-    asked = [_parsed(PullObjectRequest, part) for part in _parts(await body_of(receive, most))]
-    await run_in_threadpool(allowed, asked)
-    found: dict[int, bytes | None] = dict.fromkeys(range(len(asked)), b"")  # None: nobody announced it
+    parts = _parts(await body_of(receive, most))
+    if path.endswith(PULL):
+        asked = [parsed(PullObjectRequest, part) for part in parts]
+        await run_in_threadpool(allowed, asked)
+        await _send(answer, map(_answer_of, await _found(asked, coming, state)))
+        return
+    given = [parsed(PushObjectRequest, part) for part in parts]
+    await run_in_threadpool(allowed, given)
+    stored = await run_in_threadpool(
+        lambda: [
+            state.store_object(one.run_id, one.session_id, one.object_id, one.object_content) for one in given
+        ]
+    )
+    gone.ring()
+    await _send(answer, (PushObjectResponse(stored=one) for one in stored))
+
+
+async def _found(
+    asked: Sequence[PullObjectRequest], coming: Bell, state: LinkState
+) -> Iterable[bytes | None]:
+    """The contents, in order: empty where an announced one did not come, None where nobody announced it."""
+    found: dict[int, bytes | None] = dict.fromkeys(range(len(asked)), b"")
 
     def look() -> None:
         for place, content in found.items():
@@ -81,39 +100,16 @@ async def pull(
 
     until = asyncio.get_running_loop().time() + HOLD_S
     while True:
-        rung = bell.next
+        rung = coming.next
         await run_in_threadpool(look)
         remaining = until - asyncio.get_running_loop().time()
-        if remaining <= 0 or bell.over or b"" not in found.values():
-            break
+        if remaining <= 0 or coming.over or b"" not in found.values():
+            return found.values()
         try:
             await asyncio.wait_for(rung.wait(), remaining)
         except TimeoutError:
-            break
+            return found.values()
         await asyncio.sleep(SETTLE_S)
-    await _send(answer, map(_answer_of, found.values()))
-
-
-async def push(
-    bell: Bell,
-    receive: Receive,
-    answer: Answer,
-    most: int,
-    state: LinkState,
-    allowed: Callable[[Requests], None],
-) -> None:
-    """Take objects that a message announced before; wakes who waits for them."""
-    given = [_parsed(PushObjectRequest, part) for part in _parts(await body_of(receive, most))]
-    await run_in_threadpool(allowed, given)
-
-    def store() -> list[bool]:
-        return [
-            state.store_object(one.run_id, one.session_id, one.object_id, one.object_content) for one in given
-        ]
-
-    stored = await run_in_threadpool(store)
-    bell.ring()
-    await _send(answer, (PushObjectResponse(stored=one) for one in stored))
 
 
 def fetch(post: Callable[[str, bytes], bytes], node: Node, run: int, tree: ObjectTree) -> dict[str, bytes]:
@@ -186,13 +182,6 @@ def _parts(body: bytes) -> list[bytes]:
         return list(parted(body))
     except ValueError as error:
         raise Refused(400, f"the request cannot be read: {error}") from error
-
-
-def _parsed(kind: type[_Object], part: bytes) -> _Object:
-    try:
-        return kind.FromString(part)  # type: ignore[no-any-return]
-    except DecodeError as error:
-        raise Refused(400, "the request cannot be read") from error
 
 
 async def _send(answer: Answer, found: Iterable[PullObjectResponse | PushObjectResponse]) -> None:
