@@ -25,6 +25,11 @@ from fedapp.records import CONFIG, METRICS
 SECONDS = "seconds"  # what a client says that its training took
 
 
+def _check_shares(of: "Part | Deadline", called: str) -> None:
+    for field in fields(of):
+        check.real(f"{called}{field.name}", getattr(of, field.name), above=0.0, high=1.0)
+
+
 @dataclass(frozen=True)
 class Part:
     """What a client is asked for, as shares in (0, 1] of what its own settings say.
@@ -37,8 +42,7 @@ class Part:
     rate: float = 1.0
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            check.real(f"the assigned {field.name}", getattr(self, field.name), above=0.0, high=1.0)
+        _check_shares(self, "the assigned ")
 
     @property
     def steps(self) -> float:
@@ -90,8 +94,7 @@ class Deadline:
     batch: float = 1.0
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            check.real(f"assignment.{field.name}", getattr(self, field.name), above=0.0, high=1.0)
+        _check_shares(self, "assignment.")
 
     def part(self, took: Took | None, deadline: float) -> Part:
         """What to ask of a client that took so long."""

@@ -55,9 +55,9 @@ class Federation:
         coded = self.job.downlink
         self._downlink = Downlink(coded, self.arrays) if isinstance(coded, Coded) else None
         self._partitions = partitions(self.grid, self.job.clients, self.job.round_timeout)
-        self._nodes = self.nodes
+        self.nodes = sorted(self._partitions, key=self._partitions.__getitem__)  # a node's id is random
         told = facts(self.grid, self.job, self._partitions)
-        self._facts = [told.get(node, Facts()) for node in self._nodes]
+        self._facts = [told.get(node, Facts()) for node in self.nodes]
         self._wire.weigh_at_least(self.job.selection.least_weight(self._facts, self.job.at_once))
         self._late, self._lost = 0, False
         self._streamed = isinstance(self.job.task, Stream) and self.job.privacy.unit is None
@@ -134,11 +134,6 @@ class Federation:
                 )
 
     @property
-    def nodes(self) -> list[int]:
-        """The nodes that take part, by partition: a node's id is random."""
-        return sorted(self._partitions, key=self._partitions.__getitem__)
-
-    @property
     def clock(self) -> float | None:
         """Simulated seconds since the run began; None where time is not simulated."""
         timeline = self.grid.timeline if isinstance(self.grid, LocalGrid) else None
@@ -179,7 +174,7 @@ class Federation:
             self.accepted += step.accepted
             return step.accepted + step.failed
         cohort = self._drawn(number)
-        view = cast(Grid, Cohort(cohort or self._nodes))  # strategies wait for nodes, and keep these
+        view = cast(Grid, Cohort(cohort or self.nodes))  # strategies wait for nodes, and keep these
         asked = self._wire.configure_train(number, self.arrays, ConfigRecord(), view)
         messages = sorted(asked, key=self._partition) if cohort else []
         self.begun.add(number, [self._partitions[node] for node in cohort])  # before anything is sent
@@ -208,7 +203,7 @@ class Federation:
 
     def _drawn(self, number: int) -> list[int]:
         """The nodes that train in a round; where their losses decide, of those drawn the worst."""
-        job, nodes = self.job, self._nodes
+        job, nodes = self.job, self.nodes
         drawn = [nodes[i] for i in job.draw(number, len(nodes), self._facts)]
         if not isinstance(job.selection, PowerOfChoice):
             return drawn
