@@ -51,6 +51,8 @@ from flwr.server.superlink.utils import check_abort
 from flwr.serverapp import Grid, strategy
 from flwr.supercore import log
 from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIGNATURE_HEADER
+from flwr.supercore.corestate.in_memory_corestate import InMemoryCoreState
+from flwr.supercore.corestate.sql_corestate import SqlCoreState
 from flwr.supercore.primitives.asymmetric import bytes_to_public_key, verify_signature
 from flwr.supercore.protobuf.client import ProtobufClient, ProtobufRequestContext
 from flwr.supercore.protobuf.translation import PROTOBUF_REQUEST_TYPES
@@ -64,6 +66,7 @@ from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
 import fedapp
 from fedapp.deploy import front, holding, objects
+from fedapp.deploy.state import State
 from fedapp.wire import STREAMED
 
 PRIVATE = {
@@ -129,6 +132,8 @@ PRIVATE = {
     "flwr.proto.run_pb2": {"GetRunRequest"},
     "flwr.proto.runtime_pb2": {"PullAppMessagesRequest", "PushAppMessagesRequest"},
     "flwr.server.superlink.linkstate": {"LinkState"},
+    "flwr.server.superlink.linkstate.linkstate_factory": {"LinkStateFactory"},
+    "flwr.server.superlink.linkstate.sql_linkstate": {"SqlLinkState"},
     "flwr.server.superlink.utils": {"check_abort"},
     "flwr.simulation": {"run_simulation"},
     "flwr.supercore": {"log"},
@@ -166,6 +171,8 @@ PRIVATE = {
     "flwr.supercore.task_identity": {"TaskIdentity"},
     "flwr.superlink.auth_plugin": {"NoOpControlAuthnPlugin"},
     "flwr.superlink.cli.flower_superlink": {"SuperLinkLifespan"},
+    "flwr.supercore.corestate.in_memory_corestate": {"InMemoryCoreState", "ObjectPushSession"},
+    "flwr.supercore.object_store.in_memory_object_store": {"InMemoryObjectStore"},
     "flwr.superlink.config_loader": {"SuperLinkLifespanConfig"},
     "flwr.superlink.grid": {"HttpGrid"},
     "flwr.superlink.main": {"create_app"},
@@ -413,6 +420,33 @@ def test_the_superlinks_paths() -> None:
         f"/v1/{api}/{name}" for api in ("fleet", "runtime") for name in ("push-messages", "push-object")
     }
     assert pushes < {path for _, path in PROTOBUF_REQUEST_TYPES}
+
+
+def test_what_a_state_keeps_of_messages_is_behind_these_methods() -> None:
+    """`State`: Flower's state in memory has them for objects and sessions; they use nothing else of it."""
+    given = {name for name in vars(State) if vars(State)[name] is vars(InMemoryCoreState).get(name)}
+    assert given == {
+        *("start_session", "delete_sessions_in_run", "preregister_object_tree", "store_object", "get_object"),
+        "_cleanup_push_session",
+    }
+    assert given == {  # all methods that touch sessions
+        name
+        for name, method in vars(InMemoryCoreState).items()
+        if inspect.isfunction(method) and "_object_push" in inspect.getsource(method) and name != "__init__"
+    }
+    source = "".join(inspect.getsource(vars(InMemoryCoreState)[name]) for name in given)
+    assert set(re.findall(r"self\.(\w+)", source)) - given == {
+        *("_lock_object_push_sessions", "_object_push_sessions", "_object_push_session_by_root"),
+        *("object_store", "_on_push_session_expired"),
+    }
+    sql = {name for name, method in vars(SqlCoreState).items() if "ObjectPushSession" in source_of(method)}
+    assert sql - given == {"_claim_pending_object"}  # which store_object alone calls
+    assert "linkstate_factory.state()" in inspect.getsource(create_app)
+    assert "self._object_store" in inspect.getsource(vars(SqlCoreState)["object_store"].fget)
+
+
+def source_of(thing: object) -> str:
+    return inspect.getsource(thing) if inspect.isfunction(thing) else ""
 
 
 def test_a_superlink_is_made_from_this() -> None:

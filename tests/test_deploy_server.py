@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import socket
+import sqlite3
 import ssl
 import subprocess
 import sys
@@ -53,7 +54,7 @@ from flwr.proto.node_pb2 import Node
 from flwr.proto.runtime_pb2 import AcquireTaskRequest, PullTaskInputRequest
 from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIGNATURE_HEADER
 from flwr.supercore.date import now
-from flwr.supercore.inflatable.inflatable_object import get_object_tree
+from flwr.supercore.inflatable.inflatable_object import get_object_tree, iterate_object_tree
 from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor, SuperExecAuthHttpInterceptor
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes, sign_message
 from flwr.supercore.protobuf.client import ProtobufClientInterceptor
@@ -658,6 +659,27 @@ def test_a_node_that_was_killed_is_in_again_at_once_and_its_work_is_not_given_up
     as_other = server.post("/v1/fleet/activate-node", other.SerializeToString(), signed(key))
     assert as_other.status_code == 401
     assert server.post("/v1/fleet/activate-node", b"\xff", signed(key)).status_code == 400
+
+
+def test_what_messages_carry_is_in_memory_and_a_restart_drops_it(tmp_path: Path, database: Path) -> None:
+    folder = tmp_path / "server"
+    keys.init(folder, ["a"])
+    shutil.copy(database, folder)
+
+    def on_disk(table: str) -> int:
+        with sqlite3.connect(folder / "state.db") as db:
+            return int(db.execute(f"SELECT COUNT(*) FROM {table}").fetchone()[0])
+
+    with running(folder) as server:
+        key, node_id = server.node()
+        with grid(server, tmp_path / "app") as pushing:
+            pushing.push_messages([message(node_id), message(node_id)])
+        assert [on_disk(table) for table in ("message_ins", "objects", "object_push_sessions")] == [2, 0, 0]
+        (tree,) = server.pull(key, node_id).message_object_trees
+        assert len(list(iterate_object_tree(tree))) == 3  # the message, its content, a record
+    with running(folder) as server:
+        assert not server.pull(key, node_id).messages_list
+        assert on_disk("message_ins") == 1  # the one that was delivered, and whose run is over
 
 
 def test_a_reply_in_the_name_of_another_node_is_refused(server: Running, tmp_path: Path) -> None:

@@ -31,6 +31,7 @@ from fedapp.deploy.going_on import take_up
 from fedapp.deploy.holding import Pushes
 from fedapp.deploy.listener import Listener, listener
 from fedapp.deploy.runs import RunFolders
+from fedapp.deploy.state import State
 from fedapp.errors import FedappError
 
 LEAST_DISK = 1 << 30  # bytes: a database that cannot grow loses runs
@@ -156,6 +157,7 @@ class Server:
             self._bound("127.0.0.1", 0) as inside,
         ):
             app, pushes = create_app(self._config(secret), SuperLinkLifespan), Pushes()
+            State(app.state.linkstate_factory)
             front = Public(
                 app,
                 app.state.linkstate_factory.state,
