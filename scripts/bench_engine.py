@@ -1,14 +1,18 @@
-"""Seconds a round: the local engine beside a bare loop on the same work; reprints the README's table.
+"""Seconds a round: the local engine beside a bare loop on the same work; reprints the README's tables.
 
-usage: .venv/bin/python scripts/bench_engine.py [--only lr cnn noop] [--repeats 3] [--peers FOLDER]
-       [--device cpu|cuda]
+usage: .venv/bin/python scripts/bench_engine.py [--only lr cnn noop start memory dp] [--repeats 3]
+       [--peers FOLDER] [--device cpu|cuda]
 
 lr: logistic regression (7,850 parameters), 10 of 1000 clients a round. cnn: 1.2 million parameters, 50 of
 1000. noop: the same, and nobody trains. All on Fashion-MNIST, an equal random split, batches of 10, one local
 epoch, nobody tests. The bare loop is FedAvg in one process on one thread: no messages, no codec, no engine.
+Two of them at once, each for half of the cohort, say what the machine's cores give together.
 Processes run in turns, so that a busy machine is busy for all; a figure is the least and the median over the
 rounds of all turns, but for each process's first. In FOLDER, scripts `stock_flower.py` and `pfl_peer.py` that
 take SETTING and ROUNDS and print "min X median Y" run in the same turns; one that fails is left out.
+
+start: from the command to the first round. memory: what the server's process takes at most, by the size of
+the cohort and by the number of rounds. dp: a private step beside a plain one on the same batch.
 """
 
 import argparse
@@ -21,8 +25,10 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[1]
 
@@ -53,10 +59,12 @@ SETTINGS = {
     "cnn": Setting("cnn", 1000, 50, 0.1, 1, 3),
     "noop": Setting("cnn", 1000, 50, 0.1, 0, 8),
 }
+PARTS = [*SETTINGS, "start", "memory", "dp"]
 UNCODED = ["codec=identity", "downlink=coded"]
 PEERS = {"stock Flower, Ray, 2 cores": "stock_flower.py", "pfl, 1 thread": "pfl_peer.py"}
 RUNS: dict[str, list[str]] = {
     "bare loop": [],
+    "two bare loops": [],
     "fedapp, 1 worker": [*UNCODED, "engine.workers=1"],
     "fedapp, 2 workers": [*UNCODED, "engine.workers=2"],
     "fedapp, 2 workers, default codec": ["engine.workers=2"],
@@ -111,21 +119,92 @@ def seconds_of(name: str, run: str, device: str, peers: Path | None) -> list[flo
         done = subprocess.run(command, capture_output=True, text=True)
         found = re.search(r"min ([0-9.]+) median ([0-9.]+)", done.stdout)
         return [] if found is None else [float(found[1]), float(found[2])]
-    if run == "bare loop":
+    if run in ("bare loop", "two bare loops"):
         command = [sys.executable, __file__, "--bare", name, "--device", device]
-        printed = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-        return [float(line) for line in printed.split()[1:]]
+        loops = [
+            subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+            for _ in range(2 if run == "two bare loops" else 1)
+        ]
+        printed = [loop.communicate()[0] for loop in loops]
+        return [float(line) / len(loops) for one in printed for line in one.split()[1:]]
+    _, rounds = simulated([*setting.overrides, *RUNS[run], f"device={device}"])
+    return [float(line["seconds"]) for line in rounds[1:]]
+
+
+def simulated(overrides: list[str]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The summary of a run, and what it says of each round."""
     with tempfile.TemporaryDirectory() as folder:
-        chosen = [*setting.overrides, *RUNS[run], f"device={device}", f"run_dir={folder}/run"]
-        command = [sys.executable, "-m", "fedapp.cli", "simulate", *chosen]
+        command = [sys.executable, "-m", "fedapp.cli", "simulate", *overrides, f"run_dir={folder}/run"]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         lines = Path(folder, "run", "rounds.jsonl").read_text().splitlines()
-        return [float(json.loads(line)["seconds"]) for line in lines[1:]]
+        return json.loads(Path(folder, "run", "summary.json").read_text()), [json.loads(x) for x in lines]
+
+
+def start(repeats: int) -> None:
+    """Seconds from the command to the first round."""
+    print("\n| run | s to the first round, least | median |\n|---|---|---|")
+    for name, chosen in {
+        "digits, privacy=none": ["task=digits", "privacy=none"],
+        "the default run": [],
+    }.items():
+        took = [simulated([*chosen, "rounds=1"])[0]["startup_s"] for _ in range(repeats)]
+        print(f"| {name} | {min(took):.1f} | {statistics.median(took):.1f} |", flush=True)
+
+
+def memory() -> None:
+    """Peak of the server's process, MB."""
+    print("\n| run | peak of the server, MB |\n|---|---|")
+    cnn = [*SETTINGS["cnn"].overrides, "trainer.batch_size=60", "engine.workers=2", "rounds=2"]
+    lr = [*SETTINGS["lr"].overrides, "engine.workers=2"]
+    runs = {f"cnn, a cohort of {size}": [*cnn, f"cohort={size}"] for size in (50, 200, 1000)}
+    runs |= {f"lr, {rounds} rounds": [*lr, f"rounds={rounds}"] for rounds in (50, 300)}
+    for name, overrides in runs.items():
+        print(f"| {name} | {simulated(overrides)[0]['peak_rss_mb']:.0f} |", flush=True)
+
+
+def dp(repeats: int) -> None:
+    """Milliseconds of a step on one batch: plain SGD, and clipping and noise by example."""
+    print("\n| model | batch | plain step, ms | private step, ms | ratio |\n|---|---|---|---|---|")
+    for model, batch in (("small_cnn", 64), ("small_cnn", 256), ("cnn", 64), ("cnn", 256)):
+        plain, private = (1e3 * seconds for seconds in steps(model, batch, repeats))
+        print(f"| {model} | {batch} | {plain:.1f} | {private:.1f} | {private / plain:.2f} |", flush=True)
+
+
+def steps(model: str, batch: int, repeats: int) -> tuple[float, float]:
+    """Seconds of a plain and of a private step, in turns; the least of so many turns of ten."""
+    import torch
+
+    from fedapp import config
+    from fedapp.dp_step import Step
+    from fedapp.training import DpSgd
+
+    torch.set_num_threads(1)
+    job = config.job_of(f"task.features=pixels partition=iid clients=10 model={model}")
+    assert isinstance(job.trainer, DpSgd)
+    data = job.task.client_data({"partition-id": 0, "num-partitions": 10})
+    net, places = job.task.model(0), torch.arange(batch)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.01)
+    private = Step(job.task, job.task.model(0), job.trainer, torch.Generator(), 0.01)
+
+    def plainly() -> None:
+        job.task.loss(net(data.x[places]), data.y[places]).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    def timed(step: Callable[[], None]) -> float:
+        begun = time.perf_counter()
+        for _ in range(10):
+            step()
+        return (time.perf_counter() - begun) / 10
+
+    turns = [(timed(plainly), timed(lambda: private(data, places))) for _ in range(repeats + 1)]
+    private.close()
+    return min(one for one, _ in turns[1:]), min(other for _, other in turns[1:])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--only", choices=list(SETTINGS), nargs="+", default=list(SETTINGS))
+    parser.add_argument("--only", choices=PARTS, nargs="+", default=PARTS)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--peers", type=Path)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
@@ -135,9 +214,11 @@ def main() -> None:
     if options.bare:
         bare(options.bare, options.device)
         return
-    print("| setting | run | s a round, least | median | least, of the bare loop's |")
-    print("|---|---|---|---|---|")
-    for name in options.only:
+    chosen = [name for name in SETTINGS if name in options.only]
+    if chosen:
+        print("| setting | run | s a round, least | median | least, of the bare loop's |")
+        print("|---|---|---|---|---|")
+    for name in chosen:
         found: dict[str, list[float]] = {run: [] for run in (*RUNS, *PEERS)}
         for _ in range(options.repeats):
             for run, seconds in found.items():
@@ -147,6 +228,12 @@ def main() -> None:
             if seconds:
                 least, median = min(seconds), statistics.median(seconds)
                 print(f"| {name} | {run} | {least:.4f} | {median:.4f} | {least / floor:.2f} |", flush=True)
+    if "start" in options.only:
+        start(options.repeats)
+    if "memory" in options.only:
+        memory()
+    if "dp" in options.only:
+        dp(options.repeats)
 
 
 if __name__ == "__main__":
