@@ -27,9 +27,11 @@ commands:
 
 on real machines (each tells more with --help):
   keys       make keys: fedapp keys init|renew (the operator's), fedapp keys node (a participant's)
-  server     what nodes join and runs are sent to: fedapp server [--folder DIR] [--port 8443]
+  server     what nodes join and runs are sent to: fedapp server [--folder DIR] [--port 8443];
+             fedapp server backup|restore FILE keeps, and brings back, its keys, nodes and runs
   nodes      which nodes may join: fedapp nodes list|register|unregister
-  client     take part with the data of this machine: fedapp client --server HOST:PORT
+  client     take part with the data of this machine: fedapp client --server HOST:PORT;
+             fedapp client backup|restore FILE, and forget, which leaves key and ledger
   submit     train on a federation, with the settings of simulate: fedapp submit [-m] [KEY=VALUE ...]
   runs       what runs on a server: fedapp runs list|watch|fetch|stop
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519
@@ -22,6 +23,7 @@ from flwr.supercore.task_identity import TaskIdentity
 
 import fedapp
 from fedapp.deploy import preflight
+from fedapp.deploy.activity import Activity
 from fedapp.deploy.bundle import bundle, difference
 from fedapp.deploy.frames import message_of, of_message
 from fedapp.deploy.link import Over
@@ -286,7 +288,8 @@ def asked() -> Message:
 
 
 def node(link: Any, folder: Path) -> Node:
-    return Node(link, Memory(folder / "node.sqlite"), {"partition-id": 1, "num-partitions": 2})
+    memory, config = Memory(folder / "node.sqlite"), {"partition-id": 1, "num-partitions": 2}
+    return Node(link, memory, config, Activity())
 
 
 @pytest.mark.usefixtures("identity")
@@ -309,6 +312,8 @@ class TestNode:
             own.take(asked())
             errors = [reply.has_error() for reply in link.sent]
             assert errors == [False, False, True, False]
+            assert (own._activity.replies["answered"], own._activity.replies["failed"]) == (3, 1)
+            assert own._activity.seconds["query"] > 0
             link.over = True
             own._tidied -= 100
             own.tidy()
@@ -326,6 +331,8 @@ class TestNode:
         assert link.sent[0].error.code == ErrorCode.INVALID_FAB
         assert "1 file differs from fedapp" in str(link.sent[0].error.reason)
         assert not (tmp_path / "run").exists()
+        activity = own._activity
+        assert (activity.messages["query"], activity.replies["declined"], activity.working) == (1, 1, False)
 
     def test_what_was_left_is_done_at_the_next_start(self, tmp_path: Path) -> None:
         link, memory = FakeLink(), Memory(tmp_path / "node.sqlite")
@@ -373,6 +380,16 @@ class TestNode:
         own.close()
         assert link.sent == []
 
+    def test_a_reply_that_nobody_wants_any_more_is_counted(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        link = FakeLink(changed(newer))
+        own = node(link, tmp_path)
+        monkeypatch.setattr(link, "send", Mock(side_effect=Over))
+        own.take(asked())
+        own.close()
+        assert own._activity.replies == {"answered": 0, "declined": 0, "failed": 0, "unwanted": 1}
+
 
 @pytest.mark.slow
 def test_the_process_that_works_ends_with_its_node(tmp_path: Path) -> None:
@@ -395,5 +412,6 @@ def test_the_process_that_works_ends_with_its_node(tmp_path: Path) -> None:
 
 
 def test_a_node_never_imports_torch() -> None:
-    script = "import sys, fedapp.deploy.node, fedapp.deploy.client; sys.exit('torch' in sys.modules)"
+    modules = "fedapp.deploy.node, fedapp.deploy.client, fedapp.deploy.client_metrics"
+    script = f"import sys, {modules}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", script]).returncode == 0

@@ -39,6 +39,7 @@ from flwr.proto.control_pb2 import (
     ListRunsRequest,
     RegisterNodeRequest,
     StartRunRequest,
+    StopRunRequest,
     UnregisterNodeRequest,
 )
 from flwr.proto.fab_pb2 import Fab
@@ -338,6 +339,7 @@ STRANGER = [
     ("POST", "/v1/control/start-run", 401),
     ("POST", "/v1/control/stream-logs", 401),
     ("GET", "/fedapp/runs/1/folder", 401),
+    ("GET", "/metrics", 401),
     ("POST", "/v1/runtime/acquire-task", 404),
     ("POST", "/v1/runtime/push-messages", 404),
     ("POST", "/v1/fleet/register-node", 404),
@@ -708,6 +710,100 @@ def test_a_reply_in_the_name_of_another_node_is_refused(server: Running, tmp_pat
         assert list(pushing.pull_messages([sent])) == []
 
 
+# What an operator's monitor asks
+
+
+def scraped(server: Running) -> dict[str, dict[frozenset[tuple[str, str]], float]]:
+    """Values by their labels, by their names."""
+    from prometheus_client.parser import text_string_to_metric_families
+
+    headers = {"Authorization": f"Bearer {server.access.token}"}
+    with httpx.Client(verify=server.trust) as client:
+        answer = client.get(f"{server.url}/metrics", headers=headers)
+        assert client.post(f"{server.url}/metrics", headers=headers).status_code == 405
+    assert answer.status_code == 200
+    assert answer.headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
+    found: dict[str, dict[frozenset[tuple[str, str]], float]] = {}
+    for family in text_string_to_metric_families(answer.text):
+        assert family.documentation
+        for sample in family.samples:
+            values = found.setdefault(sample.name, {})
+            labels = frozenset(sample.labels.items())
+            assert labels not in values
+            values[labels] = sample.value
+    return found
+
+
+def label(**labels: str) -> frozenset[tuple[str, str]]:
+    return frozenset(labels.items())
+
+
+def test_metrics_tell_of_nodes_runs_and_requests(server: Running, tmp_path: Path) -> None:
+    before, count = scraped(server), server.state()[0]
+    server.node()
+    server.post("/metrics")  # without the token
+    with grid(server, tmp_path / "app") as running_one:
+        number = running_one.run.run_id
+        assert label(run_id=str(number)) not in scraped(server).get("fedapp_run_round", {})
+        folder = server.folder / "runs" / str(number)
+        folder.mkdir(parents=True)
+        (folder / "config.yaml").write_text("rounds: 5\nseed: 0\n")
+        of_round = {"loss": 1.0, "downlink_bytes": 5, "epsilon": None, "replies": 2, "failures": 1}
+        of_round |= {"seconds": 1.5, "stages": {"encode": 0.5, "train": None}}
+        lines = (
+            json.dumps({"round": n, "accuracy": 0.1 * n, "uplink_bytes": 10 * n, **of_round}) for n in (1, 2)
+        )
+        (folder / "rounds.jsonl").write_text("\n".join(lines) + "\n" + '{"round": 3, "acc')  # in the making
+        found = scraped(server)
+    own = label(run_id=str(number))
+    assert {name: values[own] for name, values in found.items() if own in values} == {
+        "fedapp_run_planned_rounds": 5,
+        "fedapp_run_round": 2,
+        "fedapp_run_accuracy_ratio": 0.2,
+        "fedapp_run_uplink_bytes_total": 30,
+        "fedapp_run_downlink_bytes_total": 10,
+        "fedapp_run_replies_total": 4,
+        "fedapp_run_failures_total": 2,
+        "fedapp_run_seconds_total": 3.0,
+    }
+    stages = {labels: v for labels, v in found["fedapp_run_stage_seconds_total"].items() if own <= labels}
+    assert stages == {label(run_id=str(number), stage="encode"): 1.0}
+    assert sum(found["fedapp_nodes"].values()) == count + 1
+    assert found["fedapp_nodes"][label(status="online")] >= 1
+    assert found["fedapp_runs"][label(status="running")] >= 1
+    refused = label(reason="credentials")
+    was = before.get("fedapp_refused_requests_total", {}).get(refused, 0)
+    assert found["fedapp_refused_requests_total"][refused] == was + 1
+    assert found["fedapp_requests_total"][label(code="401")] >= 1
+    assert found["process_resident_memory_bytes"][label()] > 1e7
+    text = str(found)
+    assert server.access.token not in text
+
+
+def test_of_runs_that_ended_metrics_tell_of_the_last_one_only(server: Running, tmp_path: Path) -> None:
+    ended = []
+    for app in ("first", "second"):
+        with grid(server, tmp_path / app) as running_one:
+            ended.append(running_one.run.run_id)
+        with server.access.control() as client:
+            assert client.StopRun(StopRunRequest(run_id=ended[-1])).success
+        folder = server.folder / "runs" / str(ended[-1])
+        folder.mkdir(parents=True)
+        (folder / "config.yaml").write_text("rounds: 5\n")
+    told = scraped(server)["fedapp_run_planned_rounds"]
+    assert label(run_id=str(ended[1])) in told
+    assert label(run_id=str(ended[0])) not in told
+
+
+def test_health_says_whether_it_serves(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    with httpx.Client(verify=server.trust) as client:
+        answer = client.get(f"{server.url}/health")
+        assert (answer.status_code, answer.text) == (200, "ok")
+        monkeypatch.setattr(server.listening.front, "ending", True)
+        answer = client.get(f"{server.url}/health")
+        assert (answer.status_code, answer.text) == (503, "ending")
+
+
 # Run folders
 
 
@@ -768,11 +864,13 @@ def test_log_lines_on_refusals_are_bounded(caplog: pytest.LogCaptureFixture) -> 
     refusals = bounded.Refusals(most=3, seconds=0.1)
     with caplog.at_level(logging.WARNING, "fedapp.server"):
         for _ in range(100):
-            refusals.tell("a", "b", "c")
+            refusals.tell("a", "b", "c", 413)
         assert len(caplog.records) == 3
         time.sleep(0.15)
+        refusals.tell("a", "b", "c", 418)
         refusals.tell("a", "b", "c")
     assert "97 more" in caplog.text
+    assert refusals.counts == {"size": 100, "other": 1, "handshake": 1}
 
 
 # Whole processes

@@ -4,6 +4,7 @@ import asyncio
 import json
 import logging
 import time
+from collections import Counter
 from contextlib import suppress
 from typing import Any, TypeVar
 
@@ -25,15 +26,30 @@ class Refused(Exception):  # noqa: N818
         self.status, self.why = status, why
 
 
+_REASONS = {
+    400: "malformed",
+    401: "credentials",
+    403: "forbidden",
+    404: "path",
+    408: "timeout",
+    413: "size",
+}
+
+
 class Refusals:
-    """One log line a refusal, at most 20 in 10 seconds; a count stands for the others."""
+    """One log line a refusal, at most 20 in 10 seconds; a count stands for the others.
+
+    `counts` has all of them by reason: a few words, whoever is refused what.
+    """
 
     def __init__(self, most: int = 20, seconds: float = 10.0) -> None:
         self._most, self._seconds = most, seconds
         self._since, self._told = 0.0, 0
+        self.counts = Counter[str]()
 
-    def tell(self, who: str, what: str, why: str) -> None:
-        """Log it. No header and no body is in any of the three."""
+    def tell(self, who: str, what: str, why: str, status: int | None = None) -> None:
+        """Log it. No header and no body is in any of the three. `status` None: there was no request yet."""
+        self.counts["handshake" if status is None else _REASONS.get(status, "other")] += 1
         at = time.monotonic()
         if at - self._since > self._seconds:
             if self._told > self._most:

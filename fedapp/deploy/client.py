@@ -4,21 +4,29 @@ import argparse
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from logging.handlers import RotatingFileHandler
 from multiprocessing import get_context
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from fedapp.deploy import preflight
+from fedapp.deploy import backup, preflight
 from fedapp.errors import ConfigError
+
+if TYPE_CHECKING:
+    from fedapp.deploy.activity import Activity
 
 _log = logging.getLogger("fedapp.client")
 _LOG = 5_000_000  # bytes
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Run a participant's node until it is interrupted. Raises ConfigError, Refused."""
+    """Run a participant's node until it is interrupted, or keep what it has. Raises FedappError."""
+    if arguments and arguments[0] in ("backup", "restore", "forget"):
+        backup.client(arguments)
+        return
     options = _parser().parse_args(arguments)
     folder: Path = options.folder.expanduser()
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -38,25 +46,42 @@ def main(arguments: Sequence[str]) -> None:
         _log.warning("no --policy: whoever may submit runs may use these data for any of them")
     else:
         config["policy"] = str(_policy(options.policy))
+    books: tuple[Path, str] | None = None
     if options.ledger is not None:
         config["ledger"] = str(_ledger(options.ledger))
         config.setdefault("data-id", "data")
+        books = Path(str(config["ledger"])), str(config["data-id"])
     preflight.room(folder)
     preflight.reach(server, ca)
 
+    from fedapp.deploy.activity import Activity
     from fedapp.deploy.link import Link
     from fedapp.deploy.memory import Memory
     from fedapp.deploy.node import serve
     from fedapp.report.folder import alone
 
-    with alone(folder):
+    activity = Activity()
+    with alone(folder), _watched(options.metrics_port, activity, books):
         memory = Memory(folder / "node.sqlite")
         try:
-            serve(Link(str(server), ca, key, ca is None, _log.warning), memory, config)
+            serve(Link(str(server), ca, key, ca is None, _log.warning, activity), memory, config, activity)
         except KeyboardInterrupt:  # Ctrl-C, or SIGTERM
             _log.info("ended; work that was not answered is done at the next start")
         finally:
             memory.close()
+
+
+@contextmanager
+def _watched(port: int | None, activity: "Activity", books: tuple[Path, str] | None) -> Iterator[None]:
+    """Tell a monitor on this machine how the node does, where a port is given."""
+    if port is None:
+        yield
+        return
+    from fedapp.deploy.client_metrics import Books, watched
+
+    with watched(port, activity, books and Books(*books)) as port:
+        _log.info("metrics on http://127.0.0.1:%d/metrics", port)
+        yield
 
 
 def _policy(path: Path) -> Path:
@@ -94,7 +119,10 @@ def _begin_log(folder: Path) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="fedapp client", description="Take part in a federation with the data of this machine."
+        prog="fedapp client",
+        description="Take part in a federation with the data of this machine.",
+        epilog="fedapp client backup FILE writes all that it must not lose; fedapp client restore FILE takes "
+        "it; fedapp client forget removes what it kept of runs",
     )
     parser.add_argument("--server", required=True, metavar="HOST:PORT", help="where `fedapp server` runs")
     parser.add_argument("--ca", type=Path, metavar="FILE", help="ca.pem of the operator (FOLDER/ca.pem)")
@@ -112,6 +140,9 @@ def _parser() -> argparse.ArgumentParser:
         type=Path,
         default=Path("~/.fedapp/client"),
         help="of the node's key, state and log (%(default)s)",
+    )
+    parser.add_argument(
+        "--metrics-port", type=int, metavar="PORT", help="on 127.0.0.1: /metrics for Prometheus, and /health"
     )
     parser.add_argument(
         "--insecure", action="store_true", help="plain HTTP, to a server on this machine only"

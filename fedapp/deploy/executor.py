@@ -9,15 +9,20 @@ import os
 import sys
 import threading
 import time
+import traceback
 from multiprocessing.connection import Connection
+from types import TracebackType
 
 from fedapp.deploy.frames import context_of, message_of, of_context, of_message
+from fedapp.errors import DataError, FedappError
 
 
 def main() -> None:
     """Serve one run until the node closes the pipe, or is gone."""
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
+    output = logging.StreamHandler()  # the node's, which adds the time
+    output.setFormatter(Discreet("%(levelname)s %(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[output])
     logging.getLogger("matplotlib").setLevel(logging.WARNING)
     pipe = Connection(int(sys.argv[1]))
     from flwr.supercore.task_identity import TaskIdentity
@@ -34,6 +39,22 @@ def main() -> None:
             pipe.send_bytes(of_context(context))
     except (EOFError, BrokenPipeError):  # the node is gone, or needs this process no more
         return
+
+
+class Discreet(logging.Formatter):
+    """Tells of an exception where it was and of which kind, not in its words: those may quote the data."""
+
+    def formatException(  # noqa: N802
+        self,
+        ei: tuple[type[BaseException], BaseException, TracebackType | None] | tuple[None, None, None],
+    ) -> str:
+        """The frames, without the values in them."""
+        kind, error, trace = ei
+        if kind is None:
+            return ""
+        said = f"{''.join(traceback.format_tb(trace))}{kind.__name__}"
+        quotes = not isinstance(error, FedappError) or isinstance(error, DataError)
+        return f"{said}, whose words may quote data: see `fedapp check`" if quotes else f"{said}: {error}"
 
 
 def _end_with(parent: int) -> None:

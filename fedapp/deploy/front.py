@@ -10,6 +10,7 @@ import asyncio
 import hmac
 import logging
 from base64 import b64decode
+from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -42,6 +43,7 @@ from flwr.supercore.date import now
 from flwr.supercore.primitives.asymmetric import bytes_to_public_key, uses_nist_ec_curve, verify_signature
 from flwr.supercore.protobuf.constants import PROTOBUF_MEDIA_TYPE
 from starlette.concurrency import run_in_threadpool
+from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fedapp.deploy import objects
@@ -77,8 +79,9 @@ _log = logging.getLogger("fedapp.server")
 class Public:
     """The listener for everybody.
 
-    `routes` are fedapp's own paths, `/fedapp/...`, behind the operator's token like Flower's Control API.
-    Without `keyed` (loopback only) nodes bring keys that nobody registered. `max_body` is in bytes.
+    `routes` are fedapp's own paths, `/fedapp/...`, behind the operator's token like Flower's Control API and
+    `metrics`. Without `keyed` (loopback only) nodes bring keys that nobody registered. `max_body` is in
+    bytes. `answered` counts answers by their status, whoever asked.
     """
 
     app: ASGIApp
@@ -86,9 +89,12 @@ class Public:
     token: str
     pushes: Pushes
     routes: ASGIApp
+    metrics: ASGIApp
     max_body: int
     keyed: bool = True
     refusals: Refusals = field(default_factory=Refusals)
+    answered: Counter[int] = field(default_factory=Counter)
+    ending: bool = False
     _handed: dict[bytes, list[Message]] = field(default_factory=dict)  # to a key, not known to have arrived
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -102,17 +108,20 @@ class Public:
         try:
             await self._answered(scope, receive, answer)
         except Refused as refused:
-            self.refusals.tell(answer.who, what, refused.why)
+            self.refusals.tell(answer.who, what, refused.why, refused.status)
             await answer.refuse(refused, receive)
         else:
-            if answer.status >= 400:
-                self.refusals.tell(answer.who, what, f"answered {answer.status}")
+            if answer.status >= 400 and not self.ending:  # then it is we who go
+                self.refusals.tell(answer.who, what, f"answered {answer.status}", answer.status)
+        finally:
+            if answer.status:
+                self.answered[answer.status] += 1
 
     async def _answered(self, scope: Scope, receive: Receive, answer: Answer) -> None:
         method, path = scope["method"], scope["path"]
         if path == "/health" and method == "GET":
-            for message in await ask(self.app, scope, b""):
-                await answer(message)
+            said = PlainTextResponse("ending", 503) if self.ending else PlainTextResponse("ok")
+            await said(scope, receive, answer)
         elif path.startswith(_FLEET) and method == "POST":
             key = await run_in_threadpool(self._node, path, headers_of(scope))
             answer.who += f" ({fingerprint(key)})"
@@ -132,6 +141,9 @@ class Public:
                 await through(self.app, scope, receive, answer, self.max_body)
                 if path == f"{_FLEET}push-object":
                     self.pushes.replies.ring()
+        elif path == "/metrics":
+            self._operator(headers_of(scope))
+            await through(self.metrics, scope, receive, answer, QUESTION)
         elif path.startswith(("/v1/control/", "/fedapp/")):
             self._operator(headers_of(scope))
             if not path.startswith(("/v1/control/list-", "/v1/control/stream-")):

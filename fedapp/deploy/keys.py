@@ -4,6 +4,7 @@ Certificates are X.509 on NIST curves; a node's key is ECDSA P-384 in OpenSSH's 
 """
 
 import argparse
+import fcntl
 import ipaddress
 import os
 import re
@@ -11,7 +12,8 @@ import secrets
 import ssl
 import tempfile
 from base64 import b64decode, b64encode
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from hashlib import sha256
@@ -236,6 +238,17 @@ def private_folder(folder: Path) -> None:
         folder.chmod(0o700)
     except OSError as error:
         raise FedappError(f"cannot make {folder} ({error.strerror}): choose another --folder") from error
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Hold a server's folder; FedappError while another server runs from it."""
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise FedappError(f"another server runs from {folder}: end it first") from error
+        yield
 
 
 def _authority() -> Authority:

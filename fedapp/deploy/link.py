@@ -40,6 +40,7 @@ from flwr.supercore.run import Run
 from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
+from fedapp.deploy.activity import Activity
 from fedapp.deploy.objects import deliver, fetch, post
 from fedapp.errors import FedappError
 
@@ -71,15 +72,23 @@ class Link:
         key: EllipticCurvePrivateKey,
         registers: bool,
         said: Callable[[str], None],
+        activity: Activity,
     ) -> None:
-        """`ca` is None for plain HTTP, which goes to this machine only; `registers` without the operator."""
+        """`ca` is None for plain HTTP, which goes to this machine only; `registers` without the operator.
+
+        `activity` counts each request.
+        """
         self._said, self._registers = said, registers
         self._key = public_key_to_bytes(key.public_key())
         self._client = FleetHttpClient.from_server_address(
             server,
             ca is None,
             ca,
-            [RuntimeVersionHttpInterceptor("SuperNode"), NodeAuthHttpInterceptor(key, key.public_key())],
+            [
+                activity,
+                RuntimeVersionHttpInterceptor("SuperNode"),
+                NodeAuthHttpInterceptor(key, key.public_key()),
+            ],
         )
         self._node = Node()
         self._closed = threading.Event()

@@ -13,6 +13,7 @@ from fedapp.deploy.bounded import Refusals
 
 _IDLE_S = 30  # a connection without a request; clients drop theirs after 5 s
 _END_S = 10  # for requests that are being answered when the server ends
+HANDSHAKES = Refusals()
 
 
 class Listener(uvicorn.Server):
@@ -49,8 +50,6 @@ def listener(app: ASGIApp, lifespan: bool = False, folder: Path | None = None) -
 class _Handshake(ssl.SSLObject):
     """Tells of handshakes that fail, which asyncio does not: plain HTTP, a client that trusts another CA."""
 
-    refusals = Refusals()
-
     def do_handshake(self) -> None:
         """Shake hands."""
         try:
@@ -59,5 +58,5 @@ class _Handshake(ssl.SSLObject):
             raise
         except ssl.SSLError as error:
             said = (error.reason or str(error)).lower().replace("_", " ")
-            self.refusals.tell("a connection", "TLS handshake", said)
+            HANDSHAKES.tell("a connection", "TLS handshake", said)
             raise

@@ -8,14 +8,17 @@ import logging
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
+from typing import IO
 
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.common.constant import ErrorCode
 
+from fedapp.deploy.activity import Activity
 from fedapp.deploy.bundle import difference
 from fedapp.deploy.frames import context_of, message_of, of_context, of_message, round_of
 from fedapp.deploy.link import Link, Over, Refused
@@ -27,9 +30,9 @@ _log = logging.getLogger("fedapp.client")
 Config = Mapping[str, bool | int | float | str]
 
 
-def serve(link: Link, memory: Memory, config: Config) -> None:
+def serve(link: Link, memory: Memory, config: Config, activity: Activity) -> None:
     """Work for the server until this process is interrupted. Raises Refused where it takes no more."""
-    node = Node(link, memory, config)
+    node = Node(link, memory, config, activity)
     try:
         node.catch_up()
         while True:
@@ -45,8 +48,8 @@ def serve(link: Link, memory: Memory, config: Config) -> None:
 class Node:
     """The runs that a node takes part in, each with a process of its own once it works."""
 
-    def __init__(self, link: Link, memory: Memory, config: Config) -> None:
-        self._link, self._memory, self._config = link, memory, config
+    def __init__(self, link: Link, memory: Memory, config: Config, activity: Activity) -> None:
+        self._link, self._memory, self._config, self._activity = link, memory, config, activity
         self._id = link.open()
         self._runs = dict[int, _Run]()
         self._tidied = time.monotonic()
@@ -87,8 +90,9 @@ class Node:
     def _work(self, message: Message, data: bytes) -> None:
         number, begun = message.metadata.run_id, time.monotonic()
         try:
-            run = self._runs.get(number) or self._join(number, round_of(message))
-            found = run.work(data, lambda: self._goes_on(number))
+            with self._activity.work(message):
+                run = self._runs.get(number) or self._join(number, round_of(message))
+                found = run.work(data, lambda: self._goes_on(number))
         except Over:
             _log.info("run %d is over: its message is left", number)
             self._memory.drop()
@@ -109,10 +113,13 @@ class Node:
         try:
             size = self._link.send(reply, seconds)
             said = f"sent {size} bytes" if not reply.has_error() else f"declined: {reply.error.reason}"
+            self._activity.reply(reply)
         except Over:
             said = "the run was over before the reply was ready"
+            self._activity.replies["unwanted"] += 1
         except Refused as refused:
             said = str(refused)
+            self._activity.replies["unwanted"] += 1
         self._memory.sent()  # not where this process was interrupted: then the next one sends it
         return said
 
@@ -186,7 +193,23 @@ class _Run:
         with theirs:
             command = [sys.executable, "-m", "fedapp.deploy.executor", str(theirs.fileno())]
             self._process = subprocess.Popen(
-                command, pass_fds=[theirs.fileno()], start_new_session=True, env=dict(os.environ)
+                command,
+                pass_fds=[theirs.fileno()],
+                start_new_session=True,
+                env=dict(os.environ),
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
             )
+        threading.Thread(target=_take_over, args=(self._process.stdout,), daemon=True).start()
         self._pipe.send_bytes(self._context)
         return self._pipe
+
+
+def _take_over(output: IO[bytes]) -> None:
+    """Write what a process says into this node's log, which rotates."""
+    levels = logging.getLevelNamesMapping()
+    with output:
+        for line in output:
+            said = line.decode(errors="replace").rstrip()
+            level, _, rest = said.partition(" ")
+            _log.log(levels.get(level, logging.INFO), "%s", rest if level in levels else said)

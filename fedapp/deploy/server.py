@@ -2,7 +2,6 @@
 
 import argparse
 import asyncio
-import fcntl
 import logging
 import os
 import secrets
@@ -12,6 +11,7 @@ import socket
 import sys
 import tempfile
 import threading
+from collections import Counter
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
@@ -24,13 +24,15 @@ from flwr.superlink.cli.flower_superlink import SuperLinkLifespan
 from flwr.superlink.config_loader import SuperLinkLifespanConfig
 from flwr.superlink.main import create_app
 
-from fedapp.deploy import keys
+from fedapp.deploy import backup, keys
+from fedapp.deploy.bounded import Refusals
 from fedapp.deploy.control import ADDRESS, Access, access, is_loopback
 from fedapp.deploy.front import Private, Public
 from fedapp.deploy.going_on import take_up
 from fedapp.deploy.holding import Pushes
-from fedapp.deploy.listener import Listener, listener
+from fedapp.deploy.listener import HANDSHAKES, Listener, listener
 from fedapp.deploy.runs import RunFolders
+from fedapp.deploy.server_metrics import Metrics
 from fedapp.deploy.state import State
 from fedapp.errors import FedappError
 
@@ -41,8 +43,12 @@ _log = logging.getLogger("fedapp.server")
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Run the server until SIGINT or SIGTERM. Raises FedappError for what is not in order."""
-    parser = argparse.ArgumentParser("fedapp server", description=__doc__)
+    """Run the server until SIGINT or SIGTERM, or keep what it has. Raises FedappError."""
+    if arguments and arguments[0] in ("backup", "restore"):
+        backup.server(arguments)
+        return
+    kept = "fedapp server backup FILE writes all that it must not lose; fedapp server restore FILE takes it"
+    parser = argparse.ArgumentParser("fedapp server", description=__doc__, epilog=kept)
     parser.add_argument("--folder", type=Path, default=keys.FOLDER, help="keys, state, runs (%(default)s)")
     parser.add_argument("--host", help="the address to listen on (0.0.0.0; 127.0.0.1 with --insecure)")
     parser.add_argument("--port", type=int, default=8443)
@@ -89,6 +95,7 @@ class Server:
                     raise FedappError(f"a part of it ended: see {self.folder / 'log'}, and start it again")
             finally:
                 _log.info("ending")
+                listening.front.ending = True
                 await _end(child)
                 await copying
                 ending.cancel()
@@ -125,15 +132,6 @@ class Server:
         return said
 
     @contextmanager
-    def _alone(self) -> Iterator[None]:
-        with (self.folder / ".lock").open("w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                raise FedappError(f"another server runs from {self.folder}: end it first") from error
-            yield
-
-    @contextmanager
     def _bound(self, host: str, port: int) -> Iterator[socket.socket]:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         try:
@@ -152,23 +150,28 @@ class Server:
     async def listening(self, secret: bytes) -> AsyncIterator["Listening"]:
         """Both listeners, ready; `secret` guards what starts ServerApps."""
         with (
-            self._alone(),
+            keys.alone(self.folder),
             self._bound(self.host, self.port) as outside,
             self._bound("127.0.0.1", 0) as inside,
         ):
             app, pushes = create_app(self._config(secret), SuperLinkLifespan), Pushes()
             State(app.state.linkstate_factory)
+            linkstate, runs = app.state.linkstate_factory.state, self.folder / "runs"
+            refusals, answered = Refusals(), Counter[int]()
             front = Public(
                 app,
-                app.state.linkstate_factory.state,
+                linkstate,
                 keys.token(self.folder / keys.TOKEN),
                 pushes,
-                RunFolders(self.folder / "runs"),
+                RunFolders(runs),
+                Metrics(linkstate, runs, answered, (refusals, HANDSHAKES)),
                 self.max_body,
                 keyed=not self.insecure,
+                refusals=refusals,
+                answered=answered,
             )
             outer = listener(front, lifespan=True, folder=None if self.insecure else self.folder)
-            inner = listener(Private(app, app.state.linkstate_factory.state, pushes, self.max_body))
+            inner = listener(Private(app, linkstate, pushes, self.max_body))
             tasks = [asyncio.create_task(outer.serve([outside])), asyncio.create_task(inner.serve([inside]))]
             public, private = outside.getsockname()[1], inside.getsockname()[1]
             try:
@@ -177,8 +180,9 @@ class Server:
                 local = self.host if is_loopback(self.host) else "127.0.0.1"
                 scheme = "http" if self.insecure else "https"
                 keys.write(self.folder / ADDRESS, f"{scheme}://{local}:{public}\n".encode())
-                yield Listening(self.folder, outer, public, private, tasks)
+                yield Listening(self.folder, front, outer, public, private, tasks)
             finally:
+                front.ending = True
                 (self.folder / ADDRESS).unlink(missing_ok=True)
                 pushes.end()
                 outer.should_exit = inner.should_exit = True
@@ -258,6 +262,7 @@ class Listening:
     """Listeners that run: their ports, and the tasks that end when one of them does."""
 
     folder: Path
+    front: Public
     outer: Listener
     public: int
     private: int

@@ -146,7 +146,8 @@ def facts_of(job: Job, context: Context, asked: Collection[object]) -> Told:
             return told
         return told | of_data(wanted, data, job.task.classes)
     except FedappError as refusal:
-        _log.warning("node %s tells nothing of its data: %s", context.node_id, refusal)
+        said = "`fedapp check` says why" if isinstance(refusal, DataError) else refusal  # it may quote them
+        _log.warning("node %s tells nothing of its data: %s", context.node_id, said)
         return told
 
 
@@ -182,7 +183,7 @@ def _require_fit(job: Job, context: Context, policy: Policy | None) -> None:
     if "checked" in context.state or (found := _findings(job, context, policy)) is None:
         return
     for problem in found.problems:
-        _log.log(logging.ERROR if problem.fatal else logging.WARNING, "data check: %s", problem.said)
+        _log.log(logging.ERROR if problem.fatal else logging.WARNING, "data check: %s", problem.logged)
     if found.fatal:
         fatal = sum(problem.fatal for problem in found.problems)
         raise DataError(

@@ -104,13 +104,13 @@ class ImageFolder(Classification):
                 self._pixels(file)
                 good += [(file, name)] * (name in names)
             except DataError as error:
-                problems.append(Problem(str(error), fatal=True))
+                logged = "an image cannot be read: `fedapp check` names it"
+                problems.append(Problem(str(error), True, logged))
         strange = [name for _, name in files if name not in names]
         if strange:
-            said = (
-                f"{len(strange)} images in folders {sorted(set(strange))[:5]} that are none of {list(names)}"
-            )
-            problems.append(Problem(f"{said}: rename the folders", fatal=True))
+            many, some = f"{len(strange)} images in folders", sorted(set(strange))[:5]
+            none = f"that are none of {list(names)}: rename the folders"
+            problems.append(Problem(f"{many} {some} {none}", True, f"{many} {none}"))
         if not files and not growing:
             problems.append(Problem("there are no images: put some into the class folders", fatal=True))
         data = self._own(good, path) if good else _nothing(self.input_shape)

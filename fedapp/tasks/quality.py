@@ -27,10 +27,18 @@ Ranges = Sequence[tuple[str, float, float]]
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing that is wrong and how to mend it, in a line for the client alone: it may quote its data."""
+    """One thing that is wrong and how to mend it, in a line for the client alone: it may quote its data.
+
+    `logged` is what a log may hold: no value of the data.
+    """
 
     said: str
     fatal: bool  # training is impossible
+    unquoted: str = ""  # the line without values, where it has any
+
+    @property
+    def logged(self) -> str:
+        return self.unquoted or self.said
 
 
 @dataclass(frozen=True)
@@ -75,7 +83,9 @@ def of_table(table: "pd.DataFrame", schema: Schema, ranges: Ranges = (), empty: 
     there = table[[name for name in columns if name not in lacking]]
     bounds, problems = {name: (low, high) for name, low, high in ranges}, list[Problem]()
     if lacking:
-        problems.append(Problem(f"columns {lacking} are not there, of {has}: add or rename them", True))
+        said, mend = f"columns {lacking} are not there", "add or rename them"
+        # Without a header line the first row stands for one.
+        problems.append(Problem(f"{said}, of {has}: {mend}", True, f"{said}: {mend}"))
     if not len(table) and not empty:
         problems.append(Problem("there are no rows: give at least one example", True))
     sums = Counter({"examples": len(table), "columns-missing": len(lacking)})
@@ -91,9 +101,9 @@ def of_table(table: "pd.DataFrame", schema: Schema, ranges: Ranges = (), empty: 
         words = given[~given.isin(categories)]
         sums["labels-unknown" if name == schema.label else "values-malformed"] += len(words)
         if len(words):
-            some = sorted(set(words))[:5]
-            said = f"column {name}: {len(words)} values such as {some} are none of {list(categories)[:20]}"
-            problems.append(Problem(f"{said}: rename them, or take the rows out", True))
+            some, many = sorted(set(words))[:5], f"column {name}: {len(words)} values"
+            none = f"are none of {list(categories)[:20]}: rename them, or take the rows out"
+            problems.append(Problem(f"{many} such as {some} {none}", True, f"{many} {none}"))
     sums["duplicates"] = int(there.duplicated().sum())
     counts = {name: sums[name] for name in COUNTS[:7]}
     if schema.label in lacking:

@@ -1,0 +1,89 @@
+"""What a node is doing, counted as it works."""
+
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import httpx
+from flwr.app import Message
+from flwr.common.constant import ErrorCode
+from flwr.supercore.protobuf.client import ProtobufCall, ProtobufRequestContext
+
+from fedapp.deploy.metrics import Metric, counted, metric
+
+_KINDS = "train", "evaluate", "query"
+_DECLINED = ErrorCode.INVALID_FAB, ErrorCode.MOD_FAILED_PRECONDITION
+
+
+@dataclass
+class Activity:
+    """Counts since this process began. One thread works and writes; others may read, at any time.
+
+    As an interceptor of Flower's client it sees each request to the server, and what came of it.
+    """
+
+    reached: bool = False
+    working: bool = False
+    contact: float = 0.0  # when the server answered last, by time.time; 0 before the first time
+    sent: int = 0  # bytes of requests, without what HTTP and TLS add
+    received: int = 0
+    messages: Counter[str] = field(default_factory=lambda: Counter(dict.fromkeys(_KINDS, 0)))
+    replies: Counter[str] = field(
+        default_factory=lambda: Counter(answered=0, declined=0, failed=0, unwanted=0)
+    )
+    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(_KINDS, 0.0))  # of work
+
+    def intercept(self, context: ProtobufRequestContext, call_next: ProtobufCall) -> httpx.Response:
+        """Count a request and its answer."""
+        self.sent += len(context.request.content)
+        try:
+            response = call_next(context)
+        except httpx.TransportError:
+            self.reached = False
+            raise
+        self.received += len(response.content)
+        self.reached = response.status_code < 500  # else a server, or a proxy before it, that will be back
+        if self.reached:
+            self.contact = time.time()
+        return response
+
+    @contextmanager
+    def work(self, message: Message) -> Iterator[None]:
+        """Count a message, and the time that it takes."""
+        kind = message.metadata.message_type.partition(".")[0]
+        kind = kind if kind in _KINDS else "other"  # it comes from outside, and labels stay few
+        self.messages[kind] += 1
+        begun, self.working = time.monotonic(), True
+        try:
+            yield
+        finally:
+            self.working = False
+            self.seconds[kind] = self.seconds.get(kind, 0.0) + time.monotonic() - begun
+
+    def reply(self, reply: Message) -> None:
+        """Count a reply that the server took."""
+        if reply.has_error():
+            self.replies["declined" if reply.error.code in _DECLINED else "failed"] += 1
+        else:
+            self.replies["answered"] += 1
+
+    @property
+    def trouble(self) -> str | None:
+        """One word on why this node is of no use now; None where it is."""
+        if self.reached or self.working:
+            return None
+        return "unreachable" if self.contact else "starting"
+
+    def metrics(self) -> Iterator[Metric]:
+        """All of it, for Prometheus. Counts are copied at once: meanwhile the other thread goes on."""
+        name = "fedapp_client_connected", "fedapp_client_last_contact_timestamp_seconds"
+        yield metric(name[0], "gauge", "Whether the server answers.", int(self.reached))
+        yield metric(name[1], "gauge", "When the server answered last; 0 before that.", self.contact)
+        messages, replies, seconds = dict(self.messages), dict(self.replies), dict(self.seconds)
+        yield counted("fedapp_client_messages_total", "Messages worked on.", "kind", messages)
+        yield counted("fedapp_client_replies_total", "What came of messages.", "outcome", replies)
+        yield counted("fedapp_client_work_seconds_total", "Time at work.", "kind", seconds)
+        yield metric("fedapp_client_sent_bytes_total", "counter", "Bytes of requests.", self.sent)
+        yield metric("fedapp_client_received_bytes_total", "counter", "Bytes of answers.", self.received)

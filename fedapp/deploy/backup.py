@@ -1,0 +1,290 @@
+"""`fedapp server|client backup|restore`: all that a server or a node must not lose, in one file; and
+`fedapp client forget`: what a node kept of the data is removed, and what they have spent stays.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import sqlite3
+import tarfile
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager, nullcontext
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import BinaryIO
+
+from fedapp.deploy import keys
+from fedapp.errors import FedappError
+from fedapp.privacy.ledger_backup import bring_back
+from fedapp.report.folder import alone
+
+_MANIFEST = "backup.json"  # the last member: where it is missing, the file is not whole
+_LEDGER = "ledger.db"
+_CLIENT = Path("~/.fedapp/client")
+# What grows while it is copied comes last, in this order: no state is then newer than the rounds beside it,
+# and no private round is finished that was not begun. A run that goes on can only take rounds back.
+_GROWING = {"rounds.jsonl": 1, "begun.jsonl": 2}
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What belongs to a backup: files, databases and a folder of runs, of those that are there."""
+
+    name: str
+    files: tuple[str, ...]
+    database: str
+    runs: str | None = None
+
+
+SERVER = Kind("server", (keys.CA, keys.CA_KEY, keys.CERTIFICATE, keys.KEY, keys.TOKEN), "state.db", "runs")
+CLIENT = Kind("client", ("node.key", "node.key.pub", "ca.pem", "data.yaml", "policy.yaml"), "node.sqlite")
+
+
+def server(arguments: Sequence[str]) -> None:
+    """`fedapp server backup|restore`. Raises FedappError."""
+    given = _parser("server", keys.FOLDER).parse_args(arguments)
+    folder = given.folder.expanduser().resolve()
+    if given.command == "backup":
+        _told_of(given.file, save(SERVER, folder, given.file))
+        return
+    with unpacked(SERVER, given.file, folder, given.force) as (new, made):
+        held = sorted(path.name for path in new.iterdir())
+        aside = _put(new, folder)
+    _told_back(folder, held, made, aside)
+    print("nodes that were shut out since then are let in again: see `fedapp nodes list`")
+
+
+def client(arguments: Sequence[str]) -> None:
+    """`fedapp client backup|restore|forget`. Raises FedappError."""
+    given = _parser("client", _CLIENT).parse_args(arguments)
+    folder = given.folder.expanduser().resolve()
+    if given.command == "forget":
+        forget(folder)
+        return
+    ledger = (given.ledger or folder / _LEDGER).expanduser().resolve()
+    if given.command == "backup":
+        there = ledger.exists()
+        if given.ledger and not there:
+            raise FedappError(f"there is no ledger {ledger}: correct the path")
+        _told_of(given.file, save(CLIENT, folder, given.file, ledger if there else None))
+        if not there:
+            print(f"no ledger is in it: there is none at {ledger}, and --ledger names another place")
+        return
+    with unpacked(CLIENT, given.file, folder, given.force) as (new, made):
+        held = sorted(path.name for path in new.iterdir())
+        said = _restore_ledger(new, folder, ledger, given.keep_ledger)
+        aside = _put(new, folder)
+    _told_back(folder, held, made, aside)
+    print(said)
+
+
+def save(kind: Kind, folder: Path, file: Path, ledger: Path | None = None) -> list[str]:
+    """Write a backup, mode 0600, whole or not at all; returns the names of what is in it.
+
+    Server or client may go on meanwhile: of each database it holds one moment.
+    """
+    if file.exists():
+        raise FedappError(f"{file} exists: name a file that does not")
+    if not any((folder / name).exists() for name in kind.files):
+        raise FedappError(f"{folder} is no {kind.name}'s folder: name it with --folder")
+    databases = {kind.database: folder / kind.database} | ({_LEDGER: ledger} if ledger else {})
+    try:
+        with (
+            _whole(file) as partial,
+            tempfile.TemporaryDirectory(dir=file.absolute().parent) as room,
+            tarfile.open(fileobj=partial, mode="w") as archive,
+        ):
+            for name, path in databases.items():
+                if path.exists():
+                    _snapshot(path, Path(room, name))
+                    _add(archive, Path(room, name), name)
+            for name in kind.files:
+                _add(archive, folder / name, name)
+            if kind.runs is not None:
+                _add_runs(archive, folder / kind.runs)
+            names = sorted({name.split("/")[0] for name in archive.getnames()})
+            made = json.dumps({"of": kind.name, "made": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC"})
+            Path(room, _MANIFEST).write_text(made)
+            _add(archive, Path(room, _MANIFEST), _MANIFEST)
+    except (OSError, sqlite3.Error) as error:
+        raise FedappError(f"{file} cannot be written ({error}): see that its disk has room") from error
+    return names
+
+
+@contextmanager
+def unpacked(kind: Kind, file: Path, folder: Path, force: bool) -> Iterator[tuple[Path, str]]:
+    """A backup in a new folder beside the one that it is to become, and when it was made.
+
+    Nobody runs in `folder` meanwhile. Raises FedappError where it holds anything, unless `force`.
+    """
+    full = folder.exists() and any(folder.iterdir())
+    if full and not force:
+        raise FedappError(f"{folder} is not empty: name another --folder, or --force to put it aside")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    held = nullcontext() if not full else keys.alone(folder) if kind is SERVER else alone(folder)
+    new = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))  # mode 0700
+    try:
+        with held:
+            yield new, _unpack(kind, file, new)
+    except (OSError, sqlite3.Error) as error:
+        raise FedappError(f"{folder} cannot be restored ({error}): nothing is changed there") from error
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+
+
+def forget(folder: Path) -> None:
+    """Remove what a node kept of its runs, all of which its data made; key, ledger and log stay."""
+    if not folder.is_dir():
+        raise FedappError(f"{folder} is no client's folder: name it with --folder")
+    with alone(folder):
+        found = [path for path in folder.glob(f"{CLIENT.database}*") if path.is_file()]
+        for path in found:
+            path.unlink()
+    print(
+        f"{folder / CLIENT.database} is removed: runs that go on begin anew here. Key and ledger stay"
+        if found
+        else f"nothing is kept in {folder}"
+    )
+
+
+def _restore_ledger(new: Path, folder: Path, ledger: Path, keep: bool) -> str:
+    """Bring the ledger back to its place, before anything else is; returns what to say of it.
+
+    One that is there stays the same file, which others may have open, and only grows.
+    """
+    copy = new / _LEDGER
+    if ledger.exists():
+        if copy.exists() and not keep:
+            bring_back(copy, ledger)
+        copy.unlink(missing_ok=True)
+        if ledger.is_relative_to(folder):
+            inside = new / ledger.relative_to(folder)
+            inside.parent.mkdir(parents=True, exist_ok=True)
+            os.link(ledger, inside)
+        return f"the ledger is {ledger}; no client may run elsewhere with a copy of it"
+    if not copy.exists():
+        return "there is no ledger"
+    place = new / ledger.relative_to(folder) if ledger.is_relative_to(folder) else ledger
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with _whole(place) as partial:
+        partial.write(copy.read_bytes())
+    if place != copy:
+        copy.unlink()
+    return f"the ledger {ledger} is as old as the backup: what was spent since then it does not count"
+
+
+def _put(new: Path, folder: Path) -> Path | None:
+    """Let `new` become the folder; returns where what was there is now."""
+    aside = None
+    if folder.exists() and any(folder.iterdir()):
+        aside = folder.with_name(f"{folder.name}.before-{datetime.now():%Y%m%d-%H%M%S}")
+        os.rename(folder, aside)
+    try:
+        os.rename(new, folder)
+    except OSError:
+        if aside is not None:
+            os.rename(aside, folder)
+        raise
+    return aside
+
+
+def _unpack(kind: Kind, file: Path, into: Path) -> str:
+    """Unpack a backup; returns when it was made."""
+    try:
+        with tarfile.open(file) as archive:
+            member = archive.extractfile(_MANIFEST)
+            told = json.load(member) if member is not None else {}
+            if told["of"] != kind.name:
+                raise FedappError(f"{file} is of a {told['of']}: `fedapp {told['of']} restore` takes it")
+            archive.extractall(into, filter="data")
+            made = str(told["made"])
+        (into / _MANIFEST).unlink()
+        for database in into.glob(kind.database):
+            with closing(sqlite3.connect(database)) as db:
+                (found,) = db.execute("PRAGMA quick_check").fetchone()
+            if found != "ok":
+                raise sqlite3.DatabaseError(f"{database.name}: {found}")
+    except (OSError, tarfile.TarError, sqlite3.Error, ValueError, KeyError, TypeError) as error:
+        raise FedappError(
+            f"{file} cannot be restored ({error}): see that it is a whole backup, and that the disk has room"
+        ) from error
+    return made
+
+
+def _snapshot(database: Path, to: Path) -> None:
+    """Copy a database as it is at one moment, whoever writes to it."""
+    source = f"{database.absolute().as_uri()}?mode=rw"  # and is not made where it is missing
+    with closing(sqlite3.connect(source, uri=True, timeout=60)) as db, closing(sqlite3.connect(to)) as copy:
+        db.backup(copy)
+
+
+def _add_runs(archive: tarfile.TarFile, runs: Path) -> None:
+    """Add all run folders; one that is a link to another one stays one."""
+    found = [path for path in runs.rglob("*") if not path.name.startswith(".")]
+    for path in sorted(found, key=lambda path: (_GROWING.get(path.name, 0), path)):
+        name = f"{runs.name}/{path.relative_to(runs)}"
+        if path.is_symlink():
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = tarfile.SYMTYPE, path.resolve().name
+            if path.resolve().parent == runs:
+                archive.addfile(info)
+        elif path.is_file():
+            _add(archive, path, name)
+
+
+def _add(archive: tarfile.TarFile, path: Path, name: str) -> None:
+    """Add a file under a name, as much of it as there is now; nothing where it is gone."""
+    try:
+        file = path.open("rb")
+    except FileNotFoundError:
+        return
+    with file:
+        info, found = tarfile.TarInfo(name), os.fstat(file.fileno())
+        info.size, info.mtime, info.mode = found.st_size, int(found.st_mtime), 0o600
+        archive.addfile(info, file)
+
+
+@contextmanager
+def _whole(file: Path) -> Iterator[BinaryIO]:
+    """A file that is there, mode 0600, once all of it is written."""
+    with tempfile.NamedTemporaryFile(dir=file.absolute().parent, prefix=".", delete=False) as partial:
+        try:
+            yield partial  # type: ignore[misc]
+            partial.flush()
+            os.fsync(partial.fileno())
+            os.replace(partial.name, file)
+        except BaseException:
+            Path(partial.name).unlink(missing_ok=True)
+            raise
+
+
+def _told_of(file: Path, names: Sequence[str]) -> None:
+    print(f"{file} holds {', '.join(names)}; whoever reads it has the keys")
+
+
+def _told_back(folder: Path, names: Sequence[str], made: str, aside: Path | None) -> None:
+    print(f"{folder} is as it was on {made}: {', '.join(names)}")
+    if aside is not None:
+        print(f"what was there is in {aside}")
+
+
+def _parser(of: str, folder: Path) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(f"fedapp {of}")
+    commands = parser.add_subparsers(dest="command", required=True)
+    backup = commands.add_parser("backup", help=f"write all that the {of} must not lose to one file")
+    restore = commands.add_parser("restore", help="bring a folder back from a backup")
+    every = [backup, restore]
+    for command in (backup, restore):
+        command.add_argument("file", type=Path, help="the backup")
+    restore.add_argument("--force", action="store_true", help="put aside what is in the folder")
+    if of == "client":
+        every.append(commands.add_parser("forget", help="remove what a node kept of its runs"))
+        for command in (backup, restore):
+            command.add_argument("--ledger", type=Path, help=f"the ledger (FOLDER/{_LEDGER})")
+        restore.add_argument("--keep-ledger", action="store_true", help="leave the ledger as it is")
+    for command in every:
+        command.add_argument("--folder", type=Path, default=folder, help="the folder (%(default)s)")
+    return parser

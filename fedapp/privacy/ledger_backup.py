@@ -1,0 +1,52 @@
+"""A ledger kept in a second place, and brought back where that forgets nothing that was spent."""
+
+import sqlite3
+from contextlib import closing
+from pathlib import Path
+
+from fedapp.errors import FedappError
+from fedapp.privacy.ledger import Ledger
+
+_TABLES = "data", "fingerprints", "limits", "events", "replies"
+_HELD = {  # what a budget follows from
+    "releases": "SELECT * FROM {0}.events",
+    "limits": "SELECT * FROM {0}.limits",
+    "fingerprints": "SELECT * FROM {0}.fingerprints",
+    "overlaps": "SELECT one.id, other.id FROM {0}.data AS one JOIN {0}.data AS other USING (budget)",
+}
+
+
+def bring_back(copy: Path, ledger: Path) -> None:
+    """Make a ledger what its copy is, in one transaction; others that use it wait meanwhile.
+
+    A ledger only grows, so the copy must hold all that the ledger holds: an older one would count too
+    little. Raises FedappError where it lacks any of it, with nothing written. A reply that only the ledger
+    kept is gone, which costs its release once more.
+    """
+    for path in (copy, ledger):
+        Ledger(path)  # of the same version, and whole enough
+    try:
+        with closing(sqlite3.connect(ledger, timeout=60, isolation_level=None)) as db:
+            db.execute("PRAGMA synchronous = EXTRA")
+            db.execute("ATTACH ? AS copy", (str(copy),))
+            db.execute("BEGIN IMMEDIATE")
+            try:
+                for what, rows in _HELD.items():
+                    own, copied = rows.format("main"), rows.format("copy")
+                    (lost,) = db.execute(f"SELECT COUNT(*) FROM ({own} EXCEPT {copied})").fetchone()
+                    if lost:
+                        raise FedappError(
+                            f"the ledger {ledger} has {lost} {what} that the backup lacks, so this would count "
+                            "less than was spent: --keep-ledger restores the rest and leaves it as it is"
+                        )
+                for table in _TABLES:
+                    db.execute(f"DELETE FROM main.{table}")
+                    db.execute(f"INSERT INTO main.{table} SELECT * FROM copy.{table}")
+            except BaseException:
+                db.execute("ROLLBACK")
+                raise
+            db.execute("COMMIT")
+    except sqlite3.Error as error:
+        raise FedappError(
+            f"the ledger {ledger} cannot be brought back ({error}): nothing is changed"
+        ) from error
