@@ -2,14 +2,19 @@
 
 import json
 import os
+import re
 import signal
+import ssl
 import subprocess
 import time
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from shell import Shell, free_port, wait
+
+from fedapp.privacy.ledger import Ledger
 
 pytestmark = pytest.mark.slow
 
@@ -20,8 +25,9 @@ SETTINGS = "task=digits model=logistic privacy=none clients=2 codec.rate=0.5 cod
 class Federation:
     """A server and its clients on loopback, with TLS and keys."""
 
-    def __init__(self, shell: Shell, clients: int) -> None:
-        self.shell, self.home, self.port = shell, shell.home, free_port()
+    def __init__(self, shell: Shell, clients: int, more: str = "") -> None:
+        """`more`: flags of the clients."""
+        self.shell, self.home, self.port, self._more = shell, shell.home, free_port(), more
         shell.run("fedapp keys init --host localhost")
         self.server = self.serve()
         self.clients = [self.join(number, clients) for number in range(clients)]
@@ -37,14 +43,16 @@ class Federation:
         folder = self.home / f"client{number}"
         self.shell.run(f"fedapp keys node --out {folder}/node.key")
         self.shell.run(f"fedapp nodes register {folder}/node.key.pub")
-        (folder / "data.yaml").write_text(f"partition-id: {number}\nnum-partitions: {of}\n")
+        own = self.home / f"table{number}.csv"
+        part = f"partition-id: {number}\nnum-partitions: {of}\n"
+        (folder / "data.yaml").write_text(f"data: {own}\n" if own.exists() else part)
         return self.start(number)
 
     def start(self, number: int) -> subprocess.Popen[bytes]:
         folder = self.home / f"client{number}"
         return self.shell.start(
             f"fedapp client --server 127.0.0.1:{self.port} --ca {self.home}/.fedapp/server/ca.pem "
-            f"--folder {folder} --data-config {folder}/data.yaml"
+            f"--folder {folder} --data-config {folder}/data.yaml {self._more}"
         )
 
     def said(self, number: int) -> str:
@@ -130,10 +138,16 @@ def test_a_server_killed_in_a_round_goes_on_when_it_is_back(shell: Shell) -> Non
     assert summary["accuracy"] > 0.8
 
 
-def test_closing_the_terminal_does_not_stop_a_run(shell: Shell) -> None:
-    federation = Federation(shell, 1)
+def test_closing_the_terminal_does_not_stop_a_run_and_no_log_tells_a_secret(shell: Shell) -> None:
+    """Two clients with tables of their own, one of them with a label that is none."""
+    rows = "".join(f"271828.{i},{i % 7},{'no' if i % 2 else 'yes'}\n" for i in range(40))
+    (shell.home / "table0.csv").write_text(f"age,dose,sick\n{rows}")
+    (shell.home / "table1.csv").write_text(f"age,dose,sick\n{rows.replace('yes', 'Wilhelmina')}")
+    Ledger(shell.home / "ledger.db", new=True)
+    federation = Federation(shell, 2, "--metrics-port 0 --ledger ledger.db")
     log = shell._log()
-    submitted = shell.start("fedapp submit task=digits model=logistic privacy=none clients=1 rounds=4")
+    task = "task=csv task.features=[age,dose] task.label=sick task.class_names=[no,yes] model=logistic"
+    submitted = shell.start(f"fedapp submit {task} privacy=none clients=2 rounds=4")
     wait(lambda: "round 1: train took" in federation.said(0), submitted)
     submitted.send_signal(signal.SIGINT)
     assert submitted.wait(30) == 130
@@ -142,7 +156,47 @@ def test_closing_the_terminal_does_not_stop_a_run(shell: Shell) -> None:
     assert f"fedapp runs watch {number}" in said
     assert f"fedapp runs stop {number}" in said
     shell.run(f"fedapp runs watch {number} --into got", timeout=240)
-    assert len(lines(shell.home / "got")) == 4
+    assert [(r["replies"], r["failures"]) for r in lines(shell.home / "got")] == [(1, 1)] * 4
+    monitored(federation, number)
+    assert "data check: column sick: 20 values are none of" in federation.said(1)
+    assert "Traceback" in federation.said(1)  # what the process beside the node says is in its log
+    private(federation)
+
+
+def monitored(federation: Federation, run: str) -> None:
+    """The numbers of a run that is over, at both ends; and who does not serve any more."""
+    folder = federation.home / ".fedapp/server"
+    trust = ssl.create_default_context(cafile=folder / "ca.pem")
+    bearer = {"Authorization": f"Bearer {(folder / 'operator.token').read_text().strip()}"}
+    found = httpx.get(f"https://127.0.0.1:{federation.port}/metrics", headers=bearer, verify=trust).text
+    assert f'fedapp_run_round{{run_id="{run}"}} 4\n' in found
+    assert 'fedapp_nodes{status="online"} 2\n' in found
+    uplink = sum(r["uplink_bytes"] for r in lines(federation.home / "got"))
+    assert f'fedapp_run_uplink_bytes_total{{run_id="{run}"}} {float(uplink)}\n' in found
+    urls = [re.findall(r"http://127\.0\.0\.1:\d+/", federation.said(number))[-1] for number in (0, 1)]
+    told = [httpx.get(f"{url}metrics").text for url in urls]
+    for text, outcome in zip(told, ("answered", "failed"), strict=True):
+        (count,) = re.findall(rf'fedapp_client_replies_total{{outcome="{outcome}"}} (\d+)', text)
+        assert int(count) >= 4
+        assert 'fedapp_client_messages_total{kind="train"} 4\n' in text
+    assert 'fedapp_client_ledger_epsilon{data_id="data",unit="example",delta="1e-05"} +Inf\n' in told[0]
+    assert httpx.get(f"{urls[0]}health").status_code == 200
+    federation.server.send_signal(signal.SIGTERM)
+    assert federation.server.wait(60) == 0
+    wait(lambda: httpx.get(f"{urls[0]}health").text == "unreachable", federation.clients[0], 60)
+
+
+def private(federation: Federation) -> None:
+    """No log holds the operator's token, a line of a private key, or a value of the data."""
+    home, server = federation.home, federation.home / ".fedapp/server"
+    secrets = [(server / "operator.token").read_text().strip(), "271828", "Wilhelmina"]
+    for key in (server / "ca.key", server / "server.key", home / "client0/node.key"):
+        secrets += key.read_text().splitlines()[1:-1]
+    logs = [*home.glob("*.log"), *home.glob("client*/node.log"), *server.glob("log/*.log")]
+    assert len(logs) > 8
+    for log in logs:
+        said = log.read_text()
+        assert not [secret for secret in secrets if secret in said], log
 
 
 def test_settings_that_make_no_job_are_told_before_anything_is_sent(shell: Shell) -> None:

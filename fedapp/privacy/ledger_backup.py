@@ -31,14 +31,7 @@ def bring_back(copy: Path, ledger: Path) -> None:
             db.execute("ATTACH ? AS copy", (str(copy),))
             db.execute("BEGIN IMMEDIATE")
             try:
-                for what, rows in _HELD.items():
-                    own, copied = rows.format("main"), rows.format("copy")
-                    (lost,) = db.execute(f"SELECT COUNT(*) FROM ({own} EXCEPT {copied})").fetchone()
-                    if lost:
-                        raise FedappError(
-                            f"the ledger {ledger} has {lost} {what} that the backup lacks, so this would count "
-                            "less than was spent: --keep-ledger restores the rest and leaves it as it is"
-                        )
+                _require_all(db, ledger)
                 for table in _TABLES:
                     db.execute(f"DELETE FROM main.{table}")
                     db.execute(f"INSERT INTO main.{table} SELECT * FROM copy.{table}")
@@ -50,3 +43,15 @@ def bring_back(copy: Path, ledger: Path) -> None:
         raise FedappError(
             f"the ledger {ledger} cannot be brought back ({error}): nothing is changed"
         ) from error
+
+
+def _require_all(db: sqlite3.Connection, ledger: Path) -> None:
+    """Raise FedappError where the copy lacks any of what the ledger holds."""
+    for what, rows in _HELD.items():
+        own, copied = rows.format("main"), rows.format("copy")
+        (lacking,) = db.execute(f"SELECT COUNT(*) FROM ({own} EXCEPT {copied})").fetchone()
+        if lacking:
+            raise FedappError(
+                f"the ledger {ledger} has {lacking} {what} that the backup lacks, so this would count less "
+                "than was spent: --keep-ledger restores the rest and leaves the ledger as it is"
+            )
