@@ -41,16 +41,23 @@ from flwr.common.constant import (
     TIMESTAMP_HEADER,
     TIMESTAMP_TOLERANCE,
     ErrorCode,
+    Status,
     SType,
+    SubStatus,
 )
 from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
-from flwr.proto.fleet_pb2 import PullMessagesResponse
+from flwr.proto.fleet_pb2 import ActivateNodeRequest, PullMessagesResponse
 from flwr.proto.message_pb2 import PullObjectResponse
+from flwr.proto.node_pb2 import NodeInfo
 from flwr.server.superlink.linkstate import LinkState
 from flwr.server.superlink.utils import check_abort
 from flwr.serverapp import Grid, strategy
 from flwr.supercore import log
-from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIGNATURE_HEADER
+from flwr.supercore.constant import (
+    FLEET_HTTP_PUBLIC_KEY_HEADER,
+    FLEET_HTTP_SIGNATURE_HEADER,
+    NodeStatus,
+)
 from flwr.supercore.corestate.in_memory_corestate import InMemoryCoreState
 from flwr.supercore.corestate.sql_corestate import SqlCoreState
 from flwr.supercore.primitives.asymmetric import bytes_to_public_key, verify_signature
@@ -62,10 +69,12 @@ from flwr.superlink.cli.flower_superlink import SuperLinkLifespan
 from flwr.superlink.config_loader import SuperLinkLifespanConfig
 from flwr.superlink.grid import HttpGrid
 from flwr.superlink.main import create_app
+from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
 import fedapp
 from fedapp.deploy import front, holding, objects
+from fedapp.deploy.activity import Activity
 from fedapp.deploy.state import State
 from fedapp.wire import STREAMED
 
@@ -504,6 +513,32 @@ def test_what_is_read_of_flowers_clients_and_grid() -> None:
     grid.close()
 
 
+def test_an_interceptor_sees_each_request_of_a_node_and_its_answer() -> None:
+    """`ProtobufCall`, `ProtobufRequestContext`: what `Activity` counts, in Flower's calls and in fedapp's."""
+    activity = Activity()
+    client = FleetHttpClient.from_server_address("127.0.0.1:1", True, None, [activity])
+    transport = httpx.MockTransport(lambda request: httpx.Response(200, content=b"\x08\x07"))
+    client._client = httpx.Client(transport=transport)
+    asked = ActivateNodeRequest(public_key=b"key", heartbeat_interval=20)
+    assert client.ActivateNode(asked).node_id == 7
+    assert (activity.sent, activity.received) == (len(asked.SerializeToString()), 2)
+    objects.post(client, "/v1/fleet/pull-objects", b"abc")
+    assert (activity.sent, activity.received) == (len(asked.SerializeToString()) + 3, 4)
+    client.close()
+
+
+def test_what_metrics_read_of_runs_and_nodes() -> None:
+    """`Run`, `Status`, `NodeInfo`: how they stand, in words that become labels, and when a run ended."""
+    run = Run.create_empty(7)
+    assert (run.status.status, run.status.sub_status, run.finished_at) == ("", "", "")
+    assert (Status.PENDING, Status.RUNNING, Status.FINISHED) == ("pending", "running", "finished")
+    assert (SubStatus.COMPLETED, SubStatus.FAILED, SubStatus.STOPPED) == ("completed", "failed", "stopped")
+    assert (NodeStatus.REGISTERED, NodeStatus.ONLINE, NodeStatus.OFFLINE) == (
+        "registered", "online", "offline"
+    )  # fmt: skip
+    assert NodeInfo(status="online").status == "online"
+
+
 def test_what_is_asked_of_the_superlinks_state() -> None:
     """`LinkState`, `check_abort`: what the front stores, finds and looks up itself."""
     for name, arguments in {
@@ -512,6 +547,11 @@ def test_what_is_asked_of_the_superlinks_state() -> None:
         "get_task_by_token": ["self", "token"],
         "acknowledge_node_heartbeat": ["self", "node_id", "heartbeat_interval"],
         "get_node_id_by_public_key": ["self", "public_key"],
+        "get_node_info": ["self", "node_ids", "owner_aids", "statuses"],
+        "get_run_info": [
+            *("self", "run_ids", "statuses", "flwr_aids", "federation_ids", "order_by", "ascending"),
+            *("limit", "skip"),
+        ],
     }.items():
         assert list(inspect.signature(getattr(LinkState, name)).parameters) == arguments
     assert list(inspect.signature(check_abort).parameters) == ["run_id", "abort_status_list", "state"]

@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from threading import Lock
 
 import httpx
 from flwr.app import Message
@@ -19,7 +20,7 @@ _DECLINED = ErrorCode.INVALID_FAB, ErrorCode.MOD_FAILED_PRECONDITION
 
 @dataclass
 class Activity:
-    """Counts since this process began. One thread works and writes; others may read, at any time.
+    """Counts since this process began; any thread may read them at any time.
 
     As an interceptor of Flower's client it sees each request to the server, and what came of it.
     """
@@ -34,25 +35,27 @@ class Activity:
         default_factory=lambda: Counter(answered=0, declined=0, failed=0, unwanted=0)
     )
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(_KINDS, 0.0))  # of work
+    _requests: Lock = field(default_factory=Lock)  # what works and what gives a sign of life make some each
 
     def intercept(self, context: ProtobufRequestContext, call_next: ProtobufCall) -> httpx.Response:
         """Count a request and its answer."""
-        self.sent += len(context.request.content)
         try:
             response = call_next(context)
         except httpx.TransportError:
             self.reached = False
             raise
-        self.received += len(response.content)
+        with self._requests:
+            self.sent += len(context.request.content)
+            self.received += len(response.content)
         self.reached = response.status_code < 500  # else a server, or a proxy before it, that will be back
         if self.reached:
             self.contact = time.time()
         return response
 
     @contextmanager
-    def work(self, message: Message) -> Iterator[None]:
+    def work(self, message_type: str) -> Iterator[None]:
         """Count a message, and the time that it takes."""
-        kind = message.metadata.message_type.partition(".")[0]
+        kind = message_type.partition(".")[0]
         kind = kind if kind in _KINDS else "other"  # it comes from outside, and labels stay few
         self.messages[kind] += 1
         begun, self.working = time.monotonic(), True
@@ -85,5 +88,7 @@ class Activity:
         yield counted("fedapp_client_messages_total", "Messages worked on.", "kind", messages)
         yield counted("fedapp_client_replies_total", "What came of messages.", "outcome", replies)
         yield counted("fedapp_client_work_seconds_total", "Time at work.", "kind", seconds)
-        yield metric("fedapp_client_sent_bytes_total", "counter", "Bytes of requests.", self.sent)
+        yield metric(
+            "fedapp_client_sent_bytes_total", "counter", "Bytes of requests that were answered.", self.sent
+        )
         yield metric("fedapp_client_received_bytes_total", "counter", "Bytes of answers.", self.received)

@@ -42,19 +42,23 @@ def main() -> None:
 
 
 class Discreet(logging.Formatter):
-    """Tells of an exception where it was and of which kind, not in its words: those may quote the data."""
+    """Tells of exceptions of which kind they are, and where: their words may quote the data.
+
+    fedapp's own errors, but for those about data, tell how to mend something, and quote nothing.
+    """
 
     def formatException(  # noqa: N802
         self,
         ei: tuple[type[BaseException], BaseException, TracebackType | None] | tuple[None, None, None],
     ) -> str:
-        """The frames, without the values in them."""
+        """One line, after the frames where it is no error of fedapp's own."""
         kind, error, trace = ei
         if kind is None:
             return ""
-        said = f"{''.join(traceback.format_tb(trace))}{kind.__name__}"
-        quotes = not isinstance(error, FedappError) or isinstance(error, DataError)
-        return f"{said}, whose words may quote data: see `fedapp check`" if quotes else f"{said}: {error}"
+        if isinstance(error, FedappError) and not isinstance(error, DataError):
+            return f"{kind.__name__}: {error}"
+        frames = "" if isinstance(error, DataError) else "".join(traceback.format_tb(trace))
+        return f"{frames}{kind.__name__}, whose words may quote data: see `fedapp check`"
 
 
 def _end_with(parent: int) -> None:

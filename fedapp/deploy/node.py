@@ -90,7 +90,7 @@ class Node:
     def _work(self, message: Message, data: bytes) -> None:
         number, begun = message.metadata.run_id, time.monotonic()
         try:
-            with self._activity.work(message):
+            with self._activity.work(message.metadata.message_type):
                 run = self._runs.get(number) or self._join(number, round_of(message))
                 found = run.work(data, lambda: self._goes_on(number))
         except Over:
