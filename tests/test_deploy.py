@@ -143,8 +143,8 @@ def test_closing_the_terminal_does_not_stop_a_run_and_no_log_tells_a_secret(shel
     rows = "".join(f"271828.{i},{i % 7},{'no' if i % 2 else 'yes'}\n" for i in range(40))
     (shell.home / "table0.csv").write_text(f"age,dose,sick\n{rows}")
     (shell.home / "table1.csv").write_text(f"age,dose,sick\n{rows.replace('yes', 'Wilhelmina')}")
-    for number in (0, 1):
-        Ledger(shell.home / f"ledger{number}.db", new=True)
+    for client in (0, 1):
+        Ledger(shell.home / f"ledger{client}.db", new=True)
     federation = Federation(shell, 2, "--metrics-port 0 --ledger ledger{number}.db")
     log = shell._log()
     task = "task=csv task.features=[age,dose] task.label=sick task.class_names=[no,yes] model=logistic"

@@ -748,7 +748,13 @@ def test_metrics_tell_of_nodes_runs_and_requests(server: Running, tmp_path: Path
         folder = server.folder / "runs" / str(number)
         folder.mkdir(parents=True)
         (folder / "config.yaml").write_text("rounds: 5\nseed: 0\n")
-        of_round = {"loss": 1.0, "downlink_bytes": 5, "epsilon": None, "replies": 2, "failures": 1}
+        of_round: dict[str, Any] = {
+            "loss": 1.0,
+            "downlink_bytes": 5,
+            "epsilon": None,
+            "replies": 2,
+            "failures": 1,
+        }
         of_round |= {"seconds": 1.5, "stages": {"encode": 0.5, "train": None}}
         lines = (
             json.dumps({"round": n, "accuracy": 0.1 * n, "uplink_bytes": 10 * n, **of_round}) for n in (1, 2)

@@ -90,7 +90,7 @@ def test_what_a_run_does_not_know_is_left_out() -> None:
 
 def requested(activity: Activity, answer: httpx.Response | Exception) -> None:
     """One request of Flower's client through the activity."""
-    context = ProtobufRequestContext("any", Any, httpx.Request("POST", "http://here", content=b"1234"))  # type: ignore[arg-type]
+    context = ProtobufRequestContext("any", Any, httpx.Request("POST", "http://here", content=b"1234"))
 
     def call(_: ProtobufRequestContext) -> httpx.Response:
         if isinstance(answer, Exception):
@@ -191,7 +191,7 @@ def test_what_a_process_says_is_in_the_nodes_log(caplog: pytest.LogCaptureFixtur
     ("raised", "where", "words"),
     [
         (lambda: float("Wilhelmina"), True, False),
-        (lambda: {}["Wilhelmina"], True, False),
+        (lambda: dict[str, int]()["Wilhelmina"], True, False),
         (lambda: throw(DataError("unknown values ['Wilhelmina']")), False, False),
         (lambda: throw(ConfigError("codec.rate=Wilhelmina")), False, True),
     ],
