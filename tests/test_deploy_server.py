@@ -18,7 +18,7 @@ import time
 from base64 import b64encode
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -933,7 +933,13 @@ def test_an_operators_day(tmp_path: Path) -> None:
         keys.renew(folder)
         process.send_signal(signal.SIGHUP)
         (child,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        url = f"{(folder / 'address').read_text().strip()}/health"
+        trust = ssl.create_default_context(cafile=folder / keys.CA)
         process.terminate()
+        with httpx.Client(verify=trust) as client, suppress(httpx.TransportError):
+            while (status := client.get(url).status_code) == 200:
+                time.sleep(0.01)
+            assert status == 503  # it says so while its own processes end
         assert process.wait(30) == 0
         assert not Path(f"/proc/{child}").exists()
         assert {p.name for p in folder.iterdir()} == {

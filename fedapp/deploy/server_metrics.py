@@ -18,6 +18,9 @@ from fedapp.deploy.metrics import CONTENT_TYPE, Metric, counted, process, text
 from fedapp.errors import ConfigError
 from fedapp.report.folder import Round, read_rounds
 
+_NODES = "registered", "online", "offline"
+_RUNS = "pending", "running", "completed", "failed", "stopped"
+
 
 @dataclass(frozen=True)
 class Metrics:
@@ -52,14 +55,10 @@ class Metrics:
     def _state(self) -> Iterator[Metric]:
         state = self.linkstate()
         nodes = Counter(node.status for node in state.get_node_info())
-        nodes.update(
-            dict.fromkeys(("registered", "online", "offline"), 0)
-        )  # a number that is missing alerts nobody
-        yield Metric("fedapp_nodes", "gauge", "Nodes, by status.", _by("status", nodes))
+        yield Metric("fedapp_nodes", "gauge", "Nodes, by status.", _by_status(nodes, _NODES))
         runs = state.get_run_info()
         statuses = Counter(run.status.sub_status or run.status.status for run in runs)
-        statuses.update(dict.fromkeys(("pending", "running", "completed", "failed", "stopped"), 0))
-        yield Metric("fedapp_runs", "gauge", "Runs, by status.", _by("status", statuses))
+        yield Metric("fedapp_runs", "gauge", "Runs, by status.", _by_status(statuses, _RUNS))
         yield from of_runs({run.run_id: _rounds(self.runs / str(run.run_id)) for run in _told_of(runs)})
 
 
@@ -73,12 +72,8 @@ def of_runs(runs: dict[int, tuple[int | None, list[Round]]]) -> Iterator[Metric]
         return Metric(name, "gauge", said, known)
 
     def sums(name: str, said: str, value: Callable[[Round], float]) -> Metric:
-        return Metric(
-            name,
-            "counter",
-            said,
-            [({"run_id": str(n)}, float(sum(map(value, rounds)))) for n, (_, rounds) in runs.items()],
-        )
+        found = ((number, sum(map(value, rounds))) for number, (_, rounds) in runs.items())
+        return Metric(name, "counter", said, [({"run_id": str(number)}, float(v)) for number, v in found])
 
     planned = [({"run_id": str(n)}, float(most)) for n, (most, _) in runs.items() if most is not None]
     yield Metric("fedapp_run_planned_rounds", "gauge", "Rounds that the run is to have.", planned)
@@ -124,5 +119,6 @@ def _stages(rounds: list[Round]) -> dict[str, float]:
     return seconds
 
 
-def _by(label: str, counts: Counter[str]) -> list[tuple[dict[str, str], float]]:
-    return [({label: name}, float(count)) for name, count in sorted(counts.items())]
+def _by_status(counts: Counter[str], known: Sequence[str]) -> list[tuple[dict[str, str], float]]:
+    """The counts, with zeros: what is missing alerts nobody."""
+    return [({"status": name}, float(counts[name])) for name in sorted({*known, *counts})]
