@@ -167,6 +167,25 @@ def test_a_folder_that_is_not_empty_is_put_aside_only_by_force(
     assert str(aside) in capsys.readouterr().out
 
 
+def test_a_restore_that_fails_at_its_end_leaves_what_was_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, file = server_folder(tmp_path / "server"), tmp_path / "backup.tar"
+    server("backup", file, "--folder", folder)
+    before, rename = content(folder), os.rename
+
+    def failing(source: Path, target: Path) -> None:
+        if Path(source).name.startswith("."):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", failing)
+    with pytest.raises(FedappError, match=r"Input/output error.*nothing is changed"):
+        server("restore", file, "--folder", folder, "--force")
+    assert content(folder) == before | {".lock": b""}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["backup.tar", "server"]
+
+
 def test_nothing_is_restored_while_a_server_runs(tmp_path: Path) -> None:
     folder, file = server_folder(tmp_path / "server"), tmp_path / "backup.tar"
     server("backup", file, "--folder", folder)

@@ -66,7 +66,7 @@ from flwr.superlink.grid import HttpGrid
 from omegaconf import OmegaConf
 
 from fedapp import server_app
-from fedapp.deploy import bounded, holding, keys, registry
+from fedapp.deploy import backup, bounded, holding, keys, registry
 from fedapp.deploy.control import Access
 from fedapp.deploy.runs import tar
 from fedapp.deploy.server import Listening, Server
@@ -808,6 +808,24 @@ def test_health_says_whether_it_serves(server: Running, monkeypatch: pytest.Monk
         monkeypatch.setattr(server.listening.front, "ending", True)
         answer = client.get(f"{server.url}/health")
         assert (answer.status_code, answer.text) == (503, "ending")
+
+
+# Backups
+
+
+def test_a_server_comes_up_elsewhere_from_a_backup_of_one_that_runs(server: Running, tmp_path: Path) -> None:
+    key, node_id = server.node()
+    backup.server(["backup", str(tmp_path / "backup.tar"), "--folder", str(server.folder)])
+    server.node()  # which it does not know
+    count = server.state()[0]
+    backup.server(["restore", str(tmp_path / "backup.tar"), "--folder", str(tmp_path / "new")])
+    with running(tmp_path / "new") as again:
+        assert again.access.token == server.access.token
+        assert again.state()[0] == count - 1
+        pem = public_key_to_bytes(key.public_key())
+        request = ActivateNodeRequest(public_key=pem, heartbeat_interval=30).SerializeToString()
+        answer = again.post("/v1/fleet/activate-node", request, signed(key))
+        assert ActivateNodeResponse.FromString(answer.content).node_id == node_id
 
 
 # Run folders
