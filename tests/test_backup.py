@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from fedapp.deploy import backup, keys
+from fedapp.deploy import backup, backup_cli, keys
 from fedapp.deploy.memory import Kept, Memory
 from fedapp.errors import FedappError
 from fedapp.privacy.accounting import Gaussian
@@ -72,11 +72,11 @@ def releases(path: Path) -> int:
 
 
 def server(*words: object) -> None:
-    backup.server([str(word) for word in words])
+    backup_cli.server([str(word) for word in words])
 
 
 def client(*words: object) -> None:
-    backup.client([str(word) for word in words])
+    backup_cli.client([str(word) for word in words])
 
 
 # A server

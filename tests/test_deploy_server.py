@@ -66,7 +66,7 @@ from flwr.superlink.grid import HttpGrid
 from omegaconf import OmegaConf
 
 from fedapp import server_app
-from fedapp.deploy import backup, bounded, holding, keys, registry
+from fedapp.deploy import backup_cli, bounded, holding, keys, registry
 from fedapp.deploy.control import Access
 from fedapp.deploy.runs import tar
 from fedapp.deploy.server import Listening, Server
@@ -815,10 +815,10 @@ def test_health_says_whether_it_serves(server: Running, monkeypatch: pytest.Monk
 
 def test_a_server_comes_up_elsewhere_from_a_backup_of_one_that_runs(server: Running, tmp_path: Path) -> None:
     key, node_id = server.node()
-    backup.server(["backup", str(tmp_path / "backup.tar"), "--folder", str(server.folder)])
+    backup_cli.server(["backup", str(tmp_path / "backup.tar"), "--folder", str(server.folder)])
     server.node()  # which it does not know
     count = server.state()[0]
-    backup.server(["restore", str(tmp_path / "backup.tar"), "--folder", str(tmp_path / "new")])
+    backup_cli.server(["restore", str(tmp_path / "backup.tar"), "--folder", str(tmp_path / "new")])
     with running(tmp_path / "new") as again:
         assert again.access.token == server.access.token
         assert again.state()[0] == count - 1

@@ -1,16 +1,13 @@
-"""`fedapp server|client backup|restore`: all that a server or a node must not lose, in one file; and
-`fedapp client forget`: what a node kept of the data is removed, and what they have spent stays.
-"""
+"""Backups: all that a server or a node must not lose as one file, whole or not at all, both ways."""
 
-import argparse
 import json
 import os
 import shutil
 import sqlite3
 import tarfile
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,12 +15,10 @@ from typing import BinaryIO
 
 from fedapp.deploy import keys
 from fedapp.errors import FedappError
-from fedapp.privacy.ledger_backup import bring_back
 from fedapp.report.folder import alone
 
 _MANIFEST = "backup.json"  # the last member: where it is missing, the file is not whole
-_LEDGER = "ledger.db"
-_CLIENT = Path("~/.fedapp/client")
+LEDGER = "ledger.db"
 # What grows while it is copied comes last, in this order: no state is then newer than the rounds beside it,
 # and no private round is finished that was not begun. A run that goes on can only take rounds back.
 _GROWING = {"rounds.jsonl": 1, "begun.jsonl": 2}
@@ -31,54 +26,23 @@ _GROWING = {"rounds.jsonl": 1, "begun.jsonl": 2}
 
 @dataclass(frozen=True)
 class Kind:
-    """What belongs to a backup: files, databases and a folder of runs, of those that are there."""
+    """What belongs to a backup: files, a database and a folder of runs, of those that are there.
+
+    `hold` keeps who works with the folder away, and fails where he is there already.
+    """
 
     name: str
     files: tuple[str, ...]
     database: str
+    hold: Callable[[Path], AbstractContextManager[None]]
     runs: str | None = None
 
 
-SERVER = Kind("server", (keys.CA, keys.CA_KEY, keys.CERTIFICATE, keys.KEY, keys.TOKEN), "state.db", "runs")
-CLIENT = Kind("client", ("node.key", "node.key.pub", "ca.pem", "data.yaml", "policy.yaml"), "node.sqlite")
-
-
-def server(arguments: Sequence[str]) -> None:
-    """`fedapp server backup|restore`. Raises FedappError."""
-    given = _parser("server", keys.FOLDER).parse_args(arguments)
-    folder = given.folder.expanduser().resolve()
-    if given.command == "backup":
-        _told_of(given.file, save(SERVER, folder, given.file))
-        return
-    with unpacked(SERVER, given.file, folder, given.force) as (new, made):
-        held = sorted(path.name for path in new.iterdir())
-        aside = _put(new, folder)
-    _told_back(folder, held, made, aside)
-    print("nodes that were shut out since then are let in again: see `fedapp nodes list`")
-
-
-def client(arguments: Sequence[str]) -> None:
-    """`fedapp client backup|restore|forget`. Raises FedappError."""
-    given = _parser("client", _CLIENT).parse_args(arguments)
-    folder = given.folder.expanduser().resolve()
-    if given.command == "forget":
-        forget(folder)
-        return
-    ledger = (given.ledger or folder / _LEDGER).expanduser().resolve()
-    if given.command == "backup":
-        there = ledger.exists()
-        if given.ledger and not there:
-            raise FedappError(f"there is no ledger {ledger}: correct the path")
-        _told_of(given.file, save(CLIENT, folder, given.file, ledger if there else None))
-        if not there:
-            print(f"no ledger is in it: there is none at {ledger}, and --ledger names another place")
-        return
-    with unpacked(CLIENT, given.file, folder, given.force) as (new, made):
-        held = sorted(path.name for path in new.iterdir())
-        said = _restore_ledger(new, folder, ledger, given.keep_ledger)
-        aside = _put(new, folder)
-    _told_back(folder, held, made, aside)
-    print(said)
+_KEYS = keys.CA, keys.CA_KEY, keys.CERTIFICATE, keys.KEY, keys.TOKEN
+SERVER = Kind("server", _KEYS, "state.db", keys.alone, "runs")
+CLIENT = Kind(
+    "client", ("node.key", "node.key.pub", "ca.pem", "data.yaml", "policy.yaml"), "node.sqlite", alone
+)
 
 
 def save(kind: Kind, folder: Path, file: Path, ledger: Path | None = None) -> list[str]:
@@ -90,10 +54,10 @@ def save(kind: Kind, folder: Path, file: Path, ledger: Path | None = None) -> li
         raise FedappError(f"{file} exists: name a file that does not")
     if not any((folder / name).exists() for name in kind.files):
         raise FedappError(f"{folder} is no {kind.name}'s folder: name it with --folder")
-    databases = {kind.database: folder / kind.database} | ({_LEDGER: ledger} if ledger else {})
+    databases = {kind.database: folder / kind.database} | ({LEDGER: ledger} if ledger else {})
     try:
         with (
-            _whole(file) as partial,
+            whole(file) as partial,
             tempfile.TemporaryDirectory(dir=file.absolute().parent) as room,
             tarfile.open(fileobj=partial, mode="w") as archive,
         ):
@@ -124,10 +88,9 @@ def unpacked(kind: Kind, file: Path, folder: Path, force: bool) -> Iterator[tupl
     if full and not force:
         raise FedappError(f"{folder} is not empty: name another --folder, or --force to put it aside")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    held = nullcontext() if not full else keys.alone(folder) if kind is SERVER else alone(folder)
     new = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))  # mode 0700
     try:
-        with held:
+        with kind.hold(folder) if full else nullcontext():
             yield new, _unpack(kind, file, new)
     except (OSError, sqlite3.Error) as error:
         raise FedappError(f"{folder} cannot be restored ({error}): nothing is changed there") from error
@@ -135,48 +98,7 @@ def unpacked(kind: Kind, file: Path, folder: Path, force: bool) -> Iterator[tupl
         shutil.rmtree(new, ignore_errors=True)
 
 
-def forget(folder: Path) -> None:
-    """Remove what a node kept of its runs, all of which its data made; key, ledger and log stay."""
-    if not folder.is_dir():
-        raise FedappError(f"{folder} is no client's folder: name it with --folder")
-    with alone(folder):
-        found = [path for path in folder.glob(f"{CLIENT.database}*") if path.is_file()]
-        for path in found:
-            path.unlink()
-    print(
-        f"{folder / CLIENT.database} is removed: runs that go on begin anew here. Key and ledger stay"
-        if found
-        else f"nothing is kept in {folder}"
-    )
-
-
-def _restore_ledger(new: Path, folder: Path, ledger: Path, keep: bool) -> str:
-    """Bring the ledger back to its place, before anything else is; returns what to say of it.
-
-    One that is there stays the same file, which others may have open, and only grows.
-    """
-    copy = new / _LEDGER
-    if ledger.exists():
-        if copy.exists() and not keep:
-            bring_back(copy, ledger)
-        copy.unlink(missing_ok=True)
-        if ledger.is_relative_to(folder):
-            inside = new / ledger.relative_to(folder)
-            inside.parent.mkdir(parents=True, exist_ok=True)
-            os.link(ledger, inside)
-        return f"the ledger is {ledger}; no client may run elsewhere with a copy of it"
-    if not copy.exists():
-        return "there is no ledger"
-    place = new / ledger.relative_to(folder) if ledger.is_relative_to(folder) else ledger
-    place.parent.mkdir(parents=True, exist_ok=True)
-    with _whole(place) as partial:
-        partial.write(copy.read_bytes())
-    if place != copy:
-        copy.unlink()
-    return f"the ledger {ledger} is as old as the backup: what was spent since then it does not count"
-
-
-def _put(new: Path, folder: Path) -> Path | None:
+def put(new: Path, folder: Path) -> Path | None:
     """Let `new` become the folder; returns where what was there is now."""
     aside = None
     if folder.exists() and any(folder.iterdir()):
@@ -248,7 +170,7 @@ def _add(archive: tarfile.TarFile, path: Path, name: str) -> None:
 
 
 @contextmanager
-def _whole(file: Path) -> Iterator[BinaryIO]:
+def whole(file: Path) -> Iterator[BinaryIO]:
     """A file that is there, mode 0600, once all of it is written."""
     with tempfile.NamedTemporaryFile(dir=file.absolute().parent, prefix=".", delete=False) as partial:
         try:
@@ -259,32 +181,3 @@ def _whole(file: Path) -> Iterator[BinaryIO]:
         except BaseException:
             Path(partial.name).unlink(missing_ok=True)
             raise
-
-
-def _told_of(file: Path, names: Sequence[str]) -> None:
-    print(f"{file} holds {', '.join(names)}; whoever reads it has the keys")
-
-
-def _told_back(folder: Path, names: Sequence[str], made: str, aside: Path | None) -> None:
-    print(f"{folder} is as it was on {made}: {', '.join(names)}")
-    if aside is not None:
-        print(f"what was there is in {aside}")
-
-
-def _parser(of: str, folder: Path) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(f"fedapp {of}")
-    commands = parser.add_subparsers(dest="command", required=True)
-    backup = commands.add_parser("backup", help=f"write all that the {of} must not lose to one file")
-    restore = commands.add_parser("restore", help="bring a folder back from a backup")
-    every = [backup, restore]
-    for command in (backup, restore):
-        command.add_argument("file", type=Path, help="the backup")
-    restore.add_argument("--force", action="store_true", help="put aside what is in the folder")
-    if of == "client":
-        every.append(commands.add_parser("forget", help="remove what a node kept of its runs"))
-        for command in (backup, restore):
-            command.add_argument("--ledger", type=Path, help=f"the ledger (FOLDER/{_LEDGER})")
-        restore.add_argument("--keep-ledger", action="store_true", help="leave the ledger as it is")
-    for command in every:
-        command.add_argument("--folder", type=Path, default=folder, help="the folder (%(default)s)")
-    return parser

@@ -12,7 +12,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fedapp.deploy import backup, preflight
+from fedapp.deploy import backup_cli, preflight
 from fedapp.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ _LOG = 5_000_000  # bytes
 def main(arguments: Sequence[str]) -> None:
     """Run a participant's node until it is interrupted, or keep what it has. Raises FedappError."""
     if arguments and arguments[0] in ("backup", "restore", "forget"):
-        backup.client(arguments)
+        backup_cli.client(arguments)
         return
     options = _parser().parse_args(arguments)
     folder: Path = options.folder.expanduser()

@@ -24,7 +24,7 @@ from flwr.superlink.cli.flower_superlink import SuperLinkLifespan
 from flwr.superlink.config_loader import SuperLinkLifespanConfig
 from flwr.superlink.main import create_app
 
-from fedapp.deploy import backup, keys
+from fedapp.deploy import backup_cli, keys
 from fedapp.deploy.bounded import Refusals
 from fedapp.deploy.control import ADDRESS, Access, access, is_loopback
 from fedapp.deploy.front import Private, Public
@@ -45,7 +45,7 @@ _log = logging.getLogger("fedapp.server")
 def main(arguments: Sequence[str]) -> None:
     """Run the server until SIGINT or SIGTERM, or keep what it has. Raises FedappError."""
     if arguments and arguments[0] in ("backup", "restore"):
-        backup.server(arguments)
+        backup_cli.server(arguments)
         return
     kept = "fedapp server backup FILE writes all that it must not lose; fedapp server restore FILE takes it"
     parser = argparse.ArgumentParser("fedapp server", description=__doc__, epilog=kept)
