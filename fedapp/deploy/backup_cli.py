@@ -1,5 +1,5 @@
-"""`fedapp server|client backup|restore`: all that they must not lose, in one file. `fedapp client forget`: what
-a node kept of the data is removed, and what they have spent stays.
+"""`fedapp server|client backup|restore`: all that they must not lose, in one file; and `fedapp client
+forget`: what a node kept of the data goes, and what they have spent stays.
 """
 
 import argparse
