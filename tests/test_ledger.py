@@ -23,7 +23,7 @@ from fedapp.errors import ConfigError, FedappError
 from fedapp.privacy import accounting, filter
 from fedapp.privacy.accounting import ORDERS, Curve, Gaussian, Release
 from fedapp.privacy.filter import FILTER, Unit, as_text, cost
-from fedapp.privacy.ledger import BudgetSpent, Ledger, fingerprint
+from fedapp.privacy.ledger import BudgetSpent, Ledger, TwiceInRun, fingerprint
 
 PLAIN = Gaussian(2.0, "none", 1.0, 1, "add_remove")
 SAMPLED = Gaussian(1.0, "poisson", 0.05, 20, "add_remove")
@@ -261,6 +261,31 @@ def test_fingerprints_are_of_content_and_names_below_a_folder(tmp_path: Path) ->
     assert fingerprint(tmp_path / "a.csv") == fingerprint(tmp_path / "b.csv")
     (tmp_path / "b.csv").write_bytes(b"x,z")
     assert fingerprint(tmp_path / "a.csv") != fingerprint(tmp_path / "b.csv")
+
+
+# One node of a run
+
+
+def test_a_run_gets_replies_of_one_budget_from_one_node(ledger: Ledger) -> None:
+    """Two replies in one sum move it by 2C: the RDP of 4, where two events say 2."""
+    charge(ledger, node=1)
+    charge(ledger, node=1, server_round=2)
+    charge(ledger, node=1, purpose="evaluate")
+    with pytest.raises(TwiceInRun, match=r"^the data a are in this run through another node: take one"):
+        charge(ledger, node=2)
+    charge(ledger, node=2, run_id=77)
+    charge(ledger, node=2, data_id="b")
+    ledger.overlap("b", "c")
+    for unit, release in (("example", PLAIN), (None, None)):
+        with pytest.raises(TwiceInRun, match=r"^the data c overlap with b, which is in this run"):
+            charge(ledger, release, unit, node=3, data_id="c")  # type: ignore[arg-type]
+    assert (ledger.count("a"), ledger.count("b")) == (4, 1)
+
+
+def test_a_reply_is_of_the_node_that_made_it(ledger: Ledger) -> None:
+    ledger.store("a", 7, 1, "train", b"of 1", node=1)
+    ledger.store("a", 7, 1, "train", b"of 2", node=2)
+    assert [ledger.stored("a", 7, 1, "train", node=n) for n in (1, 2, 3)] == [b"of 1", b"of 2", None]
 
 
 # Replies that are sent again

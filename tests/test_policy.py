@@ -293,15 +293,16 @@ class Node:
             self.config |= {"ledger": str(tmp_path / "ledger.db"), "data-id": "a"}
         self.restarts()
 
-    def restarts(self) -> None:
-        self.context = Context(11, 2, self.config, RecordDict(), {})
+    def restarts(self, number: int = 2) -> None:
+        self.context = Context(11, number, self.config, RecordDict(), {})
 
     def asked(self, server_round: int = 1, purpose: str = "train") -> Message:
         arrays = ArrayRecord(self.job.task.model(0).state_dict())
         terms = self.job.mechanism.terms({}) if self.job.mechanism else {}
         told = ConfigRecord({"server-round": server_round, **terms})
         content = RecordDict({ARRAYS: arrays, CONFIG: told})
-        return client_app(lambda _: self.job)(Message(content, 2, purpose), self.context)
+        message = Message(content, self.context.node_id, purpose)
+        return client_app(lambda _: self.job)(message, self.context)
 
     def spent(self) -> float:
         return self.ledger.spent("a")["example"]
@@ -352,13 +353,24 @@ def test_a_private_round_is_charged_once_and_sent_again_as_the_same_bytes(tmp_pa
     assert node.ledger.count("a") == 3
 
 
+def test_data_are_in_a_run_through_one_node(tmp_path: Path) -> None:
+    node = Node(job_of(DP), tmp_path)
+    assert node.asked(1).has_content()
+    node.restarts(number=3)  # another one on this machine, and its ledger's id is the same by mistake
+    assert node.asked(1).error.reason == consent.TWICE
+    assert node.ledger.count("a") == 1
+    node.config["data-id"] = "b"
+    node.restarts(number=3)
+    assert node.asked(1).has_content()
+
+
 def test_a_repeat_whose_reply_was_not_kept_is_charged_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As after a crash between the charge and the reply."""
     node = Node(job_of(DP), tmp_path)
 
-    def crash(*args: object) -> None:
+    def crash(*args: object, **more: object) -> None:
         raise OSError("no room")
 
     with monkeypatch.context() as patched:

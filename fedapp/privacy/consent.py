@@ -37,7 +37,7 @@ from fedapp.facts import OF_DATA, Told, of_data, of_machine
 from fedapp.job import Job
 from fedapp.privacy.accounting import Release
 from fedapp.privacy.central import CentralGaussian
-from fedapp.privacy.ledger import BudgetSpent, Ledger, fingerprint
+from fedapp.privacy.ledger import BudgetSpent, Ledger, TwiceInRun, fingerprint
 from fedapp.privacy.policy import Policy, PolicyRefusal
 from fedapp.records import CONFIG, DRIFT, METRICS, STREAM, load_state, store_state
 from fedapp.tasks import Data
@@ -46,6 +46,7 @@ from fedapp.tasks.quality import Findings
 from fedapp.tasks.stream import Stream
 
 SPENT = "the client's privacy budget does not allow this release"
+TWICE = "another node brings the same data into this run"
 _PROTO = type(recorddict_to_proto(RecordDict()))
 _log = logging.getLogger("fedapp.client")
 
@@ -66,7 +67,7 @@ def consent(job_of: Callable[[Context], Job]) -> Mod:
             job, purpose, server_round = job_of(context), message.metadata.message_type, _round(message)
             if policy is not None:
                 policy.check(job, purpose, server_round, releases(job))
-            if books and (kept := books[0].stored(books[1], context.run_id, server_round, purpose)):
+            if books and (kept := _kept(books, context, server_round, purpose)) is not None:
                 return Message(recorddict_from_proto(_PROTO.FromString(kept)), reply_to=message)
             with policy.in_time() if policy else nullcontext():
                 reply = call_next(message, context)
@@ -78,11 +79,13 @@ def consent(job_of: Callable[[Context], Job]) -> Mod:
                 reply.content[METRICS] = MetricRecord(left)
             if books:
                 data = recorddict_to_proto(reply.content).SerializeToString()
-                books[0].store(books[1], context.run_id, server_round, purpose, data)
+                at = context.run_id, server_round, purpose
+                books[0].store(books[1], *at, data, node=context.node_id)
             return reply
-        except (PolicyRefusal, BudgetSpent) as refusal:
+        except (PolicyRefusal, BudgetSpent, TwiceInRun) as refusal:
             _log.warning("node %s declined: %s", context.node_id, refusal)
-            reason = str(refusal) if isinstance(refusal, PolicyRefusal) else SPENT
+            known = {BudgetSpent: SPENT, TwiceInRun: TWICE}
+            reason = known.get(type(refusal), str(refusal))
             return Message(Error(ErrorCode.MOD_FAILED_PRECONDITION, reason), reply_to=message)
 
     return mod
@@ -91,7 +94,7 @@ def consent(job_of: Callable[[Context], Job]) -> Mod:
 def data_of(job: Job, message: Message, context: Context) -> Data:
     """The client's data for this message: no more than it shares, and charged to its ledger already.
 
-    Raises PolicyRefusal, BudgetSpent.
+    Raises PolicyRefusal, BudgetSpent, TwiceInRun.
     """
     policy, books = _policy(context), _books(context)
     if message.metadata.message_type == "train":
@@ -121,6 +124,7 @@ def data_of(job: Job, message: Message, context: Context) -> Data:
             adversary="observers" if central else "server",
             fingerprint=content,
             once=central and bool(released),
+            node=context.node_id,
         )
     return data
 
@@ -154,7 +158,7 @@ def facts_of(job: Job, context: Context, asked: Collection[object]) -> Told:
 def counts_of(job: Job, context: Context) -> dict[str, int]:
     """What a check of a node's own data counts, as far as its policy lets that out; nothing under privacy.
 
-    A count is as unprotected as data are, and charged so. Raises PolicyRefusal, BudgetSpent.
+    A count is as unprotected as data are, and charged so. Raises PolicyRefusal, BudgetSpent, TwiceInRun.
     """
     policy, books = _policy(context), _books(context)
     if job.privacy.unit is not None or policy is None or not policy.counts:
@@ -163,7 +167,7 @@ def counts_of(job: Job, context: Context) -> dict[str, int]:
     if found is None:
         return {}
     if books is not None:
-        books[0].charge(books[1], None, (), context.run_id, 1, "check")
+        books[0].charge(books[1], None, (), context.run_id, 1, "check", node=context.node_id)
     return {name: count for name, count in found.counts.items() if name in policy.counts}
 
 
@@ -248,6 +252,12 @@ def _books(context: Context) -> tuple[Ledger, str] | None:
     if data_id is None:
         raise ConfigError('a ledger needs to know whose budget to charge: give the node data-id="<name>"')
     return Ledger(Path(str(path))), str(data_id)
+
+
+def _kept(books: tuple[Ledger, str], context: Context, server_round: int, purpose: str) -> bytes | None:
+    """The reply that this node has charged for and made before."""
+    ledger, data_id = books
+    return ledger.stored(data_id, context.run_id, server_round, purpose, node=context.node_id)
 
 
 def _round(message: Message) -> int:

@@ -37,6 +37,10 @@ class BudgetSpent(FedappError):  # noqa: N818
     """One more release would pass a limit; nothing was written."""
 
 
+class TwiceInRun(FedappError):  # noqa: N818
+    """Another node brings these data into the run already; nothing was written."""
+
+
 @dataclass(frozen=True)
 class Limit:
     """The most that the data `id` may spend for one unit: epsilon at delta, ever."""
@@ -52,6 +56,7 @@ class Ledger:
 
     Data have an id, which the person gives. Ids that overlap share one budget: the person says so
     (`overlap`), or the same content under two ids does; no id opens a new budget for data that have one.
+    Of one budget a run gets replies of one node: two in one sum would move it further than two events say.
 
     A release is written, and synchronized to the disk, before `charge` returns, and only then may it be
     made: a crash at any point counts a release that was not made, never the other way round. To send one
@@ -108,13 +113,15 @@ class Ledger:
         adversary: str = "server",
         fingerprint: str | None = None,
         once: bool = False,
+        node: int = 0,
     ) -> None:
         """Write releases down before they are made; returns once they are on the disk.
 
         unit: who each release protects; None with no releases says that the data leave unprotected.
         adversary: against whom. fingerprint: of the content, which warns of content known under another id.
         once: these releases stand for all rounds of the run, and are written down at the first that asks.
-        Raises BudgetSpent, with nothing written, where a limit would be passed.
+        node: who is to reply. Raises BudgetSpent where a limit would be passed, TwiceInRun where another
+        node replied; nothing is written then.
         """
         if (unit is None) != (not releases):
             raise ValueError("an unprotected release has no unit and no noise; any other one has both")
@@ -124,13 +131,15 @@ class Ledger:
             if fingerprint is not None:
                 _recognize(db, data_id, fingerprint)
                 budget = _budget(db, data_id)
+            run = _run(run_id, node)
+            _require_one_node(db, data_id, budget, run)
             for text in written:
-                if once and _charged(db, data_id, text, run_id, purpose):
+                if once and _charged(db, data_id, text, run, purpose):
                     continue
                 db.execute(
                     "INSERT INTO events (id, unit, release, adversary, run, round, purpose, time) "
                     "VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
-                    (data_id, unit, text, adversary, str(run_id), server_round, purpose, time.time()),
+                    (data_id, unit, text, adversary, run, server_round, purpose, time.time()),
                 )
             for limit in _limits(db, budget):
                 would = _spent(db, budget, limit.unit, limit.delta)
@@ -179,18 +188,23 @@ class Ledger:
             found = db.execute(f"SELECT COUNT(*) FROM events WHERE {_OF}", (_find(db, data_id),))
             return int(found.fetchone()[0])
 
-    def store(self, data_id: str, run_id: int, server_round: int, purpose: str, reply: bytes) -> None:
-        """Keep a charged reply before it leaves, in place of that of an earlier round."""
+    def store(
+        self, data_id: str, run_id: int, server_round: int, purpose: str, reply: bytes, *, node: int = 0
+    ) -> None:
+        """Keep a node's charged reply before it leaves, in place of that of an earlier round."""
         with self._transaction() as db:
-            row = (data_id, str(run_id), server_round, purpose, sha256(reply).hexdigest(), reply)
+            digest = sha256(reply).hexdigest()
+            row = (data_id, _run(run_id, node), server_round, purpose, digest, reply)
             db.execute("REPLACE INTO replies VALUES (?, ?, ?, ?, ?, ?)", row)
 
-    def stored(self, data_id: str, run_id: int, server_round: int, purpose: str) -> bytes | None:
-        """The bytes that this round's reply was; None where none was kept."""
+    def stored(
+        self, data_id: str, run_id: int, server_round: int, purpose: str, *, node: int = 0
+    ) -> bytes | None:
+        """The bytes that a node's reply of this round was; None where none was kept."""
         with self._transaction() as db:
             row = db.execute(
                 "SELECT digest, reply FROM replies WHERE id = ? AND run = ? AND round = ? AND purpose = ?",
-                (data_id, str(run_id), server_round, purpose),
+                (data_id, _run(run_id, node), server_round, purpose),
             ).fetchone()
         return bytes(row[1]) if row is not None and sha256(row[1]).hexdigest() == row[0] else None
 
@@ -265,10 +279,29 @@ def _recognize(db: sqlite3.Connection, data_id: str, content: str) -> None:
         _join(db, _budget(db, data_id), _budget(db, other))
 
 
-def _charged(db: sqlite3.Connection, data_id: str, text: str | None, run_id: int, purpose: str) -> bool:
+def _run(run_id: int, node: int) -> str:
+    """A run as a node sees it."""
+    return f"{run_id}/{node}"
+
+
+def _require_one_node(db: sqlite3.Connection, data_id: str, budget: int, run: str) -> None:
+    """Raise TwiceInRun where another node of this run has replied from the budget."""
+    of_run = f"{run.partition('/')[0]}/*"
+    row = db.execute(
+        f"SELECT id FROM events WHERE {_OF} AND run GLOB ? AND run != ?", (budget, of_run, run)
+    ).fetchone()
+    if row is not None:
+        same = f"{data_id} are" if row[0] == data_id else f"{data_id} overlap with {row[0]}, which is"
+        raise TwiceInRun(
+            f"the data {same} in this run through another node: take one of the two out, or give "
+            "other data an id of their own (data-id in the node's data config)"
+        )
+
+
+def _charged(db: sqlite3.Connection, data_id: str, text: str | None, run: str, purpose: str) -> bool:
     found = db.execute(
         "SELECT 1 FROM events WHERE id = ? AND release IS ? AND run = ? AND purpose = ?",
-        (data_id, text, str(run_id), purpose),
+        (data_id, text, run, purpose),
     )
     return found.fetchone() is not None
 
