@@ -34,6 +34,8 @@ from fedapp.stages import AGGREGATE, CLOCK, ENCODE, EVALUATE
 from fedapp.tasks.stream import Stream
 from fedapp.vector import arrays_in, layout_of, record_of
 
+_NAMED = 8  # nodes that a line of the log names
+
 
 @dataclass
 class Federation:
@@ -188,7 +190,7 @@ class Federation:
                 log(WARNING, "round %s: %s", number, error)
             return len(messages)
         until = now(self.grid) + (float("inf") if self.job.deadline is None else self.job.deadline)
-        in_time = self._in_time(messages, until)
+        in_time = self._in_time(number, messages, until)
         if self._wire.workloads:
             in_time = self._timed(in_time, self._wire.workloads)
         replies = self._watched(in_time, progress, len(messages))
@@ -257,15 +259,21 @@ class Federation:
         """Send messages as they are, yield the replies."""
         return self.traffic.exchange(self.grid, messages, self.job.round_timeout)
 
-    def _in_time(self, messages: list[Message], until: float) -> Iterator[Message]:
+    def _in_time(self, number: int, messages: list[Message], until: float) -> Iterator[Message]:
         """The replies that the round waits for: of an over-selected cohort those that come first."""
         trained, self._late = 0, 0
+        silent = {message.metadata.dst_node_id for message in messages}
         for came, reply in enumerate(self._exchange(messages, until), 1):
+            silent.discard(reply.metadata.src_node_id)
             yield reply
             trained += reply.has_content()
             if self.job.over_selection > 1 and trained == self.job.in_round:
                 self._late = len(messages) - came
                 return
+        if silent and not isinstance(self.grid, LocalGrid):
+            said = "round %s: %s of %s nodes did not answer in time; what they still send is dropped: %s"
+            named = ", ".join(map(str, sorted(silent)[:_NAMED]))
+            log(WARNING, said, number, len(silent), len(messages), named)
 
     def _exchange(self, messages: list[Message], until: float = float("inf")) -> Iterator[Message]:
         """Send the weights, yield the replies; a node that cannot decode is sent others, at most twice."""

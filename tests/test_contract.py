@@ -63,6 +63,7 @@ from flwr.supercore.corestate.sql_corestate import SqlCoreState
 from flwr.supercore.primitives.asymmetric import bytes_to_public_key, verify_signature
 from flwr.supercore.protobuf.client import ProtobufClient, ProtobufRequestContext
 from flwr.supercore.protobuf.translation import PROTOBUF_REQUEST_TYPES
+from flwr.supercore.retry import http_retry
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 from flwr.superlink.cli.flower_superlink import SuperLinkLifespan
@@ -71,6 +72,7 @@ from flwr.superlink.grid import HttpGrid
 from flwr.superlink.main import create_app
 from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 import fedapp
 from fedapp.deploy import front, holding, objects
@@ -510,6 +512,9 @@ def test_what_is_read_of_flowers_clients_and_grid() -> None:
     assert isinstance(grid._runtime_client._client, httpx.Client)
     assert next(iter(inspect.signature(grid._runtime_client._send).parameters)) == "context"
     assert list(inspect.signature(HttpGrid._try_push_messages).parameters) == ["self", "run_id", "messages"]
+    assert grid._retry_invoker.invoke(lambda: b"answer") == b"answer"
+    assert grid._retry_invoker.max_tries is None  # while the server is busy, or its disk is full
+    assert httpx.codes.SERVICE_UNAVAILABLE in http_retry._RETRYABLE_STATUS_CODES
     grid.close()
 
 
@@ -537,6 +542,21 @@ def test_what_metrics_read_of_runs_and_nodes() -> None:
         "registered", "online", "offline"
     )  # fmt: skip
     assert NodeInfo(status="online").status == "online"
+
+
+def test_a_message_expires() -> None:
+    """`metadata.ttl`: seconds, with a setter; a reply made later than that is made all the same."""
+    message = Message(RecordDict(), 5, MessageType.TRAIN)
+    message.metadata.ttl = -1.0
+    assert Message(RecordDict(), reply_to=message).metadata.ttl < 0
+
+
+def test_what_uvicorn_tells_of_a_request() -> None:
+    """`HttpToolsProtocol`, which comes with flwr: what tells that a head begins, and that it is whole."""
+    for name in ("connection_made", "connection_lost", "data_received"):
+        assert name in vars(HttpToolsProtocol)
+    for name in ("on_message_begin", "on_headers_complete"):  # httptools calls them by these names
+        assert list(inspect.signature(getattr(HttpToolsProtocol, name)).parameters) == ["self"]
 
 
 def test_what_is_asked_of_the_superlinks_state() -> None:

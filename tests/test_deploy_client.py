@@ -271,7 +271,7 @@ class FakeLink:
         if self.over:
             raise Over
         self.sent.append(reply)
-        return 0
+        return 1
 
 
 @pytest.fixture

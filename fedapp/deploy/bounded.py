@@ -5,7 +5,8 @@ import json
 import logging
 import time
 from collections import Counter
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
@@ -13,7 +14,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 QUESTION = 1 << 16  # bytes of a request that may be held, and be asked again
 _LINGER, _LINGER_S = 1 << 20, 1.0  # bytes, seconds of a body that nobody reads
-_BODY_S = 60.0  # between two pieces of a body
+_BODY_S, _SLOWEST = 60.0, 1 << 10  # seconds between two pieces of a body; bytes in each second beyond so many
+_AT_ONCE = 4  # of the largest bodies
 _Parsed = TypeVar("_Parsed")
 _log = logging.getLogger("fedapp.server")
 
@@ -33,6 +35,7 @@ _REASONS = {
     404: "path",
     408: "timeout",
     413: "size",
+    503: "busy",
 }
 
 
@@ -58,6 +61,34 @@ class Refusals:
         self._told += 1
         if self._told <= self._most:
             _log.warning("refused %s: %s: %s", who, what, why)
+
+
+class Bodies:
+    """How many bytes of bodies are held at one time: of each sender one largest body, of all four.
+
+    Counted is what a request says that it brings, before it is read; small ones are not counted.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._most, self._held = most, Counter[bytes]()
+
+    @contextmanager
+    def room(self, who: bytes, headers: Mapping[bytes, bytes]) -> Iterator[None]:
+        """Hold room for a request's body; Refused, 503, where there is none now."""
+        length = headers.get(b"content-length", b"")
+        chunked = self._most if b"transfer-encoding" in headers else 0
+        size = min(int(length), self._most) if length.isdigit() else chunked
+        if size <= QUESTION:
+            yield
+            return
+        if self._held[who] + size > self._most or self._held.total() + size > _AT_ONCE * self._most:
+            raise Refused(503, "too many bodies come at one time: ask again later")
+        self._held[who] += size
+        try:
+            yield
+        finally:
+            self._held[who] -= size
+            self._held += Counter()  # drops who holds nothing
 
 
 class Answer:
@@ -102,22 +133,18 @@ async def through(app: ASGIApp, scope: Scope, receive: Receive, send: Send, most
     length = headers_of(scope).get(b"content-length", b"0")
     if length.isdigit() and int(length) > most:
         raise Refused(413, f"{int(length)} bytes, and the most is {most}: `fedapp server --max-body` sets it")
-    got, more, refused = 0, True, None
+    body = _Body(receive, most)
+    refused: Refused | None = None
 
     async def counted() -> Message:
-        nonlocal got, more, refused
-        if not more:
+        nonlocal refused
+        if not body.more:
             return await receive()  # when the other end leaves
         try:
-            message = await asyncio.wait_for(receive(), _BODY_S)
-        except TimeoutError:
-            message, refused = {"type": "http.disconnect"}, Refused(408, f"no data for {_BODY_S:.0f} s")
-        got += len(message.get("body", b""))
-        if got > most:
-            message = {"type": "http.disconnect"}
-            refused = Refused(413, f"more than {most} bytes: `fedapp server --max-body` sets it")
-        more = message.get("more_body", False)
-        return message
+            return await body.piece()
+        except Refused as why:
+            refused, body.more = why, False
+            return {"type": "http.disconnect"}
 
     async def unless_refused(message: Message) -> None:
         if refused is None:
@@ -163,17 +190,32 @@ def content_of(messages: list[Message]) -> bytes:
 
 
 async def body_of(receive: Receive, most: int) -> bytes:
-    body, more = b"", True
-    while more:
+    body, whole = _Body(receive, most), bytearray()
+    while body.more:
+        whole += (await body.piece()).get("body", b"")
+    return bytes(whole)
+
+
+class _Body:
+    """A request's body, piece by piece, as long as its sender sends; `more` says whether there is more."""
+
+    def __init__(self, receive: Receive, most: int) -> None:
+        self._receive, self._most, self._begun = receive, most, time.monotonic()
+        self.got, self.more = 0, True
+
+    async def piece(self) -> Message:
+        """The next piece. Raises Refused, 408 or 413."""
         try:
-            message = await asyncio.wait_for(receive(), _BODY_S)
+            message = await asyncio.wait_for(self._receive(), _BODY_S)
         except TimeoutError as error:
             raise Refused(408, f"no data for {_BODY_S:.0f} s") from error
-        body += message.get("body", b"")
-        if len(body) > most:
-            raise Refused(413, f"more than {most} bytes for a question")
-        more = message.get("more_body", False)
-    return body
+        self.got += len(message.get("body", b""))
+        if self.got > self._most:
+            raise Refused(413, f"more than {self._most} bytes: `fedapp server --max-body` sets it")
+        self.more = message.get("more_body", False)
+        if self.more and time.monotonic() - self._begun > _BODY_S + self.got / _SLOWEST:
+            raise Refused(408, f"slower than {_SLOWEST} bytes a second")
+        return message
 
 
 def parsed(kind: type[_Parsed], data: bytes) -> _Parsed:

@@ -105,6 +105,7 @@ def _ledger(path: Path) -> Path:
 
 
 def _begin_log(folder: Path) -> None:
+    logging.raiseExceptions = False  # a full disk costs lines, and no traceback for each
     logging.basicConfig(
         level=logging.INFO,
         format="%(asctime)s %(levelname)s %(message)s",

@@ -50,6 +50,7 @@ from fedapp.deploy import objects
 from fedapp.deploy.bounded import (
     QUESTION,
     Answer,
+    Bodies,
     Refusals,
     Refused,
     ask,
@@ -59,6 +60,7 @@ from fedapp.deploy.bounded import (
     parsed,
     through,
 )
+from fedapp.deploy.disk import Disk
 from fedapp.deploy.holding import Pushes, hold, unavailable
 from fedapp.deploy.keys import fingerprint
 from fedapp.deploy.objects import Requests
@@ -70,6 +72,7 @@ _NODES_OWN = {  # what a node asks; registering is the operator's
     *("pull-messages", "push-messages", "push-object", objects.PUSH),
 }
 _PULL, _PUSH, _ACTIVATE = (f"{_FLEET}{name}" for name in ("pull-messages", "push-messages", "activate-node"))
+_ALWAYS = "/send-node-heartbeat", "/send-task-heartbeat", "/acquire-task"  # on a full disk too
 _REPLY_S = 0.5  # the longest that a ServerApp waits for replies, before it looks at its clock again
 _TASK_S = 2.0  # the longest that a task waits which nobody told of: one from before a restart
 _log = logging.getLogger("fedapp.server")
@@ -90,12 +93,16 @@ class Public:
     pushes: Pushes
     routes: ASGIApp
     metrics: ASGIApp
+    disk: Disk
     max_body: int
     keyed: bool = True
     refusals: Refusals = field(default_factory=Refusals)
     answered: Counter[int] = field(default_factory=Counter)
     ending: bool = False
     _handed: dict[bytes, list[Message]] = field(default_factory=dict)  # to a key, not known to have arrived
+
+    def __post_init__(self) -> None:
+        self._bodies = Bodies(self.max_body)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Let a request through, or answer it here."""
@@ -125,35 +132,45 @@ class Public:
         elif path.startswith(_FLEET) and method == "POST":
             key = await run_in_threadpool(self._node, path, headers_of(scope))
             answer.who += f" ({fingerprint(key)})"
-            if path == f"{_FLEET}confirm-message-received":
-                self._handed.pop(key, None)
-            if path == _ACTIVATE:
-                await self._activate(key, receive, answer)
-            elif path == _PUSH:
-                await self._push(scope, receive, answer)
-            elif path == _PULL:
-                await self._pull(key, scope, receive, answer)
-            elif path in (f"{_FLEET}{objects.PULL}", f"{_FLEET}{objects.PUSH}"):
-                await self._objects(key, path, receive, answer)
-            elif path == f"{_FLEET}pull-object":
-                await hold(self.app, scope, receive, answer, self.pushes.parts, unavailable)
-            else:
-                await through(self.app, scope, receive, answer, self.max_body)
-                if path == f"{_FLEET}push-object":
-                    self.pushes.replies.ring()
+            if not path.endswith(_ALWAYS):
+                self.disk.require()
+            with self._bodies.room(key, headers_of(scope)):
+                await self._of_node(key, path, scope, receive, answer)
         elif path == "/metrics":
             self._operator(headers_of(scope))
             await through(self.metrics, scope, receive, answer, QUESTION)
         elif path.startswith(("/v1/control/", "/fedapp/")):
             self._operator(headers_of(scope))
+            if path.startswith("/v1/control/start-"):
+                self.disk.require()
             if not path.startswith(("/v1/control/list-", "/v1/control/stream-")):
                 _log.info("operator at %s: %s", answer.who, _printable(path))
             own = path.startswith("/fedapp/")
-            await through(self.routes if own else self.app, scope, receive, answer, self.max_body)
+            with self._bodies.room(b"operator", headers_of(scope)):
+                await through(self.routes if own else self.app, scope, receive, answer, self.max_body)
             if path.startswith("/v1/control/start-"):
                 self.pushes.tasks.set()
         else:
             raise Refused(404, "there is nothing here")
+
+    async def _of_node(self, key: bytes, path: str, scope: Scope, receive: Receive, answer: Answer) -> None:
+        """Answer what a node asks."""
+        if path == f"{_FLEET}confirm-message-received":
+            self._handed.pop(key, None)
+        if path == _ACTIVATE:
+            await self._activate(key, receive, answer)
+        elif path == _PUSH:
+            await self._push(scope, receive, answer)
+        elif path == _PULL:
+            await self._pull(key, scope, receive, answer)
+        elif path in (f"{_FLEET}{objects.PULL}", f"{_FLEET}{objects.PUSH}"):
+            await self._objects(key, path, receive, answer)
+        elif path == f"{_FLEET}pull-object":
+            await hold(self.app, scope, receive, answer, self.pushes.parts, unavailable)
+        else:
+            await through(self.app, scope, receive, answer, self.max_body)
+            if path == f"{_FLEET}push-object":
+                self.pushes.replies.ring()
 
     async def _activate(self, key: bytes, receive: Receive, answer: Answer) -> None:
         """Let a node in that says it is there: at once, even if it was killed and still counts as online.
@@ -252,6 +269,7 @@ class Private:
     app: ASGIApp
     linkstate: Callable[[], LinkState]
     pushes: Pushes
+    disk: Disk
     max_body: int
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -262,6 +280,8 @@ class Private:
         try:
             if not path.startswith(_RUNTIME):
                 raise Refused(404, "there is nothing here")
+            if not path.endswith(_ALWAYS):
+                self.disk.require()
             if path == f"{_RUNTIME}acquire-task":
                 await self._acquire(scope, receive, answer)
             elif path in (f"{_RUNTIME}{objects.PULL}", f"{_RUNTIME}{objects.PUSH}"):

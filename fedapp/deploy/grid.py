@@ -56,7 +56,8 @@ class FewRequests(HttpGrid):
         return found
 
     def _post(self, name: str, body: bytes) -> bytes:
-        return post(self._runtime_client, f"/v1/runtime/{name}", body)
+        client = self._runtime_client
+        return cast(bytes, self._retry_invoker.invoke(lambda: post(client, f"/v1/runtime/{name}", body)))
 
 
 def few_requests(grid: Grid) -> Grid:

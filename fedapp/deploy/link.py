@@ -42,9 +42,10 @@ from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
 from fedapp.deploy.activity import Activity
 from fedapp.deploy.objects import deliver, fetch, post
+from fedapp.deploy.preflight import clock
 from fedapp.errors import FedappError
 
-_BUSY = (429, 502, 503, 504)  # of a server, or of a proxy before it, that will be back
+_BUSY = (429, 500, 502, 503, 504)  # of a server, or of a proxy before it, that will be back
 _BEAT = 20.0  # seconds: who gives no sign for twice as long is gone, so a link may be cut for half a minute
 _SHORTEST, _LONGEST = 0.2, 20.0  # seconds between tries; doubles
 _Request = TypeVar("_Request")
@@ -187,9 +188,8 @@ class Link:
             try:
                 answer = call(request)
             except httpx.HTTPStatusError as error:
-                if error.response.status_code not in _BUSY:
+                if (why := _passing(error.response)) is None:
                     raise _refusal(error.response) from error
-                why = f"it answers {error.response.status_code}"
             except httpx.TransportError as error:
                 why = str(error) or type(error).__name__
             else:
@@ -197,7 +197,7 @@ class Link:
                 return answer
             if self._lost is None:
                 self._lost = time.monotonic()
-                self._said(f"the server cannot be reached ({why}): trying on")
+                self._said(f"the server does not answer ({why}): trying on")
             if self._closed.wait(pause):
                 raise Refused("the node is ending")
             pause = min(2 * pause, _LONGEST)
@@ -217,15 +217,31 @@ class Link:
                 continue
 
 
+def _passing(response: httpx.Response) -> str | None:
+    """What is in the way for now; None where the answer is meant."""
+    if response.status_code in _BUSY:
+        return f"{response.status_code}: {_detail(response)}"
+    return clock(response) if response.status_code == 401 else None
+
+
+def _detail(response: httpx.Response) -> str:
+    """What the server says of an answer that is no success."""
+    told = FlowerError.from_json(response.text)
+    if told is not None:
+        return told.public_details or told.message
+    try:
+        return str(response.json()["detail"])[:200]
+    except (ValueError, KeyError, TypeError):
+        return response.text.strip()[:200]
+
+
 def _refusal(response: httpx.Response) -> Exception:
     """What an answer of the server that is no success means."""
     if response.status_code == 403:
         return Over("the run is over")
     if response.status_code == 401:
         return Refused(
-            "the server does not know this node's key, or this machine's clock is wrong: ask the operator to "
-            "register the public half (a key that was unregistered can never return: make a new one)"
+            "the server does not know this node's key: ask the operator to register the public half "
+            "(a key that was unregistered can never return: make a new one)"
         )
-    told = FlowerError.from_json(response.text)
-    said = (told.public_details or told.message) if told else response.text.strip()[:200]
-    return Refused(f"the server refused ({response.status_code}): {said}")
+    return Refused(f"the server refused ({response.status_code}): {_detail(response)}")

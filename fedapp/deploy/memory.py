@@ -1,8 +1,9 @@
 """What a node keeps on its disk: the message it works on, the last reply, its context in each experiment."""
 
+import logging
 import sqlite3
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,8 @@ CREATE TABLE IF NOT EXISTS contexts (
     context BLOB NOT NULL, used REAL NOT NULL,
     PRIMARY KEY (experiment, round));
 CREATE TABLE IF NOT EXISTS outbox (only INTEGER PRIMARY KEY CHECK (only = 1), reply BLOB NOT NULL)"""
+_PASSING = sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR  # errors of a disk, not of what is on it
+_PAUSE = 2.0  # seconds from one try to write to the next
 _KEPT = 40  # contexts; the ones used last
 _ROUNDS = 3  # of them in one experiment: a server that was gone may ask for its last rounds once more
 _FORGET = """
@@ -24,6 +27,7 @@ DELETE FROM contexts WHERE experiment = ? AND round NOT IN (
     SELECT round FROM contexts WHERE experiment = ? ORDER BY round DESC LIMIT ?)"""
 _FORGET_OTHERS = """
 DELETE FROM contexts WHERE rowid NOT IN (SELECT rowid FROM contexts ORDER BY used DESC LIMIT ?)"""
+_log = logging.getLogger("fedapp.client")
 
 
 @dataclass(frozen=True)
@@ -41,7 +45,8 @@ class Memory:
 
     A message is written down before the work begins. Its reply and the context after it are written together,
     before the reply leaves. So a node that was killed works once more on a message that it has not answered,
-    or sends the same reply again, and its context never counts a message twice.
+    or sends the same reply again, and its context never counts a message twice. While the disk takes nothing,
+    what writes waits.
     """
 
     def __init__(self, path: Path) -> None:
@@ -57,11 +62,14 @@ class Memory:
         """Write down the message that is worked on now; False if it is the newest one once more."""
         with self._explained():
             newest = self._db.execute("SELECT name FROM newest").fetchone()
-            if newest == (name,):
-                return False
-            with self._whole():
-                self._db.execute("INSERT OR REPLACE INTO inbox VALUES (1, ?)", (message,))
-                self._db.execute("INSERT OR REPLACE INTO newest VALUES (1, ?)", (name,))
+        if newest == (name,):
+            return False
+
+        def write() -> None:
+            self._db.execute("INSERT OR REPLACE INTO inbox VALUES (1, ?)", (message,))
+            self._db.execute("INSERT OR REPLACE INTO newest VALUES (1, ?)", (name,))
+
+        self._whole(write)
         return True
 
     def answer(self, reply: bytes, after: Kept | None = None) -> None:
@@ -69,7 +77,8 @@ class Memory:
 
         What was kept of later rounds of the experiment is gone, for they are played again.
         """
-        with self._explained(), self._whole():
+
+        def write() -> None:
             if after is not None:
                 own, run = str(after.experiment), str(after.run)
                 self._db.execute(
@@ -82,15 +91,15 @@ class Memory:
             self._db.execute("INSERT OR REPLACE INTO outbox VALUES (1, ?)", (reply,))
             self._db.execute("DELETE FROM inbox")
 
+        self._whole(write)
+
     def drop(self) -> None:
         """Forget the message in work: its run is over."""
-        with self._explained():
-            self._db.execute("DELETE FROM inbox")
+        self._whole(lambda: self._db.execute("DELETE FROM inbox"))
 
     def sent(self) -> None:
         """The reply has left."""
-        with self._explained():
-            self._db.execute("DELETE FROM outbox")
+        self._whole(lambda: self._db.execute("DELETE FROM outbox"))
 
     def in_work(self) -> bytes | None:
         """The message that was not answered, if any."""
@@ -113,16 +122,34 @@ class Memory:
             row = self._db.execute(query, values).fetchone()
         return None if row is None else bytes(row[0])
 
-    @contextmanager
-    def _whole(self) -> Iterator[None]:
-        """All of it, or nothing."""
+    def _whole(self, write: Callable[[], object]) -> None:
+        """All that is written, or nothing; where the disk is full, tried until there is room, and said."""
+        waits = False
+        while True:
+            try:
+                with self._explained():
+                    self._once(write)
+            except ConfigError as error:
+                if getattr(error.__cause__, "sqlite_errorcode", 0) & 0xFF not in _PASSING:
+                    raise
+                if not waits:
+                    _log.error("%s; nothing is lost, and this node waits for it", error)
+                waits = True
+                time.sleep(_PAUSE)
+            else:
+                break
+        if waits:
+            _log.warning("%s takes what is written again: this node goes on", self._path)
+
+    def _once(self, write: Callable[[], object]) -> None:
         self._db.execute("BEGIN IMMEDIATE")
         try:
-            yield
+            write()
+            self._db.execute("COMMIT")
         except BaseException:
-            self._db.execute("ROLLBACK")
+            if self._db.in_transaction:  # a full disk may have ended it
+                self._db.execute("ROLLBACK")
             raise
-        self._db.execute("COMMIT")
 
     @contextmanager
     def _explained(self) -> Iterator[None]:

@@ -112,8 +112,12 @@ class Node:
     def _send(self, reply: Message, seconds: float) -> str:
         try:
             size = self._link.send(reply, seconds)
-            said = f"sent {size} bytes" if not reply.has_error() else f"declined: {reply.error.reason}"
-            self._activity.reply(reply)
+            said = f"sent {size} bytes" if size else "and the server needs its reply no more"
+            said = f"declined: {reply.error.reason}" if reply.has_error() else said
+            if size:
+                self._activity.reply(reply)
+            else:
+                self._activity.replies["unwanted"] += 1
         except Over:
             said = "the run was over before the reply was ready"
             self._activity.replies["unwanted"] += 1

@@ -126,9 +126,7 @@ def reach(server: Server, ca: bytes | None) -> None:
         verify: ssl.SSLContext | bool = False
         if ca is not None:
             verify = ssl.create_default_context(cadata=ca.decode("ascii"))
-        sent = time.time()
         answer = httpx.get(f"{scheme}://{server}/health", verify=verify, timeout=10, trust_env=False)
-        waited = time.time() - sent
     except httpx.ConnectError as error:
         raise ConfigError(_unreachable(server, error)) from error
     except httpx.TransportError as error:
@@ -136,18 +134,24 @@ def reach(server: Server, ca: bytes | None) -> None:
             f"{server} does not speak {scheme} ({error or type(error).__name__}): see the port, and whether "
             f"the server was started {'with' if ca is None else 'without'} --insecure"
         ) from error
-    told = answer.headers.get("date")
+    if (wrong := clock(answer)) is not None:
+        raise ConfigError(wrong)
+
+
+def clock(answer: httpx.Response) -> str | None:
+    """What is wrong with this machine's clock, by an answer of the server that has just come; else None."""
+    told, waited = answer.headers.get("date"), answer.elapsed.total_seconds()
     if told is None:
-        return
-    skew = (
-        sent + waited / 2 - parsedate_to_datetime(told).timestamp() - 0.5
-    )  # the header counts whole seconds
-    if abs(skew) > _SKEW + waited / 2 + 0.5:
-        side = "ahead of" if skew > 0 else "behind"
-        raise ConfigError(
-            f"this machine's clock is {abs(skew):.0f} s {side} the server's, so signatures are refused: "
-            "set it, with `timedatectl set-ntp true`, say"
-        )
+        return None
+    between = time.time() - waited / 2
+    skew = between - parsedate_to_datetime(told).timestamp() - 0.5  # the header counts whole seconds
+    if abs(skew) <= _SKEW + waited / 2 + 0.5:
+        return None
+    side = "ahead of" if skew > 0 else "behind"
+    return (
+        f"this machine's clock is {abs(skew):.0f} s {side} the server's, so signatures are refused: "
+        "set it, with `timedatectl set-ntp true`, say"
+    )
 
 
 def room(folder: Path) -> None:

@@ -27,10 +27,11 @@ from flwr.superlink.main import create_app
 from fedapp.deploy import backup_cli, keys
 from fedapp.deploy.bounded import Refusals
 from fedapp.deploy.control import ADDRESS, Access, access, is_loopback
+from fedapp.deploy.disk import Disk
 from fedapp.deploy.front import Private, Public
 from fedapp.deploy.going_on import take_up
 from fedapp.deploy.holding import Pushes
-from fedapp.deploy.listener import HANDSHAKES, Listener, listener
+from fedapp.deploy.listener import CONNECTIONS, Listener, listener
 from fedapp.deploy.runs import RunFolders
 from fedapp.deploy.server_metrics import Metrics
 from fedapp.deploy.state import State
@@ -154,9 +155,10 @@ class Server:
             self._bound(self.host, self.port) as outside,
             self._bound("127.0.0.1", 0) as inside,
         ):
-            app, pushes = create_app(self._config(secret), SuperLinkLifespan), Pushes()
+            app = create_app(self._config(secret), SuperLinkLifespan)
             State(app.state.linkstate_factory)
             linkstate, runs = app.state.linkstate_factory.state, self.folder / "runs"
+            pushes, disk = Pushes(), Disk(self.folder)
             refusals, answered = Refusals(), Counter[int]()
             front = Public(
                 app,
@@ -164,14 +166,15 @@ class Server:
                 keys.token(self.folder / keys.TOKEN),
                 pushes,
                 RunFolders(runs),
-                Metrics(linkstate, runs, answered, (refusals, HANDSHAKES)),
+                Metrics(linkstate, runs, answered, (refusals, CONNECTIONS)),
+                disk,
                 self.max_body,
                 keyed=not self.insecure,
                 refusals=refusals,
                 answered=answered,
             )
             outer = listener(front, lifespan=True, folder=None if self.insecure else self.folder)
-            inner = listener(Private(app, linkstate, pushes, self.max_body))
+            inner = listener(Private(app, linkstate, pushes, disk, self.max_body))
             tasks = [asyncio.create_task(outer.serve([outside])), asyncio.create_task(inner.serve([inside]))]
             public, private = outside.getsockname()[1], inside.getsockname()[1]
             try:
@@ -313,6 +316,7 @@ async def _end(child: asyncio.subprocess.Process) -> None:
 
 def _logs(folder: Path) -> None:
     """fedapp's and Flower's lines to a file that rotates; to the terminal only warnings of either."""
+    logging.raiseExceptions = False  # a full disk costs lines, and no traceback for each
     file = RotatingFileHandler(folder / "server.log", maxBytes=_LOG_BYTES, backupCount=_LOG_FILES)
     file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     terminal = logging.StreamHandler()

@@ -10,6 +10,7 @@ from fedapp.engine.timeline import Timeline
 from fedapp.stages import TRANSFER, WAIT
 
 _SHORTEST, _LONGEST = 0.001, 0.5  # seconds between polls; doubles while nothing comes
+_GRACE = 1.0  # seconds that a message outlives the wait for its reply: the last poll is still held by then
 
 
 def stream(grid: Grid, messages: Iterable[Message], timeout: float) -> Iterator[Message]:
@@ -27,7 +28,12 @@ def arrivals(
     """As `stream`, but those that arrive together.
 
     timeout: in seconds that really pass. until: a time on the grid's clock (`now`), which may be simulated.
+    A message that nobody waits for any more has expired: no node is given it, and no reply to it is taken.
     """
+    messages = list(messages)
+    if _timeline(grid) is None:
+        for message in messages:
+            message.metadata.ttl = max(0.0, min(timeout, until - now(grid))) + _GRACE
     with TRANSFER:
         waiting = set(grid.push_messages(messages))
     deadline = time.monotonic() + timeout
