@@ -213,10 +213,6 @@ def guard(message: Message, context: Context, call_next: Next) -> Message:
     """Flower sends `str(exception)`, which may quote private data: the log gets it, nobody else."""
     try:
         return call_next(message, context)
-    except FedappError as error:  # it says what to mend
-        kind = message.metadata.message_type
-        _log.error("node %s failed on a %s message: %s", context.node_id, kind, error)
-        return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, FAILED), reply_to=message)
     except Exception:
         _log.exception("node %s failed on a %s message", context.node_id, message.metadata.message_type)
         return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, FAILED), reply_to=message)
