@@ -149,4 +149,4 @@ def test_scattering_looks_at_each_image_alone_and_normalises_in_27_groups(seed: 
     assert groups.shape[2] == 3 * 4 * 5
     assert torch.allclose(groups.mean(dim=2), torch.zeros(20, 27 * channels), atol=1e-4)
     variance = groups.var(dim=2, correction=0)
-    assert 0.999 < float(variance.min()) <= float(variance.max()) <= 1.001
+    assert 0.99 < float(variance.min()) <= float(variance.max()) <= 1.001  # eps takes some of a flat group
