@@ -175,7 +175,7 @@ def test_a_deployment_with_tls_and_node_keys_gives_the_bits_of_the_local_engine(
     app_in(home)
     deploy(shell, ["partition-id=0 num-partitions=2", "partition-id=1 num-partitions=2"])
     (home / "run.toml").write_text(f'overrides = "{SETTINGS} run_dir={home}/run"\n')
-    shell.run("flwr run app own --run-config run.toml --stream", timeout=300)
+    shell.run("flwr run app own --run-config run.toml --stream", timeout=600)
     check(shell, home / "run")
     assert imports(home) == {"flwr-serverapp"}
     assert imports(home / "node0") == imports(home / "node1") == {"flwr-clientapp"}
@@ -193,7 +193,7 @@ def test_secure_aggregation_in_a_deployment_gives_the_bits_of_the_local_engine(s
     chosen = "task=digits privacy=distributed_gaussian privacy.test_seed=1 rounds=1 clients=3"
     run = f"{chosen} privacy.roster={home}/roster run_dir={home}/run"
     (home / "run.toml").write_text(f'overrides = "{run}"\n')
-    shell.run("flwr run app own --run-config run.toml --stream", timeout=300)
+    shell.run("flwr run app own --run-config run.toml --stream", timeout=600)
     summary, rounds = records(home / "run")
     assert [(r["replies"], r["failures"]) for r in rounds] == [(3, 0)]
     assert (summary["epsilon"], summary["codec"]) == (None, "secure aggregation")
@@ -209,7 +209,7 @@ def test_asynchronous_rounds_in_a_deployment(shell: Shell) -> None:
     deploy(shell, ["partition-id=0 num-partitions=2", "partition-id=1 num-partitions=2"])
     chosen = "task=digits model=logistic privacy=none clients=2 rounds=4 strategy=fedbuff strategy.buffer=1"
     (home / "run.toml").write_text(f'overrides = "{chosen} run_dir={home}/run"\n')
-    shell.run("flwr run app own --run-config run.toml --stream", timeout=240)
+    shell.run("flwr run app own --run-config run.toml --stream", timeout=600)
     summary, rounds = records(home / "run")
     assert [(r["replies"], r["failures"], r["clock"]) for r in rounds] == [(1, 0, None)] * 4
     assert (summary["cohort"], summary["interrupted"]) == (1, False)
@@ -229,7 +229,7 @@ def test_a_node_declines_what_its_policy_or_its_ledger_does_not_allow(shell: She
         f'overrides = "task=digits model=logistic privacy=example privacy.epsilon=3 rounds=3 clients=2 '
         f'run_dir={home}/run"\n'
     )
-    assert shell.start("flwr run app own --run-config run.toml --stream").wait(300) == 0
+    assert shell.start("flwr run app own --run-config run.toml --stream").wait(600) == 0
     rounds = [json.loads(line) for line in (home / "run/rounds.jsonl").read_text().splitlines()]
     assert [(r["replies"], r["failures"]) for r in rounds][:1] == [(1, 1)]
     assert rounds[-1]["replies"] == 0  # a filter over adaptive choices is above the run's own figure
@@ -248,7 +248,7 @@ def test_nodes_bring_their_own_tables_and_have_no_test_table(shell: Shell) -> No
         f'overrides = "task=csv task.features=[left,right] task.class_names=[no,yes] model=logistic rounds=1 '
         f'clients=2 privacy=none trainer.lr=1.0 task.test_path=server.csv run_dir={home}/run"\n'
     )
-    shell.run("flwr run app own --run-config run.toml --stream", timeout=300)
+    shell.run("flwr run app own --run-config run.toml --stream", timeout=600)
     summary, rounds = records(home / "run")
     assert (summary["accuracy"], rounds[0]["replies"], rounds[0]["failures"]) == (1.0, 2, 0)
 
