@@ -30,6 +30,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import results
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -134,10 +136,9 @@ def seconds_of(name: str, run: str, device: str, peers: Path | None) -> list[flo
 def simulated(overrides: list[str]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """The summary of a run, and what it says of each round."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "fedapp.cli", "simulate", *overrides, f"run_dir={folder}/run"]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        summary = results.run(Path(folder, "run"), overrides)
         lines = Path(folder, "run", "rounds.jsonl").read_text().splitlines()
-        return json.loads(Path(folder, "run", "summary.json").read_text()), [json.loads(x) for x in lines]
+        return summary, [json.loads(line) for line in lines]
 
 
 def start(repeats: int) -> None:

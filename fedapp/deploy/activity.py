@@ -65,9 +65,11 @@ class Activity:
             self.working = False
             self.seconds[kind] = self.seconds.get(kind, 0.0) + time.monotonic() - begun
 
-    def reply(self, reply: Message) -> None:
-        """Count a reply that the server took."""
-        if reply.has_error():
+    def reply(self, reply: Message, taken: bool) -> None:
+        """Count a reply, which the server took or did not."""
+        if not taken:
+            self.replies["unwanted"] += 1
+        elif reply.has_error():
             self.replies["declined" if reply.error.code in _DECLINED else "failed"] += 1
         else:
             self.replies["answered"] += 1

@@ -11,7 +11,6 @@ from contextlib import AbstractContextManager, closing, contextmanager, nullcont
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import BinaryIO
 
 from fedapp.deploy import keys
 from fedapp.errors import FedappError
@@ -57,7 +56,7 @@ def save(kind: Kind, folder: Path, file: Path, ledger: Path | None = None) -> li
     databases = {kind.database: folder / kind.database} | ({LEDGER: ledger} if ledger else {})
     try:
         with (
-            whole(file) as partial,
+            keys.whole(file) as partial,
             tempfile.TemporaryDirectory(dir=file.absolute().parent) as room,
             tarfile.open(fileobj=partial, mode="w") as archive,
         ):
@@ -167,17 +166,3 @@ def _add(archive: tarfile.TarFile, path: Path, name: str) -> None:
         info, found = tarfile.TarInfo(name), os.fstat(file.fileno())
         info.size, info.mtime, info.mode = found.st_size, int(found.st_mtime), 0o600
         archive.addfile(info, file)
-
-
-@contextmanager
-def whole(file: Path) -> Iterator[BinaryIO]:
-    """A file that is there, mode 0600, once all of it is written."""
-    with tempfile.NamedTemporaryFile(dir=file.absolute().parent, prefix=".", delete=False) as partial:
-        try:
-            yield partial  # type: ignore[misc]
-            partial.flush()
-            os.fsync(partial.fileno())
-            os.replace(partial.name, file)
-        except BaseException:
-            Path(partial.name).unlink(missing_ok=True)
-            raise

@@ -7,13 +7,11 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from fedapp.deploy import keys
-from fedapp.deploy.backup import CLIENT, LEDGER, SERVER, put, save, unpacked, whole
+from fedapp.deploy import keys, preflight
+from fedapp.deploy.backup import CLIENT, LEDGER, SERVER, put, save, unpacked
 from fedapp.errors import FedappError
 from fedapp.privacy.ledger_backup import bring_back
 from fedapp.report.folder import alone
-
-_CLIENT = Path("~/.fedapp/client")
 
 
 def server(arguments: Sequence[str]) -> None:
@@ -32,7 +30,7 @@ def server(arguments: Sequence[str]) -> None:
 
 def client(arguments: Sequence[str]) -> None:
     """`fedapp client backup|restore|forget`. Raises FedappError."""
-    given = _parser("client", _CLIENT).parse_args(arguments)
+    given = _parser("client", preflight.FOLDER).parse_args(arguments)
     folder = given.folder.expanduser().resolve()
     if given.command == "forget":
         forget(folder)
@@ -88,7 +86,7 @@ def _restore_ledger(new: Path, folder: Path, ledger: Path, keep: bool) -> str:
         return "there is no ledger"
     place = new / ledger.relative_to(folder) if ledger.is_relative_to(folder) else ledger
     place.parent.mkdir(parents=True, exist_ok=True)
-    with whole(place) as partial:
+    with keys.whole(place) as partial:
         partial.write(copy.read_bytes())
     if place != copy:
         copy.unlink()

@@ -139,7 +139,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--folder",
         type=Path,
-        default=Path("~/.fedapp/client"),
+        default=preflight.FOLDER,
         help="of the node's key, state and log (%(default)s)",
     )
     parser.add_argument(

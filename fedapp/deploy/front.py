@@ -11,7 +11,6 @@ import hmac
 import logging
 from base64 import b64decode
 from collections import Counter
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -88,7 +87,7 @@ class Public:
     """
 
     app: ASGIApp
-    linkstate: Callable[[], LinkState]
+    state: LinkState
     token: str
     pushes: Pushes
     routes: ASGIApp
@@ -179,10 +178,10 @@ class Public:
         """
         request = parsed(ActivateNodeRequest, await body_of(receive, QUESTION))
         least, most = HEARTBEAT_MIN_INTERVAL, HEARTBEAT_MAX_INTERVAL
-        number = await run_in_threadpool(self.linkstate().get_node_id_by_public_key, key)
+        number = await run_in_threadpool(self.state.get_node_id_by_public_key, key)
         if request.public_key != key or number is None or not least <= request.heartbeat_interval <= most:
             raise Refused(401, "this is no request of this node")
-        beat = self.linkstate().acknowledge_node_heartbeat
+        beat = self.state.acknowledge_node_heartbeat
         if not await run_in_threadpool(beat, number, request.heartbeat_interval):
             raise Refused(401, "this node is registered no more")
         headers = [(b"content-type", PROTOBUF_MEDIA_TYPE.encode())]
@@ -204,7 +203,7 @@ class Public:
 
     async def _objects(self, key: bytes, path: str, receive: Receive, answer: Answer) -> None:
         """Hand out, or take, many parts of a node's messages at once."""
-        state = self.linkstate()
+        state = self.state
         number = await run_in_threadpool(state.get_node_id_by_public_key, key)
 
         def allowed(asked: Requests) -> None:
@@ -251,7 +250,7 @@ class Public:
             raise Refused(401, "the node's key, time or signature cannot be read") from error
         if not -SYSTEM_TIME_TOLERANCE < age < TIMESTAMP_TOLERANCE + SYSTEM_TIME_TOLERANCE:
             raise Refused(401, f"signed {age:.0f} s ago by the node's clock: set that clock")
-        if self.keyed and self.linkstate().get_node_id_by_public_key(pem) is None:
+        if self.keyed and self.state.get_node_id_by_public_key(pem) is None:
             raise Refused(401, "no node is registered with this key: send its public half to the operator")
         return pem
 
@@ -267,7 +266,7 @@ class Private:
     """The listener on the loopback address, for SuperExec and the ServerApps: the Runtime API only."""
 
     app: ASGIApp
-    linkstate: Callable[[], LinkState]
+    state: LinkState
     pushes: Pushes
     disk: Disk
     max_body: int
@@ -306,7 +305,7 @@ class Private:
         self, path: str, headers: dict[bytes, bytes], receive: Receive, answer: Answer
     ) -> None:
         """Hand out, or take, many parts of a run's messages at once."""
-        state, token = self.linkstate(), headers.get(TASK_TOKEN_HEADER.encode(), b"").decode("latin-1")
+        state, token = self.state, headers.get(TASK_TOKEN_HEADER.encode(), b"").decode("latin-1")
         task = await run_in_threadpool(state.get_task_by_token, token) if token else None
         if task is None:
             raise Refused(401, "this needs the token of a task")

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fedapp.errors import ConfigError
+from fedapp.transaction import at_once
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS inbox (only INTEGER PRIMARY KEY CHECK (only = 1), message BLOB NOT NULL);
@@ -127,8 +128,8 @@ class Memory:
         waits = False
         while True:
             try:
-                with self._explained():
-                    self._once(write)
+                with self._explained(), at_once(self._db):
+                    write()
             except ConfigError as error:
                 if getattr(error.__cause__, "sqlite_errorcode", 0) & 0xFF not in _PASSING:
                     raise
@@ -140,16 +141,6 @@ class Memory:
                 break
         if waits:
             _log.warning("%s takes what is written again: this node goes on", self._path)
-
-    def _once(self, write: Callable[[], object]) -> None:
-        self._db.execute("BEGIN IMMEDIATE")
-        try:
-            write()
-            self._db.execute("COMMIT")
-        except BaseException:
-            if self._db.in_transaction:  # a full disk may have ended it
-                self._db.execute("ROLLBACK")
-            raise
 
     @contextmanager
     def _explained(self) -> Iterator[None]:

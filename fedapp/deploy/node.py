@@ -110,20 +110,16 @@ class Node:
         _log.info("run %d%s: %s took %.2f s, %s", number, f" round {at}" if at else "", what, took, sent)
 
     def _send(self, reply: Message, seconds: float) -> str:
+        size = 0
         try:
             size = self._link.send(reply, seconds)
             said = f"sent {size} bytes" if size else "and the server needs its reply no more"
             said = f"declined: {reply.error.reason}" if reply.has_error() else said
-            if size:
-                self._activity.reply(reply)
-            else:
-                self._activity.replies["unwanted"] += 1
         except Over:
             said = "the run was over before the reply was ready"
-            self._activity.replies["unwanted"] += 1
         except Refused as refused:
             said = str(refused)
-            self._activity.replies["unwanted"] += 1
+        self._activity.reply(reply, taken=size > 0)
         self._memory.sent()  # not where this process was interrupted: then the next one sends it
         return said
 

@@ -20,6 +20,7 @@ from cryptography.hazmat.primitives.serialization import load_ssh_private_key
 
 from fedapp.errors import ConfigError
 
+FOLDER = Path("~/.fedapp/client")
 Scalar = bool | int | float | str
 _KEYS: Mapping[str, str] = {
     "partition-id": "which part of a shared data set this node holds, counted from 0",

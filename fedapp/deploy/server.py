@@ -156,17 +156,16 @@ class Server:
             self._bound("127.0.0.1", 0) as inside,
         ):
             app = create_app(self._config(secret), SuperLinkLifespan)
-            State(app.state.linkstate_factory)
-            linkstate, runs = app.state.linkstate_factory.state, self.folder / "runs"
+            state, runs = State(app.state.linkstate_factory), self.folder / "runs"
             pushes, disk = Pushes(), Disk(self.folder)
             refusals, answered = Refusals(), Counter[int]()
             front = Public(
                 app,
-                linkstate,
+                state,
                 keys.token(self.folder / keys.TOKEN),
                 pushes,
                 RunFolders(runs),
-                Metrics(linkstate, runs, answered, (refusals, CONNECTIONS)),
+                Metrics(state, runs, answered, (refusals, CONNECTIONS)),
                 disk,
                 self.max_body,
                 keyed=not self.insecure,
@@ -174,7 +173,7 @@ class Server:
                 answered=answered,
             )
             outer = listener(front, lifespan=True, folder=None if self.insecure else self.folder)
-            inner = listener(Private(app, linkstate, pushes, disk, self.max_body))
+            inner = listener(Private(app, state, pushes, disk, self.max_body))
             tasks = [asyncio.create_task(outer.serve([outside])), asyncio.create_task(inner.serve([inside]))]
             public, private = outside.getsockname()[1], inside.getsockname()[1]
             try:

@@ -17,6 +17,7 @@ from fedapp.deploy.bounded import Refusals
 from fedapp.deploy.metrics import CONTENT_TYPE, Metric, counted, process, text
 from fedapp.errors import ConfigError
 from fedapp.report.folder import Round, read_rounds
+from fedapp.stages import total
 
 _NODES = "registered", "online", "offline"
 _RUNS = "pending", "running", "completed", "failed", "stopped"
@@ -30,7 +31,7 @@ class Metrics:
     there were. `answered` counts answers by their status, `refusals` those that were refused.
     """
 
-    linkstate: Callable[[], LinkState]
+    state: LinkState
     runs: Path
     answered: Counter[int]
     refusals: tuple[Refusals, ...]
@@ -53,7 +54,7 @@ class Metrics:
         yield counted("fedapp_refused_requests_total", "Requests refused, by reason.", "reason", reasons)
 
     def _state(self) -> Iterator[Metric]:
-        state = self.linkstate()
+        state = self.state
         nodes = Counter(node.status for node in state.get_node_info())
         yield Metric("fedapp_nodes", "gauge", "Nodes, by status.", _by_status(nodes, _NODES))
         runs = state.get_run_info()
@@ -88,7 +89,8 @@ def of_runs(runs: dict[int, tuple[int | None, list[Round]]]) -> Iterator[Metric]
     stages = [
         ({"run_id": str(number), "stage": stage}, seconds)
         for number, rounds in done.items()
-        for stage, seconds in sorted(_stages(rounds).items())
+        for stage, seconds in (total([each.stages for each in rounds]) or {}).items()
+        if seconds is not None
     ]
     yield Metric("fedapp_run_stage_seconds_total", "counter", "Time of its rounds, by stage.", stages)
 
@@ -107,16 +109,6 @@ def _rounds(folder: Path) -> tuple[int | None, list[Round]]:
         return int(planned), read_rounds(folder)
     except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError, ConfigError):  # none yet, or damaged
         return None, []
-
-
-def _stages(rounds: list[Round]) -> dict[str, float]:
-    """Seconds by stage, of the stages that are known."""
-    seconds = dict[str, float]()
-    for each in rounds:
-        for stage, s in (each.stages or {}).items():
-            if s is not None:
-                seconds[stage] = seconds.get(stage, 0.0) + s
-    return seconds
 
 
 def _by_status(counts: Counter[str], known: Sequence[str]) -> list[tuple[dict[str, str], float]]:

@@ -15,6 +15,7 @@ from fedapp import check
 from fedapp.errors import FedappError
 from fedapp.privacy.accounting import Release
 from fedapp.privacy.filter import FILTER, UNITS, Unit, as_text, cost, epsilon
+from fedapp.transaction import at_once
 
 _VERSION = 1
 _SCHEMA = """
@@ -212,24 +213,25 @@ class Ledger:
     def _transaction(self) -> Iterator[sqlite3.Connection]:
         """A connection of its own, since none survives a fork; writers wait for each other."""
         try:
-            with closing(sqlite3.connect(self._path, timeout=60, isolation_level=None)) as db:
-                # EXTRA synchronizes the folder as well once the journal is deleted, which is what commits:
-                # with FULL, a power cut could bring the journal back, and undo what was released since.
-                db.execute("PRAGMA synchronous = EXTRA")
-                db.execute("PRAGMA fullfsync = ON")  # on macOS a plain fsync stops short of the disk
-                db.execute("PRAGMA journal_mode = DELETE")
-                db.execute("BEGIN IMMEDIATE")
-                try:
-                    yield db
-                except BaseException:
-                    db.execute("ROLLBACK")
-                    raise
-                db.execute("COMMIT")
+            with opened(self._path) as db, at_once(db):
+                yield db
         except sqlite3.Error as error:
             raise FedappError(
                 f"the ledger {self._path} cannot be used ({error}), and nothing is released without it: "
                 "see that it is a ledger, may be written, and its disk has room"
             ) from error
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[sqlite3.Connection]:
+    """A connection to a ledger, whose commits are on the disk once they return."""
+    with closing(sqlite3.connect(path, timeout=60, isolation_level=None)) as db:
+        # EXTRA synchronizes the folder as well once the journal is deleted, which is what commits:
+        # with FULL, a power cut could bring the journal back, and undo what was released since.
+        db.execute("PRAGMA synchronous = EXTRA")
+        db.execute("PRAGMA fullfsync = ON")  # on macOS a plain fsync stops short of the disk
+        db.execute("PRAGMA journal_mode = DELETE")
+        yield db
 
 
 _OF = "id IN (SELECT id FROM data WHERE budget = ?)"

@@ -1,11 +1,11 @@
 """A ledger kept in a second place, and brought back where that forgets nothing that was spent."""
 
 import sqlite3
-from contextlib import closing
 from pathlib import Path
 
 from fedapp.errors import FedappError
-from fedapp.privacy.ledger import Ledger
+from fedapp.privacy.ledger import Ledger, opened
+from fedapp.transaction import at_once
 
 _TABLES = "data", "fingerprints", "limits", "events", "replies"
 _HELD = {  # what a budget follows from
@@ -26,19 +26,13 @@ def bring_back(copy: Path, ledger: Path) -> None:
     for path in (copy, ledger):
         Ledger(path)  # of the same version, and whole enough
     try:
-        with closing(sqlite3.connect(ledger, timeout=60, isolation_level=None)) as db:
-            db.execute("PRAGMA synchronous = EXTRA")
+        with opened(ledger) as db:
             db.execute("ATTACH ? AS copy", (str(copy),))
-            db.execute("BEGIN IMMEDIATE")
-            try:
+            with at_once(db):
                 _require_all(db, ledger)
                 for table in _TABLES:
                     db.execute(f"DELETE FROM main.{table}")
                     db.execute(f"INSERT INTO main.{table} SELECT * FROM copy.{table}")
-            except BaseException:
-                db.execute("ROLLBACK")
-                raise
-            db.execute("COMMIT")
     except sqlite3.Error as error:
         raise FedappError(
             f"the ledger {ledger} cannot be brought back ({error}): nothing is changed"
