@@ -5,10 +5,12 @@ import os
 import resource
 import time
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import cast
 
 import torch
 from flwr.app import Context
@@ -20,7 +22,6 @@ from fedapp import __version__, combinations, config
 from fedapp.checkpoint import BEGUN, CLIENTS, Checkpoints
 from fedapp.client_app import local_app, remote_app
 from fedapp.codec.chain import ErrorFeedback
-from fedapp.deploy.grid import few_requests
 from fedapp.engine.flower import Flower
 from fedapp.engine.local import Local, LocalGrid
 from fedapp.errors import ConfigError, FedappError
@@ -48,6 +49,8 @@ def main(grid: Grid, context: Context) -> None:
     tree.choices.engine = "flower"  # whatever was chosen, this grid is Flower's
     place = _placed(tree, context.run_id)
     if place is not None:
+        from fedapp.deploy.grid import few_requests  # seconds of imports, which a simulation does without
+
         grid = few_requests(grid)
     with start(tree, Path(tree.run_dir)) as begin:
         if place is not None and place != begin.path:  # a run that goes on is found under both ids
@@ -94,8 +97,10 @@ def simulate(
             raise ConfigError(f"the run in {begin.path} was started by `flwr run`: resume it in the same way")
         combinations.check_clock(job, simulated=local)
         combinations.check_roster(job, simulated=local)
-        counts = job.task.label_counts().tolist()  # loads the data, for all workers
-        job.prepare()
+        with ThreadPoolExecutor(1) as beside:  # each takes seconds, of a core of its own
+            prepared = beside.submit(job.prepare)
+            counts = _load(job)
+            prepared.result()
         folder = RunFolder(begin.path, begin.again)
         CLOCK.begin(job.profile)  # workers, which are forked now, do as this process
         with _grid(job, begin, folder) as grid:
@@ -105,13 +110,18 @@ def simulate(
     return summary
 
 
+def _load(job: Job) -> list[list[int]]:
+    """Load what all workers train and test on, before they are forked; returns the split's label counts."""
+    if job.evaluate == "server":
+        job.task.test_data()
+    return cast(list[list[int]], job.task.label_counts().tolist())
+
+
 def _grid(job: Job, begin: Start, folder: RunFolder) -> AbstractContextManager[Grid]:
     """The grid of the engine that was chosen, with the clients' end of this run on it."""
     if isinstance(job.engine, Flower):
         return job.engine.grid(remote_app(OmegaConf.to_yaml(begin.tree, resolve=True)), job.clients)
     sizes = [len(part) for part in job.task.partitions()]
-    if job.evaluate == "server":
-        job.task.test_data()  # which workers are to test on
     lasting = job.checkpointed is not None or begin.state is not None
     file = folder.checkpoint / CLIENTS if lasting else None
     return job.engine.grid(

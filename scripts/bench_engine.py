@@ -212,6 +212,7 @@ def main() -> None:
     parser.add_argument("--bare", choices=list(SETTINGS), help=argparse.SUPPRESS)
     options = parser.parse_args()
     os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # or start-up would compile fedapp anew each time
     if options.bare:
         bare(options.bare, options.device)
         return

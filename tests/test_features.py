@@ -1,10 +1,13 @@
 """The fixed features of images: what they show, and that each image is looked at alone."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn import functional
 
 from fedapp.tasks.features import features, features_shape, oriented
 from fedapp.tasks.scattering import coefficients, scattering
@@ -63,6 +66,25 @@ def test_blank_images_and_none_at_all(choice: str, maps: int) -> None:
 def test_maps_are_a_quarter_as_high_and_wide(choice: str, maps: int, height: int, width: int) -> None:
     shape = features(choice, torch.rand(2, 3, height, width)).shape
     assert shape == (2, *features_shape(choice, 3, height, width)) == (2, maps, height // 4, width // 4)
+
+
+@pytest.mark.parametrize(("height", "width"), [(8, 8), (28, 28), (31, 19)])
+def test_oriented_maps_are_what_their_docstring_says(height: int, width: int) -> None:
+    images = torch.rand(3, 1, height, width)
+
+    def along(x: torch.Tensor, axis: int) -> torch.Tensor:
+        framed = functional.pad(x, (1, 1, 1, 1), mode="replicate")
+        before, after = (framed.narrow(axis, at, x.shape[axis]) for at in (0, 2))
+        return (after - before).narrow(5 - axis, 1, x.shape[5 - axis])
+
+    def derivative(x: torch.Tensor, turn: float) -> torch.Tensor:
+        return math.cos(turn) * along(x, 3) + math.sin(turn) * along(x, 2)
+
+    edges = [derivative(images, k * math.pi / 4) for k in range(8)]
+    bars = [derivative(derivative(images, k * math.pi / 4), k * math.pi / 4) for k in range(4)]
+    maps = torch.cat([images, *[m.relu() for m in (*edges, *bars)], *[(-m).relu() for m in bars]], dim=1)
+    pooled = functional.avg_pool2d(maps, kernel_size=6, stride=4, padding=1, count_include_pad=False)
+    assert torch.allclose(oriented(images), functional.instance_norm(pooled), atol=1e-4)
 
 
 def test_pixels_stay_as_they_are() -> None:

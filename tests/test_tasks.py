@@ -13,6 +13,7 @@ from hydra.utils import instantiate
 from numpy.typing import NDArray
 from omegaconf import OmegaConf
 from PIL import Image
+from sklearn.datasets import load_digits
 from torch import nn
 
 from fedapp.errors import ConfigError, DataError
@@ -248,6 +249,20 @@ def test_digits(digits: Digits) -> None:
     assert task.private_preprocessing is False
     assert (task.label_counts() == [torch.bincount(p.y, minlength=10).tolist() for p in parts]).all()
     assert task.label_counts().shape == (4, 10)
+
+
+def test_digits_are_those_of_scikit_learn(digits: Digits) -> None:
+    bunch = load_digits()
+    train, test = digits.train_data(), digits.test_data()
+    assert test is not None
+    seen = np.concatenate([train.x.numpy(), test.x.numpy()]).reshape(-1, 64)
+    labels = np.concatenate([train.y.numpy(), test.y.numpy()])
+
+    def sorted_rows(x: NDArray[Any], y: NDArray[Any]) -> NDArray[Any]:
+        rows = np.column_stack([16 * x, y])
+        return rows[np.lexsort(rows.T)]
+
+    assert np.array_equal(sorted_rows(seen, labels), sorted_rows(bunch.data / 16, bunch.target))
 
 
 def test_the_test_set_is_the_same_for_every_seed(digits: Digits) -> None:
