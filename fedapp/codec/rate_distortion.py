@@ -110,7 +110,7 @@ class RateDistortion:
             return code(within(self.step * rms, most)), {}
         if self.nmse is not None:
             target = Target(
-                "codec.nmse", self.nmse, lambda a, count: _error_estimate(a, count, self.trellis),
+                "codec.nmse", self.nmse, lambda a, count: _error(a, count, *_LIKE[self.trellis]),
                 lambda packet: self._nmse(x, packet, layout), falls=False,
                 encodes=_ENCODES[self.trellis],
             )  # fmt: skip
@@ -118,7 +118,7 @@ class RateDistortion:
             goal, frame = self.rate * len(x) / 8, self._header.size + _REST
             target = Target(
                 "bytes for codec.rate", goal,
-                lambda a, count: len(x) * _bits_estimate(a, count, self.trellis) / 8 + frame,
+                lambda a, count: len(x) * _bits(a, count, *_LIKE[self.trellis]) / 8 + frame,
                 lambda packet: len(packet.body) + frame, falls=True, tolerance=max(0.01, 10 / goal),
                 encodes=_ENCODES[self.trellis],
             )  # fmt: skip
@@ -246,7 +246,7 @@ def _pilot(x: NDArray[np.float32], layout: Layout) -> Callable[[float], float]:
 
     def miss(step: float) -> float:
         code, _, _ = context.encode(part, 1 / step, edges(LAMBDA), grids, keep=False)
-        estimate = len(part) * _bits_estimate(magnitude / step, count, False)
+        estimate = len(part) * _bits(magnitude / step, count, *_LIKE[False])
         return float(np.log(8 * max(len(code), 1) / estimate)) - _DEARER
 
     return miss
@@ -266,30 +266,55 @@ def _remembered(state: State) -> float | None:
     return float(miss[0]) if miss.shape == (1,) and miss.dtype == np.float64 and abs(miss[0]) < 0.8 else None
 
 
-def _rounded(magnitude: Floats, count: Floats, trellis: bool) -> Floats:
-    """Levels of magnitudes in finer steps, as one context would round them."""
-    _, weight, rounds = _LIKE[trellis]
-    edge = 0.62
+@jit
+def _least_sent(magnitude: Floats, count: Floats, weight: float, rounds: int) -> float:
+    """Where level 1 begins, in steps, as one context would round."""
+    edge, total = 0.62, count.sum()
     for _ in range(rounds):
-        p = np.clip(count @ (magnitude > edge) / count.sum(), 1e-4, 0.5)
+        above = 0.0
+        for i in range(len(magnitude)):
+            above += count[i] if magnitude[i] > edge else 0.0
+        p = min(max(above / total, 1e-4), 0.5)
         edge = 0.5 + weight / 2 * (np.log2((1 - p) / p) + 1.4)
-    return np.where(magnitude > edge, np.maximum(np.rint(magnitude), 1), 0)
+    return edge
 
 
-def _bits_estimate(magnitude: Floats, count: Floats, trellis: bool) -> float:
-    """Bits per parameter: the entropy of single levels, less what contexts usually save."""
-    magnitude = magnitude * _LIKE[trellis][0]
+@jit
+def _bits(magnitude: Floats, count: Floats, finer: float, weight: float, rounds: int) -> float:
+    """Bits per parameter: the entropy of single levels, less what contexts usually save.
+
+    Magnitudes, in steps, rise, but for the last. Compiled: a search for a step asks dozens of times.
+    """
+    total = count.sum()
+    mean = finer * (count * magnitude).sum() / total
     # Magnitudes and how many are known too coarsely to tell large levels apart.
-    halvings = max(0.0, np.floor(np.log2(count @ magnitude / count.sum() / 16)))
-    level = np.minimum(_rounded(magnitude / 2**halvings, count, trellis), 1 << 14).astype(np.int64)
-    share = np.bincount(level, count) / count.sum()
-    zero, share = share[0], share[share > 0]
-    bits = float(-np.sum(share * np.log2(share)) + 1 - zero + halvings)
+    halvings = max(0.0, np.floor(np.log2(mean / 16)))
+    scaled = magnitude * (finer / 2**halvings)
+    edge = _least_sent(scaled, count, weight, rounds)
+    logs = zero = same = 0.0  # sum of n log n over levels, and how many values have level 0, and this one
+    level = 0.0
+    for i in range(len(scaled)):
+        if scaled[i] <= edge:
+            zero += count[i]
+            continue
+        now = min(max(np.rint(scaled[i]), 1.0), 2.0**14)
+        if now != level:
+            logs += same * np.log2(max(same, 1.0))
+            level, same = now, 0.0
+        same += count[i]
+    logs += same * np.log2(max(same, 1.0)) + zero * np.log2(max(zero, 1.0))
+    bits = np.log2(total) - logs / total + 1 - zero / total + halvings
     return bits * (bits + 0.4) / (bits + 0.6)
 
 
-def _error_estimate(magnitude: Floats, count: Floats, trellis: bool) -> float:
+@jit
+def _error(magnitude: Floats, count: Floats, finer: float, weight: float, rounds: int) -> float:
     """Squared error over squared norm; that of large levels is any from 0 to 1/4."""
-    magnitude = magnitude * _LIKE[trellis][0]
-    error = np.where(magnitude > 64, 1 / 12, (magnitude - _rounded(magnitude, count, trellis)) ** 2)
-    return float(count @ error / (count @ magnitude**2)) + 1e-15
+    scaled = magnitude * finer
+    edge = _least_sent(scaled, count, weight, rounds)
+    error = norm = 0.0
+    for i in range(len(scaled)):
+        level = max(np.rint(scaled[i]), 1.0) if scaled[i] > edge else 0.0
+        error += count[i] * (1 / 12 if scaled[i] > 64 else (scaled[i] - level) ** 2)
+        norm += count[i] * scaled[i] ** 2
+    return error / norm + 1e-15
