@@ -33,7 +33,7 @@ from fedapp.stages import DECODE, ENCODE, EVALUATE, TRAIN
 from fedapp.tasks import EVALUATION_BATCH, Data, Score
 from fedapp.tasks.stream import Stream
 from fedapp.training import Sgd
-from fedapp.vector import values
+from fedapp.vector import record_of, values
 from fedapp.wire import compress
 
 FAILED = "the client failed; its own log says why"
@@ -100,7 +100,7 @@ def client_app(job_of: Callable[[Context], Job], own: Own | None = None) -> Clie
         store_state(context, "trainer", state)
         if isinstance(job.task, Stream) and job.privacy.unit is None:
             metrics[DRIFT] = int(load_state(context, STREAM)[DRIFT][0])
-        trained = ArrayRecord(job.model.state_dict())
+        trained = record_of({name: value.cpu().numpy() for name, value in job.model.state_dict().items()})
         if job.assigns:
             metrics |= {SECONDS: time.perf_counter() - started}
         return Message(RecordDict({ARRAYS: trained, METRICS: MetricRecord({**metrics})}), reply_to=message)

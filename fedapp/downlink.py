@@ -13,10 +13,14 @@ feedback. Updates are trained weights minus the version, and step the server's o
 Dieuleveut 2021, "Preserved central model for faster bidirectional compression in distributed settings").
 """
 
+import os
 import struct
 import zlib
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -32,7 +36,7 @@ from fedapp.codec.varint import Reader, varint
 from fedapp.errors import DecodeError
 from fedapp.lattice import COARSEST, Version, first
 from fedapp.records import ARRAYS, CONFIG
-from fedapp.vector import buffers_of, layout_of, ravel, unravel, values
+from fedapp.vector import array_of, buffers_of, layout_of, ravel, unravel, values
 
 STYPE = "fedapp.version"
 VERSION, INITIAL, HOLDS = "version", "initial", "holds"
@@ -75,7 +79,7 @@ class Downlink:
         self._layout = layout_of(initial)
         self._initial = ravel(initial, self._layout)
         self._now = first(self._layout)
-        self._versions = {0: (self._now.exponent, b"")}  # those that some node may hold, coded
+        self._versions = {0: self._coded(self._now)}  # that some node may hold: from the first on
         self._held: dict[int, int] = {}  # by node; at first each holds version 0
         self._sent: dict[int, int] = {}  # by node, the version that it was sent and has not answered
         self._weights = initial
@@ -86,14 +90,16 @@ class Downlink:
             self._weights = weights
             self._publish(ravel(weights, self._layout))
         messages = list(messages)
-        arrays: dict[int, ArrayRecord] = {}  # one for all nodes that hold the same
+        held_by = {m.metadata.dst_node_id: self._held.get(m.metadata.dst_node_id, 0) for m in messages}
+        bases, crc = set(held_by.values()), _crc(self._now.weights(self._initial))
+        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:  # the coder runs without Python's lock
+            made = pool.map(partial(self._arrays, crc=crc), bases)
+        arrays = dict(zip(bases, made, strict=True))  # one for all nodes that hold the same
         contents: dict[tuple[int, int], RecordDict] = {}  # and are told the same beside
         for message in messages:
             node = message.metadata.dst_node_id
-            held, told = self._held.get(node, 0), id(message.content)
+            held, told = held_by[node], id(message.content)
             self._sent[node] = self._now.number
-            if held not in arrays:
-                arrays[held] = self._arrays(held)
             if (held, told) not in contents:
                 contents[held, told] = RecordDict({**message.content, ARRAYS: arrays[held]})
             message.content = contents[held, told]
@@ -149,7 +155,7 @@ class Downlink:
             self._sent.clear()
         kept = {0, *self._held.values(), *self._sent.values()} & self._versions.keys()
         self._versions = {v: self._versions[v] for v in kept}
-        self._versions[number] = self._now.exponent, _encode(self._now.levels, self._layout)
+        self._versions[number] = self._coded(self._now)
 
     def _quantized(self, x: NDArray[np.float32], finest: int) -> tuple[int, NDArray[np.int32]]:
         """Exponent and levels of x that take about the rate.
@@ -184,20 +190,21 @@ class Downlink:
         code, levels, _ = coder.encode(np.ldexp(x, -exponent), 1.0, edge, shapes(self._layout))
         return len(code), levels
 
-    def _arrays(self, held: int) -> ArrayRecord:
-        """What a message to a node that holds this version says for weights."""
-        base = first(self._layout)
+    def _coded(self, version: Version) -> tuple[int, bytes]:
+        """The way from the initial model to a version: its exponent, and its levels' code."""
+        exponent, levels = version.minus(first(self._layout))
+        return exponent, _encode(levels, self._layout)
+
+    def _arrays(self, held: int, crc: int) -> ArrayRecord:
+        """What a message to a node that holds this version says for weights, which have this CRC."""
+        based_on, (exponent, code) = 0, self._versions[self._now.number]
         if held > 0:
-            exponent, code = self._versions[held]
-            base = Version(held, exponent, coder.decode(code, shapes(self._layout)))
-        try:
-            exponent, levels = self._now.minus(base)
-        except OverflowError:  # too far apart for one step: from the initial model it is not
-            base = first(self._layout)
-            exponent, levels = self._now.minus(base)
-        crc = _crc(self._now.weights(self._initial))
-        data = _HEADER.pack(_FORMAT, crc, exponent) + varint(base.number) + varint(self._now.number)
-        data += _encode(levels, self._layout)
+            coarser, known = self._versions[held]
+            base = Version(held, coarser, coder.decode(known, shapes(self._layout)))
+            with suppress(OverflowError):  # too far apart for one step: from the initial model it is not
+                exponent, levels = self._now.minus(base)
+                based_on, code = held, _encode(levels, self._layout)
+        data = _HEADER.pack(_FORMAT, crc, exponent) + varint(based_on) + varint(self._now.number) + code
         arrays = {VERSION: Array("uint8", (len(data),), STYPE, data)}
         arrays |= {INITIAL: Array(self._initial)} if held == NOTHING else {}
         arrays |= buffers_of(self._weights, self._layout)
@@ -257,9 +264,9 @@ def receive(initial: ArrayRecord) -> Mod:
             if version is None or weights is None or _crc(weights) != crc:
                 says = held.number if version is None else 0
                 return Message(RecordDict({CONFIG: ConfigRecord({HOLDS: says})}), reply_to=message)
-            at = Array(np.array([version.number, version.exponent]))
-            holds = ArrayRecord({**kept, AT: at, LEVELS: Array(version.levels)})
-            floats = {name: Array(one) for name, one in unravel(weights, layout, initial).items()}
+            at = array_of(np.array([version.number, version.exponent]))
+            holds = ArrayRecord({**kept, AT: at, LEVELS: array_of(version.levels)})
+            floats = {name: array_of(one) for name, one in unravel(weights, layout, initial).items()}
             if INITIAL not in kept:
                 last = arrays[VERSION], held.number, holds, floats
         context.state[DOWNLINK] = holds

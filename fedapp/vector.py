@@ -1,10 +1,14 @@
 """Weights as one flat vector, and what a Flower Array holds."""
 
+import io
 from collections.abc import Mapping
+from functools import lru_cache
+from math import prod
 from typing import Any
 
 import numpy as np
 from flwr.app import Array, ArrayRecord
+from flwr.common.constant import SType
 from numpy.typing import NDArray
 
 from fedapp.codec import Layout, Slot
@@ -17,7 +21,7 @@ def layout_of(arrays: ArrayRecord) -> Layout:
     for name, array in arrays.items():
         if np.issubdtype(array.dtype, np.floating):
             slots.append(Slot(name, tuple(array.shape), offset))
-            offset += int(np.prod(array.shape, dtype=np.int64))
+            offset += prod(array.shape)
     return Layout(tuple(slots), offset)
 
 
@@ -41,7 +45,7 @@ def ravel(arrays: ArrayRecord, layout: Layout) -> NDArray[np.float32]:
 def unravel(flat: NDArray[Any], layout: Layout, like: ArrayRecord) -> dict[str, NDArray[Any]]:
     """The arrays back from the vector, each in the dtype that it has in `like`."""
     return {
-        slot.name: flat[slot.offset : slot.offset + int(np.prod(slot.shape, dtype=np.int64))]
+        slot.name: flat[slot.offset : slot.offset + prod(slot.shape)]
         .reshape(slot.shape)
         .astype(like[slot.name].dtype)
         for slot in layout.slots
@@ -53,7 +57,7 @@ def values(array: Array) -> NDArray[Any]:
 
     A file of numpy's ends with the values, so its header need not be parsed again.
     """
-    dtype, count = np.dtype(array.dtype), int(np.prod(array.shape, dtype=np.int64))
+    dtype, count = np.dtype(array.dtype), prod(array.shape)
     if b"'fortran_order': False" not in array.data[:128]:
         return array.numpy()
     found = np.frombuffer(array.data, dtype, count, len(array.data) - count * dtype.itemsize)
@@ -67,4 +71,20 @@ def arrays_in(record: ArrayRecord) -> dict[str, NDArray[Any]]:
 
 def record_of(arrays: Mapping[str, NDArray[Any]]) -> ArrayRecord:
     """The record that these arrays make."""
-    return ArrayRecord({name: Array(np.asarray(array)) for name, array in arrays.items()})
+    return ArrayRecord({name: array_of(array) for name, array in arrays.items()})
+
+
+def array_of(values: NDArray[Any]) -> Array:
+    """What `Array(values)` makes, in row-major order: the same bytes, which are copied once."""
+    values = np.asarray(values, order="C")
+    dtype, shape = values.dtype.str, values.shape
+    return Array(str(values.dtype), shape, SType.NUMPY, b"".join((_header(dtype, shape), values.data)))
+
+
+@lru_cache(maxsize=1024)
+def _header(dtype: str, shape: tuple[int, ...]) -> bytes:
+    """What a file of numpy's says before the values."""
+    file = io.BytesIO()
+    form = {"descr": dtype, "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(file, form)
+    return file.getvalue()

@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from fedapp.assignment import WHOLE, Part, Workloads
 from fedapp.codec import Codec, encode_known
 from fedapp.codec.packet import pack, padded
+from fedapp.errors import DecodeError
 from fedapp.fold import Collect, Folded
 from fedapp.privacy.mechanism import Mechanism, Numbers
 from fedapp.privacy.secret import SERVER, Secret, source
@@ -103,17 +104,20 @@ def compress(
 def update_of(received: ArrayRecord, trained: ArrayRecord) -> NDArray[np.float32]:
     """Trained minus received, float32 (size,)."""
     layout = layout_of(received)
-    update = ravel(trained, layout)
+    update = np.empty(layout.size, np.float32)
     with np.errstate(invalid="ignore"):  # of infinities: the caller looks at what comes out
         for slot in layout.slots:
-            start = values(received[slot.name]).astype(np.float32, copy=False).reshape(-1)
-            update[slot.offset : slot.offset + len(start)] -= start
+            start, end = (values(record[slot.name]) for record in (received, trained))
+            if end.shape != start.shape:
+                raise DecodeError(f"{slot.name} has shape {end.shape}, the model {start.shape}")
+            into = update[slot.offset : slot.offset + start.size].reshape(start.shape)
+            np.subtract(end, start, out=into, dtype=np.float32)
     return update
 
 
 def require_finite(update: NDArray[np.float32]) -> None:
     """Raises ValueError where training went astray."""
-    if not np.isfinite(update).all():
+    if not (np.isfinite(update.max(initial=0)) and np.isfinite(update.min(initial=0))):
         raise ValueError("the trained weights are not finite; training diverged")
 
 

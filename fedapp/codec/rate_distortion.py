@@ -303,7 +303,7 @@ def _bits(magnitude: Floats, count: Floats, finer: float, weight: float, rounds:
             level, same = now, 0.0
         same += count[i]
     logs += same * np.log2(max(same, 1.0)) + zero * np.log2(max(zero, 1.0))
-    bits = np.log2(total) - logs / total + 1 - zero / total + halvings
+    bits: float = np.log2(total) - logs / total + 1 - zero / total + halvings
     return bits * (bits + 0.4) / (bits + 0.6)
 
 
