@@ -1,6 +1,6 @@
 """Seconds a round: the local engine beside a bare loop on the same work; reprints the README's tables.
 
-usage: .venv/bin/python scripts/bench_engine.py [--only lr cnn noop start memory dp] [--repeats 3]
+usage: .venv/bin/python scripts/bench_engine.py [--only lr cnn noop start memory] [--repeats 3]
        [--peers FOLDER] [--device cpu|cuda]
 
 lr: logistic regression (7,850 parameters), 10 of 1000 clients a round. cnn: 1.2 million parameters, 50 of
@@ -12,7 +12,7 @@ rounds of all turns, but for each process's first. In FOLDER, scripts `stock_flo
 take SETTING and ROUNDS and print "min X median Y" run in the same turns; one that fails is left out.
 
 start: from the command to the first round. memory: what the server's process takes at most, by the size of
-the cohort and by the number of rounds. dp: a private step beside a plain one on the same batch.
+the cohort and by the number of rounds.
 """
 
 import argparse
@@ -25,7 +25,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,7 +60,7 @@ SETTINGS = {
     "cnn": Setting("cnn", 1000, 50, 0.1, 1, 3),
     "noop": Setting("cnn", 1000, 50, 0.1, 0, 8),
 }
-PARTS = [*SETTINGS, "start", "memory", "dp"]
+PARTS = [*SETTINGS, "start", "memory"]
 UNCODED = ["codec=identity", "downlink=coded"]
 PEERS = {"stock Flower, Ray, 2 cores": "stock_flower.py", "pfl, 1 thread": "pfl_peer.py"}
 RUNS: dict[str, list[str]] = {
@@ -163,46 +162,6 @@ def memory() -> None:
         print(f"| {name} | {simulated(overrides)[0]['peak_rss_mb']:.0f} |", flush=True)
 
 
-def dp(repeats: int) -> None:
-    """Milliseconds of a step on one batch: plain SGD, and clipping and noise by example."""
-    print("\n| model | batch | plain step, ms | private step, ms | ratio |\n|---|---|---|---|---|")
-    for model, batch in (("small_cnn", 64), ("small_cnn", 256), ("cnn", 64), ("cnn", 256)):
-        plain, private = (1e3 * seconds for seconds in steps(model, batch, repeats))
-        print(f"| {model} | {batch} | {plain:.1f} | {private:.1f} | {private / plain:.2f} |", flush=True)
-
-
-def steps(model: str, batch: int, repeats: int) -> tuple[float, float]:
-    """Seconds of a plain and of a private step, in turns; the least of so many turns of ten."""
-    import torch
-
-    from fedapp import config
-    from fedapp.dp_step import Step
-    from fedapp.training import DpSgd
-
-    torch.set_num_threads(1)
-    job = config.job_of(f"task.features=pixels partition=iid clients=10 model={model}")
-    assert isinstance(job.trainer, DpSgd)
-    data = job.task.client_data({"partition-id": 0, "num-partitions": 10})
-    net, places = job.task.model(0), torch.arange(batch)
-    optimizer = torch.optim.SGD(net.parameters(), lr=0.01)
-    private = Step(job.task, job.task.model(0), job.trainer, torch.Generator(), 0.01)
-
-    def plainly() -> None:
-        job.task.loss(net(data.x[places]), data.y[places]).backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-    def timed(step: Callable[[], None]) -> float:
-        begun = time.perf_counter()
-        for _ in range(10):
-            step()
-        return (time.perf_counter() - begun) / 10
-
-    turns = [(timed(plainly), timed(lambda: private(data, places))) for _ in range(repeats + 1)]
-    private.close()
-    return min(one for one, _ in turns[1:]), min(other for _, other in turns[1:])
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--only", choices=PARTS, nargs="+", default=PARTS)
@@ -234,8 +193,6 @@ def main() -> None:
         start(options.repeats)
     if "memory" in options.only:
         memory()
-    if "dp" in options.only:
-        dp(options.repeats)
 
 
 if __name__ == "__main__":

@@ -89,6 +89,7 @@ PRIVATE = {
         "HEARTBEAT_MAX_INTERVAL",
         "HEARTBEAT_MIN_INTERVAL",
         "ISOLATION_MODE_PROCESS",
+        "SType",
         "SUPERLINK_NODE_ID",
         "SYSTEM_TIME_TOLERANCE",
         "Status",
