@@ -2,7 +2,7 @@
 
 usage: .venv/bin/python scripts/bench_step.py [--only plain private] [--repeats 8]
 
-All on one thread and on Fashion-MNIST's pixels; ways take turns of ten steps on the same batch, and a figure
+All on one thread and on Fashion-MNIST; ways take turns of ten steps on the same batch, and a figure
 is the least turn's. plain: SGD as `trainer=sgd` takes it, with torch's own optimizer, and in ways that might be
 faster. private: a step of DP-SGD beside a plain one.
 """
@@ -21,6 +21,13 @@ from fedapp.tasks import Data, Task
 from fedapp.training import DpSgd
 
 Steps = Mapping[str, Callable[[], None]]
+PLAIN = (
+    ("logistic", "pixels", 10),
+    ("small_cnn", "oriented", 32),
+    ("small_cnn", "pixels", 32),
+    ("cnn", "pixels", 10),
+    ("cnn", "pixels", 64),
+)
 
 
 def milliseconds(ways: Steps, repeats: int, steps: int = 10) -> dict[str, float]:
@@ -69,8 +76,8 @@ def by_hand(
 
 def plain(repeats: int) -> None:
     print("\n| model | batch | way | ms | of the trainer's |\n|---|---|---|---|---|")
-    for model, size in (("logistic", 10), ("small_cnn", 32), ("cnn", 10), ("cnn", 64)):
-        job = config.job_of(f"privacy=none task.features=pixels partition=iid clients=10 model={model}")
+    for model, seen, size in PLAIN:
+        job = config.job_of(f"privacy=none partition=iid clients=10 task.features={seen} model={model}")
         task, batch = job.task, first(job.task, size)
         last, compiled = (task.model(0) for _ in range(2))
         last = last.to(memory_format=torch.channels_last)
@@ -85,7 +92,7 @@ def plain(repeats: int) -> None:
         found = milliseconds(ways, repeats)
         for name, ms in found.items():
             share = ms / found["trainer=sgd"]
-            print(f"| {model} | {size} | {name} | {ms:.2f} | {share:.2f} |", flush=True)
+            print(f"| {model} on {seen} | {size} | {name} | {ms:.2f} | {share:.2f} |", flush=True)
 
 
 def private(repeats: int) -> None:

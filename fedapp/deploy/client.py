@@ -7,19 +7,19 @@ import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from logging.handlers import RotatingFileHandler
 from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fedapp.deploy import backup_cli, preflight
+from fedapp.deploy.logs import to_file
 from fedapp.errors import ConfigError
 
 if TYPE_CHECKING:
     from fedapp.deploy.activity import Activity
 
 _log = logging.getLogger("fedapp.client")
-_LOG = 5_000_000  # bytes
+_TEXT = "%(asctime)s %(levelname)s %(message)s"
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -30,7 +30,7 @@ def main(arguments: Sequence[str]) -> None:
     options = _parser().parse_args(arguments)
     folder: Path = options.folder.expanduser()
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    _begin_log(folder)
+    _begin_log(folder, options.log_json)
     server = preflight.Server.of(options.server)
     config = preflight.node_config(options.data_config)
     if options.insecure:
@@ -104,16 +104,11 @@ def _ledger(path: Path) -> Path:
     return path
 
 
-def _begin_log(folder: Path) -> None:
+def _begin_log(folder: Path, as_json: bool) -> None:
     logging.raiseExceptions = False  # a full disk costs lines, and no traceback for each
-    logging.basicConfig(
-        level=logging.INFO,
-        format="%(asctime)s %(levelname)s %(message)s",
-        handlers=[
-            logging.StreamHandler(sys.stderr),
-            RotatingFileHandler(folder / "node.log", maxBytes=_LOG, backupCount=3),
-        ],
-    )
+    handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)]
+    handlers.append(to_file(folder / "node.log", as_json, _TEXT))
+    logging.basicConfig(level=logging.INFO, format=_TEXT, handlers=handlers)
     for chatty in ("httpx", "httpcore", "flwr", "alembic"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
 
@@ -145,6 +140,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--metrics-port", type=int, metavar="PORT", help="on 127.0.0.1: /metrics for Prometheus, and /health"
     )
+    parser.add_argument("--log-json", action="store_true", help="node.log has a JSON object a line")
     parser.add_argument(
         "--insecure", action="store_true", help="plain HTTP, to a server on this machine only"
     )

@@ -15,7 +15,6 @@ from collections import Counter
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
-from logging.handlers import RotatingFileHandler
 from pathlib import Path
 
 from flwr.common.constant import ISOLATION_MODE_PROCESS, TRANSPORT_TYPE_GRPC_RERE
@@ -32,6 +31,7 @@ from fedapp.deploy.front import Private, Public
 from fedapp.deploy.going_on import take_up
 from fedapp.deploy.holding import Pushes
 from fedapp.deploy.listener import CONNECTIONS, Listener, listener
+from fedapp.deploy.logs import to_file
 from fedapp.deploy.runs import RunFolders
 from fedapp.deploy.server_metrics import Metrics
 from fedapp.deploy.state import State
@@ -39,7 +39,6 @@ from fedapp.errors import FedappError
 
 LEAST_DISK = 1 << 30  # bytes: a database that cannot grow loses runs
 _READ_S = 60.0
-_LOG_BYTES, _LOG_FILES = 10 << 20, 5
 _log = logging.getLogger("fedapp.server")
 
 
@@ -55,9 +54,11 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--port", type=int, default=8443)
     parser.add_argument("--max-body", type=int, default=100 << 20, metavar="BYTES", help="(%(default)s)")
     parser.add_argument("--insecure", action="store_true", help="no TLS, no node keys: on this machine only")
+    parser.add_argument("--log-json", action="store_true", help="log files have a JSON object a line")
     given = parser.parse_args(arguments)
     host = given.host or ("127.0.0.1" if given.insecure else "0.0.0.0")
-    server = Server(given.folder.expanduser().absolute(), host, given.port, given.max_body, given.insecure)
+    folder = given.folder.expanduser().absolute()
+    server = Server(folder, host, given.port, given.max_body, given.insecure, given.log_json)
     asyncio.run(server.run())
 
 
@@ -70,6 +71,7 @@ class Server:
     port: int = 8443
     max_body: int = 100 << 20
     insecure: bool = False
+    log_json: bool = False
 
     async def run(self) -> None:
         """Serve until SIGINT or SIGTERM; SIGHUP takes a renewed certificate."""
@@ -77,13 +79,13 @@ class Server:
         over, loop, secret = asyncio.Event(), asyncio.get_running_loop(), secrets.token_bytes(32)
         for name in ("flwr", "runs", "log"):
             (self.folder / name).mkdir(mode=0o700, exist_ok=True)
-        _logs(self.folder / "log")
+        _logs(self.folder / "log", self.log_json)
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, over.set)
         async with self.listening(secret) as listening:
             loop.add_signal_handler(signal.SIGHUP, listening.renew)
             child = await self._superexec(secret, listening.private)
-            copying = asyncio.create_task(_copy(child, self.folder / "log" / "superexec.log"))
+            copying = asyncio.create_task(_copy(child, self.folder / "log" / "superexec.log", self.log_json))
             ending = asyncio.create_task(over.wait())
             try:
                 print(self._next(listening.public, said), flush=True)
@@ -288,11 +290,11 @@ def _superexec() -> str:
     return str(Path(sys.executable).with_name("flower-superexec"))
 
 
-async def _copy(child: asyncio.subprocess.Process, path: Path) -> None:
+async def _copy(child: asyncio.subprocess.Process, path: Path, as_json: bool) -> None:
     """Copy a child's output to a file that rotates."""
     output = logging.getLogger("fedapp.superexec")
     output.propagate = False
-    handler = RotatingFileHandler(path, maxBytes=_LOG_BYTES, backupCount=_LOG_FILES)
+    handler = to_file(path, as_json, "%(message)s")
     output.addHandler(handler)
     assert child.stdout is not None
     try:
@@ -313,11 +315,10 @@ async def _end(child: asyncio.subprocess.Process) -> None:
                 os.killpg(child.pid, 0)
 
 
-def _logs(folder: Path) -> None:
+def _logs(folder: Path, as_json: bool) -> None:
     """fedapp's and Flower's lines to a file that rotates; to the terminal only warnings of either."""
     logging.raiseExceptions = False  # a full disk costs lines, and no traceback for each
-    file = RotatingFileHandler(folder / "server.log", maxBytes=_LOG_BYTES, backupCount=_LOG_FILES)
-    file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    file = to_file(folder / "server.log", as_json)
     terminal = logging.StreamHandler()
     terminal.setLevel(logging.WARNING)
     terminal.setFormatter(logging.Formatter("%(asctime)s %(message)s"))

@@ -1,0 +1,85 @@
+"""Log files in JSON: one object a line, whatever is logged."""
+
+import json
+import logging
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+
+from fedapp.deploy import client, server
+from fedapp.deploy.logs import to_file
+
+
+@pytest.fixture(autouse=True)
+def _as_before() -> Iterator[None]:
+    """Loggers, which live as long as the process, end as they began."""
+    names = ("fedapp", "flwr", "uvicorn", "httpx", "httpcore", "alembic")
+    loggers = [logging.getLogger(), *map(logging.getLogger, names)]
+    before = [([*one.handlers], one.propagate, one.level) for one in loggers]
+    raising = logging.raiseExceptions
+    yield
+    logging.raiseExceptions = raising
+    for one, (handlers, propagate, level) in zip(loggers, before, strict=True):
+        one.handlers, one.propagate = handlers, propagate
+        one.setLevel(level)
+
+
+def lines(path: Path) -> list[dict[str, str]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_a_line_is_one_object(tmp_path: Path) -> None:
+    log = logging.getLogger("fedapp.test_logs")
+    log.propagate = False
+    log.addHandler(to_file(tmp_path / "log", as_json=True))
+    log.warning('%s of\n"two" lines, é and \udcff', 1)
+    try:
+        raise ValueError("what was wrong")
+    except ValueError:
+        log.exception("it failed")
+    log.handlers.pop().close()
+    first, second = lines(tmp_path / "log")
+    assert first.keys() == {"time", "level", "logger", "message"}
+    assert first["message"] == '1 of\n"two" lines, é and \udcff'
+    assert (first["level"], first["logger"]) == ("WARNING", "fedapp.test_logs")
+    assert abs((datetime.now(UTC) - datetime.fromisoformat(first["time"])).total_seconds()) < 60
+    assert second["error"].startswith("Traceback")
+    assert second["error"].endswith("ValueError: what was wrong")
+
+
+@pytest.mark.parametrize("as_json", [True, False])
+def test_the_server_writes_what_was_asked(tmp_path: Path, as_json: bool) -> None:
+    server._logs(tmp_path, as_json)
+    logging.getLogger("fedapp.server").info("serving on %s", "here")
+    for handler in logging.getLogger("fedapp").handlers:
+        handler.close()
+    text = (tmp_path / "server.log").read_text()
+    if as_json:
+        assert [line["message"] for line in lines(tmp_path / "server.log")] == ["serving on here"]
+    else:
+        assert text.endswith(" INFO fedapp.server: serving on here\n")
+
+
+@pytest.mark.parametrize("as_json", [True, False])
+def test_a_client_writes_what_was_asked(
+    tmp_path: Path, as_json: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])  # pytest's own
+    client._begin_log(tmp_path, as_json)
+    logging.getLogger("fedapp.client").warning("no --policy")
+    for handler in logging.getLogger().handlers:
+        handler.close()
+    text = (tmp_path / "node.log").read_text()
+    if as_json:
+        assert [line["message"] for line in lines(tmp_path / "node.log")] == ["no --policy"]
+    else:
+        assert text.endswith(" WARNING no --policy\n")
+
+
+def test_what_no_file_can_hold_costs_no_line(tmp_path: Path) -> None:
+    handler = to_file(tmp_path / "log", as_json=False)
+    handler.emit(logging.makeLogRecord({"name": "x", "levelname": "INFO", "msg": "a path \udcff"}))
+    handler.close()
+    assert (tmp_path / "log").read_text().endswith("INFO x: a path \\udcff\n")
