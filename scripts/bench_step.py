@@ -2,9 +2,9 @@
 
 usage: .venv/bin/python scripts/bench_step.py [--only plain private] [--repeats 8]
 
-All on one thread and on Fashion-MNIST; ways take turns of ten steps on the same batch, and a figure
-is the least turn's. plain: SGD as `trainer=sgd` takes it, with torch's own optimizer, and in ways that might be
-faster. private: a step of DP-SGD beside a plain one.
+All on one thread and on Fashion-MNIST; ways take turns of ten steps on the same batch, and a figure is the
+least turn's. plain: SGD as `trainer=sgd` takes it, with torch's own optimizer, and in ways that might be
+faster. private: a step of DP-SGD beside a plain one, both on pixels.
 """
 
 import argparse
