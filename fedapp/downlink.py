@@ -47,6 +47,7 @@ _HEADER = struct.Struct("<BIh")  # format, CRC-32 of the weights that come out, 
 _FINEST, _LEAST = -20, -140  # exponents: below the longest way; the least
 _NEAREST = edges(0.0)
 _NEAR = 0.02  # of the rate
+_AT_ONCE = 2**26  # values that are coded at one time, which take some 20 bytes each
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,8 @@ class Downlink:
         messages = list(messages)
         held_by = {m.metadata.dst_node_id: self._held.get(m.metadata.dst_node_id, 0) for m in messages}
         bases, crc = set(held_by.values()), _crc(self._now.weights(self._initial))
-        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:  # the coder runs without Python's lock
+        threads = min(len(os.sched_getaffinity(0)), _AT_ONCE // max(1, self._layout.size)) or 1
+        with ThreadPoolExecutor(threads) as pool:  # the coder runs without Python's lock
             made = pool.map(partial(self._arrays, crc=crc), bases)
         arrays = dict(zip(bases, made, strict=True))  # one for all nodes that hold the same
         contents: dict[tuple[int, int], RecordDict] = {}  # and are told the same beside
