@@ -53,8 +53,8 @@ def oriented(images: torch.Tensor) -> torch.Tensor:
 
 def _weights() -> Floats:
     """What the derivatives count in each of four directions, (5, 4): dx and dy of edges, the rest of bars."""
-    edge, bar = np.arange(4) * math.pi / 4, np.arange(4) * math.pi / 4
-    rows = [np.cos(edge), np.sin(edge), np.cos(bar) ** 2, np.sin(2 * bar), np.sin(bar) ** 2]
+    turn = np.arange(4) * math.pi / 4
+    rows = [np.cos(turn), np.sin(turn), np.cos(turn) ** 2, np.sin(2 * turn), np.sin(turn) ** 2]
     return np.stack(rows).astype(np.float32)
 
 
@@ -62,7 +62,7 @@ def _weights() -> Floats:
 def _pooled(images: Floats, weights: Floats, pooled: Floats) -> None:
     """The maps of images (n, h, w), averaged into (n, 17, h // 4, w // 4).
 
-    Compiled, since start-up waits for it, and without the interpreter's lock: imports go on meanwhile.
+    Compiled, since start-up waits for it, and without Python's lock: imports go on meanwhile.
     """
     n, h, w = images.shape
     planes = np.empty((6, h + 2, w + 2), np.float32)  # the image, dx, dy, dxx, dxy, dyy; each in a frame
