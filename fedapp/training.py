@@ -118,7 +118,7 @@ class Sgd:
             loss = task.loss(model(data.x[batch]), data.y[batch])
             losses.append(loss.detach() * len(batch))
             seen += len(batch)
-            # As torch.optim.SGD does it; its bookkeeping costs as much as a small model's step.
+            # As torch.optim.SGD does it; its bookkeeping costs nearly half of a small model's step.
             gradients = list(torch.autograd.grad(loss, parameters, materialize_grads=True))
             with torch.no_grad():
                 if self.weight_decay:

@@ -12,6 +12,7 @@ from flwr.common.constant import SType
 from numpy.typing import NDArray
 
 from fedapp.codec import Layout, Slot
+from fedapp.codec.layers import size
 from fedapp.errors import DecodeError
 
 
@@ -35,17 +36,23 @@ def ravel(arrays: ArrayRecord, layout: Layout) -> NDArray[np.float32]:
     """Float32 (size,): the arrays of the layout, end to end."""
     flat = np.empty(layout.size, np.float32)
     for slot in layout.slots:
-        found = values(arrays[slot.name])
-        if found.shape != slot.shape:
-            raise DecodeError(f"{slot.name} has shape {found.shape}, the model {slot.shape}")
-        flat[slot.offset : slot.offset + found.size] = found.reshape(-1)
+        found = values_in(arrays, slot)
+        flat[slot.offset : slot.offset + len(found)] = found
     return flat
+
+
+def values_in(arrays: ArrayRecord, slot: Slot) -> NDArray[Any]:
+    """The array of a slot, flat and not copied. Raises DecodeError where its shape is another."""
+    found = values(arrays[slot.name])
+    if found.shape != slot.shape:
+        raise DecodeError(f"{slot.name} has shape {found.shape}, the model {slot.shape}")
+    return found.reshape(-1)
 
 
 def unravel(flat: NDArray[Any], layout: Layout, like: ArrayRecord) -> dict[str, NDArray[Any]]:
     """The arrays back from the vector, each in the dtype that it has in `like`."""
     return {
-        slot.name: flat[slot.offset : slot.offset + prod(slot.shape)]
+        slot.name: flat[slot.offset : slot.offset + size(slot)]
         .reshape(slot.shape)
         .astype(like[slot.name].dtype)
         for slot in layout.slots
@@ -74,11 +81,11 @@ def record_of(arrays: Mapping[str, NDArray[Any]]) -> ArrayRecord:
     return ArrayRecord({name: array_of(array) for name, array in arrays.items()})
 
 
-def array_of(values: NDArray[Any]) -> Array:
-    """What `Array(values)` makes, in row-major order: the same bytes, which are copied once."""
-    values = np.asarray(values, order="C")
-    dtype, shape = values.dtype.str, values.shape
-    return Array(str(values.dtype), shape, SType.NUMPY, b"".join((_header(dtype, shape), values.data)))
+def array_of(array: NDArray[Any]) -> Array:
+    """What `Array(array)` makes, in row-major order: the same bytes, which are copied once."""
+    array = np.asarray(array, order="C")
+    header = _header(array.dtype.str, array.shape)
+    return Array(str(array.dtype), array.shape, SType.NUMPY, b"".join((header, array.data)))
 
 
 @lru_cache(maxsize=1024)

@@ -27,7 +27,6 @@ from numpy.typing import NDArray
 from fedapp.assignment import WHOLE, Part, Workloads
 from fedapp.codec import Codec, encode_known
 from fedapp.codec.packet import pack, padded
-from fedapp.errors import DecodeError
 from fedapp.fold import Collect, Folded
 from fedapp.privacy.mechanism import Mechanism, Numbers
 from fedapp.privacy.secret import SERVER, Secret, source
@@ -35,7 +34,7 @@ from fedapp.records import ARRAYS, CONFIG, LOSS, METRICS, STYPE, UPDATE, WEIGHT,
 from fedapp.replies import metrics_of, refuse, values_of, weight_of
 from fedapp.running_sum import Own, Reader, RunningSum, Tally, terms_in
 from fedapp.scaffold import Control, Controls, ForgottenError
-from fedapp.vector import arrays_in, buffers_of, layout_of, ravel, record_of, unravel, values
+from fedapp.vector import arrays_in, buffers_of, layout_of, ravel, record_of, unravel, values, values_in
 
 Recall = Callable[[Message, Context], Control]
 
@@ -107,11 +106,8 @@ def update_of(received: ArrayRecord, trained: ArrayRecord) -> NDArray[np.float32
     update = np.empty(layout.size, np.float32)
     with np.errstate(invalid="ignore"):  # of infinities: the caller looks at what comes out
         for slot in layout.slots:
-            start, end = (values(record[slot.name]) for record in (received, trained))
-            if end.shape != start.shape:
-                raise DecodeError(f"{slot.name} has shape {end.shape}, the model {start.shape}")
-            into = update[slot.offset : slot.offset + start.size].reshape(start.shape)
-            np.subtract(end, start, out=into, dtype=np.float32)
+            start, end = values_in(received, slot), values_in(trained, slot)
+            np.subtract(end, start, out=update[slot.offset : slot.offset + len(start)], dtype=np.float32)
     return update
 
 

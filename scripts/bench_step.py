@@ -54,19 +54,13 @@ def with_optimizer(task: Task, net: nn.Module, batch: Data, fused: bool = False)
     return step
 
 
-def by_hand(
-    task: Task,
-    net: nn.Module,
-    batch: Data,
-    call: Callable[..., torch.Tensor] | None = None,
-    half: bool = False,
-) -> Callable[[], None]:
-    """As `training.Sgd` does it; `call` stands for the network, `half` computes in bfloat16."""
+def by_hand(task: Task, net: nn.Module, batch: Data, half: bool = False) -> Callable[[], None]:
+    """As `training.Sgd` does it; `half` computes in bfloat16."""
     parameters: list[torch.Tensor] = list(net.parameters())
 
     def step() -> None:
         with torch.autocast("cpu", torch.bfloat16, enabled=half):
-            loss = task.loss((call or net)(batch.x), batch.y)
+            loss = task.loss(net(batch.x), batch.y)
         gradients = torch.autograd.grad(loss, parameters)
         with torch.no_grad():
             torch._foreach_add_(parameters, gradients, alpha=-0.01)
@@ -79,14 +73,14 @@ def plain(repeats: int) -> None:
     for model, seen, size in PLAIN:
         job = config.job_of(f"privacy=none partition=iid clients=10 task.features={seen} model={model}")
         task, batch = job.task, first(job.task, size)
-        last, compiled = (task.model(0) for _ in range(2))
-        last = last.to(memory_format=torch.channels_last)
+        last, compiled = task.model(0).to(memory_format=torch.channels_last), task.model(0)
+        compiled.compile()
         ways = {
             "trainer=sgd": by_hand(task, task.model(0), batch),
             "torch.optim.SGD": with_optimizer(task, task.model(0), batch),
             "the same, fused": with_optimizer(task, task.model(0), batch, fused=True),
             "channels last": by_hand(task, last, batch),
-            "torch.compile": by_hand(task, compiled, batch, torch.compile(compiled)),
+            "torch.compile": by_hand(task, compiled, batch),
             "bfloat16": by_hand(task, task.model(0), batch, half=True),
         }
         found = milliseconds(ways, repeats)

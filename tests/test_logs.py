@@ -49,17 +49,22 @@ def test_a_line_is_one_object(tmp_path: Path) -> None:
     assert second["error"].endswith("ValueError: what was wrong")
 
 
+def check(log: logging.Logger, path: Path, as_json: bool, message: str, text: str) -> None:
+    """That one line was written: this message in JSON, or a text that ends like this."""
+    for handler in log.handlers:
+        handler.close()
+    if as_json:
+        assert [line["message"] for line in lines(path)] == [message]
+    else:
+        assert path.read_text().endswith(text)
+
+
 @pytest.mark.parametrize("as_json", [True, False])
 def test_the_server_writes_what_was_asked(tmp_path: Path, as_json: bool) -> None:
     server._logs(tmp_path, as_json)
     logging.getLogger("fedapp.server").info("serving on %s", "here")
-    for handler in logging.getLogger("fedapp").handlers:
-        handler.close()
-    text = (tmp_path / "server.log").read_text()
-    if as_json:
-        assert [line["message"] for line in lines(tmp_path / "server.log")] == ["serving on here"]
-    else:
-        assert text.endswith(" INFO fedapp.server: serving on here\n")
+    written = " INFO fedapp.server: serving on here\n"
+    check(logging.getLogger("fedapp"), tmp_path / "server.log", as_json, "serving on here", written)
 
 
 @pytest.mark.parametrize("as_json", [True, False])
@@ -69,13 +74,7 @@ def test_a_client_writes_what_was_asked(
     monkeypatch.setattr(logging.getLogger(), "handlers", [])  # pytest's own
     client._begin_log(tmp_path, as_json)
     logging.getLogger("fedapp.client").warning("no --policy")
-    for handler in logging.getLogger().handlers:
-        handler.close()
-    text = (tmp_path / "node.log").read_text()
-    if as_json:
-        assert [line["message"] for line in lines(tmp_path / "node.log")] == ["no --policy"]
-    else:
-        assert text.endswith(" WARNING no --policy\n")
+    check(logging.getLogger(), tmp_path / "node.log", as_json, "no --policy", " WARNING no --policy\n")
 
 
 def test_what_no_file_can_hold_costs_no_line(tmp_path: Path) -> None:

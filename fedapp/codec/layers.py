@@ -1,5 +1,6 @@
 """What a stage may ask of the whole vector and its layers."""
 
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -52,7 +53,7 @@ def _extent(x: NDArray[np.float32], scale: float) -> tuple[Any, Any]:
 
 def size(slot: Slot) -> int:
     """How many values an array of the model has; a 0-d array has one."""
-    return int(np.prod(slot.shape, dtype=np.int64))
+    return prod(slot.shape)
 
 
 def runs(layout: Layout, per: str) -> NDArray[np.int64]:

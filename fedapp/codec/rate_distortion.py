@@ -280,6 +280,12 @@ def _least_sent(magnitude: Floats, count: Floats, weight: float, rounds: int) ->
 
 
 @jit
+def _level(magnitude: float, edge: float) -> float:
+    """What a magnitude, in steps, is rounded to."""
+    return max(np.rint(magnitude), 1.0) if magnitude > edge else 0.0
+
+
+@jit
 def _bits(magnitude: Floats, count: Floats, finer: float, weight: float, rounds: int) -> float:
     """Bits per parameter: the entropy of single levels, less what contexts usually save.
 
@@ -294,10 +300,10 @@ def _bits(magnitude: Floats, count: Floats, finer: float, weight: float, rounds:
     logs = zero = same = 0.0  # sum of n log n over levels, and how many values have level 0, and this one
     level = 0.0
     for i in range(len(scaled)):
-        if scaled[i] <= edge:
+        now = min(_level(scaled[i], edge), 2.0**14)
+        if now == 0.0:
             zero += count[i]
             continue
-        now = min(max(np.rint(scaled[i]), 1.0), 2.0**14)
         if now != level:
             logs += same * np.log2(max(same, 1.0))
             level, same = now, 0.0
@@ -314,7 +320,6 @@ def _error(magnitude: Floats, count: Floats, finer: float, weight: float, rounds
     edge = _least_sent(scaled, count, weight, rounds)
     error = norm = 0.0
     for i in range(len(scaled)):
-        level = max(np.rint(scaled[i]), 1.0) if scaled[i] > edge else 0.0
-        error += count[i] * (1 / 12 if scaled[i] > 64 else (scaled[i] - level) ** 2)
+        error += count[i] * (1 / 12 if scaled[i] > 64 else (scaled[i] - _level(scaled[i], edge)) ** 2)
         norm += count[i] * scaled[i] ** 2
     return error / norm + 1e-15

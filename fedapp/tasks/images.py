@@ -5,10 +5,8 @@ import os
 import zlib
 from dataclasses import dataclass
 from functools import cache
-from importlib.machinery import ModuleSpec
-from importlib.util import find_spec
+from importlib.metadata import distribution
 from pathlib import Path
-from typing import cast
 
 import numpy as np
 import torch
@@ -96,8 +94,8 @@ class Digits(Classification):
 @cache
 def _digits() -> tuple[Data, Data]:
     # What sklearn.datasets.load_digits reads, without the seconds that importing scikit-learn takes.
-    sklearn = Path(cast(str, cast(ModuleSpec, find_spec("sklearn")).origin)).parent
-    table = np.loadtxt(sklearn / "datasets" / "data" / "digits.csv.gz", delimiter=",")
+    file = distribution("scikit-learn").locate_file("sklearn/datasets/data/digits.csv.gz")
+    table = np.loadtxt(str(file), delimiter=",")
     x = torch.tensor(table[:, :-1] / 16, dtype=torch.float32).reshape(-1, 1, 8, 8)
     y = torch.tensor(table[:, -1], dtype=torch.int64)
     train, test = (torch.from_numpy(part) for part in held_out(y.numpy(), 0.2))
