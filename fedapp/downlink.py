@@ -31,7 +31,8 @@ from numpy.typing import NDArray
 from fedapp import check
 from fedapp.codec import Layout
 from fedapp.codec import context as coder
-from fedapp.codec.rate_distortion import LAMBDA, edges, shapes
+from fedapp.codec.quantizer import LAMBDA, edges
+from fedapp.codec.rate_distortion import shapes
 from fedapp.codec.varint import Reader, varint
 from fedapp.errors import DecodeError
 from fedapp.lattice import COARSEST, Version, first

@@ -5,21 +5,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from fedapp.codec import Packet
-from fedapp.jit import jit
 
-_SAMPLE = 2**18  # values that the estimate looks at, at least where there are so many
-_NEAR = 5e-4  # log of estimate over goal that is no better met: it is off by more
+_ABOUT = 0.03  # log of estimate over goal that is as good as met where a step is only a beginning
 _COARSEST, _FINEST = 0.9, 2.0**-24  # steps, of the largest magnitude: below, some value is always sent
-Floats = NDArray[np.float64]
+_BOTTOM = float(np.log2(_FINEST / _COARSEST))  # log2 of the finest over the coarsest
 _log = logging.getLogger("fedapp.codec")
 
 
 @dataclass(frozen=True)
 class Target:
-    """What a packet shall have, an estimate of it (from magnitudes, in steps, and how many), and what it has.
+    """What a packet shall have, an estimate of it by the step, and what it has.
 
     falls: it becomes less as steps grow. tolerance: relative, where the usual one percent is too strict; from
     the third encode on, and in later rounds, thrice of it will do. encodes: how many at most.
@@ -27,7 +24,7 @@ class Target:
 
     name: str
     goal: float
-    estimate: Callable[[Floats, Floats], float]
+    estimate: Callable[[float], float]
     of: Callable[[Packet], float]
     falls: bool
     tolerance: float = 0.01
@@ -42,34 +39,32 @@ def within(step: float, most: float) -> float:
     return min(max(step, _FINEST * most), _COARSEST * most)
 
 
+def nearest(target: Target, most: float, miss: float) -> float:
+    """About the step at which the estimate, corrected by what it misses, comes nearest to the target."""
+    at = _solve(target, _by_log2(target, most), [(0.0, miss)], _BOTTOM, 0.0, _ABOUT)
+    return float(2.0**at * _COARSEST * most)
+
+
 def meet(
     target: Target,
-    x: NDArray[np.float32],
     most: float,
     code: Callable[[float], Packet],
     usual: float | None,
     thin: Callable[[float, float], Packet] | None = None,
     pilot: Callable[[float], float] | None = None,
-) -> tuple[Packet, float]:
+) -> tuple[Packet, float, float]:
     """The packet nearest to the target of a few, each of which corrects the estimate for the next.
 
     `code` encodes at a step between limits that the largest magnitude `most` sets. A target that lies beyond
     these gets the packet of that limit, and a warning in the log names what it has. `usual`: log of what the
-    estimate missed in the update before; returned with the packet is what it missed in this one. Where
-    nothing is usual yet, `pilot(step)` says what the estimate misses, from a part of the update.
+    estimate missed in the update before; returned with the packet is what it missed in this one, and the
+    step. Where nothing is usual yet, `pilot(step)` says what the estimate misses, from a part of the update.
 
     What error feedback owes lies dense just below the level 1 of the round before: a little finer step sends
     most of it at once. So where no step does, `thin(step, least)` encodes magnitudes from so many steps on.
     """
-    coarsest = _COARSEST * most
-    magnitude, count = magnitudes(x, most)
-    magnitude /= coarsest
-
-    def estimate(at: float) -> float:
-        return target.estimate(magnitude / 2.0**at, count)
-
-    bottom = low = float(np.log2(_FINEST / _COARSEST))
-    high = 0.0
+    coarsest, estimate = _COARSEST * most, _by_log2(target, most)
+    low, high = _BOTTOM, 0.0
     guess, near = [(0.0, usual or 0.0)], usual is not None or pilot is not None
     if usual is None and pilot is not None:
         for _ in range(2):  # the first may have been far away
@@ -77,8 +72,8 @@ def meet(
             guess = [(at, pilot(2.0**at * coarsest))]
     missed: list[tuple[float, float]] = []  # log2 of a step, log of what the estimate missed there
     packets: list[Packet] = []
-    most = target.encodes + (usual is not None)  # what was usual may mislead the first
-    while len(packets) < most:
+    encodes = target.encodes + (usual is not None)  # what was usual may mislead the first
+    while len(packets) < encodes:
         at = _solve(target, estimate, missed or guess, low, high)
         if any(abs(at - earlier) < 1e-4 for earlier, _ in missed):
             break  # a limit, or as near as it gets
@@ -86,26 +81,30 @@ def meet(
         found = target.of(packets[-1])
         missed.append((at, float(np.log(found / estimate(at)))))
         if target.miss(packets[-1]) < target.tolerance * (3 if near or len(packets) > 2 else 1):
-            return packets[-1], missed[-1][1]
+            return packets[-1], missed[-1][1], 2.0**at * coarsest
         low, high = (at, high) if (found > target.goal) == target.falls else (low, at)
     best = min(range(len(packets)), key=lambda i: target.miss(packets[i]))
     if thin is not None and target.miss(packets[best]) > 3 * target.tolerance:
-        packets += _thinned(target, lambda at, least: thin(2.0**at * coarsest, least), low, high, bottom)
+        packets += _thinned(target, lambda at, least: thin(2.0**at * coarsest, least), low, high)
         best = min(range(len(packets)), key=lambda i: target.miss(packets[i]))
     if target.miss(packets[best]) > 3 * target.tolerance:
         _log.warning("%s: the target is %.6g and the nearest that this update allows %.6g",
                      target.name, target.goal, target.of(packets[best]))  # fmt: skip
-    return packets[best], missed[min(best, len(missed) - 1)][1]
+    at, miss = missed[min(best, len(missed) - 1)]
+    return packets[best], miss, 2.0**at * coarsest
 
 
-def _thinned(
-    target: Target, thin: Callable[[float, float], Packet], low: float, high: float, bottom: float
-) -> list[Packet]:
+def _by_log2(target: Target, most: float) -> Callable[[float], float]:
+    """The estimate by log2 of a step over the coarsest."""
+    return lambda at: target.estimate(2.0**at * _COARSEST * most)
+
+
+def _thinned(target: Target, thin: Callable[[float, float], Packet], low: float, high: float) -> list[Packet]:
     """Packets at a step that gives more than the goal, of ever better least magnitudes."""
     packets: list[Packet] = []
-    while low == bottom:  # no step gave more yet
+    while low == _BOTTOM:  # no step gave more yet
         high -= 0.25
-        if len(packets) == 6 or high <= bottom:
+        if len(packets) == 6 or high <= _BOTTOM:
             return packets
         packets.append(thin(high, 0.0))
         if target.of(packets[-1]) > target.goal:
@@ -120,32 +119,18 @@ def _thinned(
     return packets
 
 
-def magnitudes(x: NDArray[np.float32], most: float) -> tuple[Floats, Floats]:
-    """Magnitudes within 2^-9 of themselves, and how many values have each; `most`, the largest, is added."""
-    stride = max(len(x) // _SAMPLE, 1) | 1  # odd: what repeats itself mostly does so every so many even ones
-    count = _count(np.ascontiguousarray(x).view(np.int32), stride)
-    kind = np.flatnonzero(count)
-    middle = (kind.astype(np.int32) << 15 | 1 << 14).view(np.float32)
-    return np.append(middle, most).astype(np.float64), np.append(count[kind], 1.0)
-
-
-@jit
-def _count(bits: NDArray[np.int32], stride: int) -> NDArray[np.int64]:
-    """How many of every stride-th float32 have these leading bits, but for their sign."""
-    count = np.zeros(1 << 16, np.int64)
-    for i in range(0, len(bits), stride):
-        count[np.uint64(bits[i] & np.int32(0x7FFFFFFF)) >> np.uint64(15)] += 1
-    return count
-
-
 def _solve(
     target: Target,
     estimate: Callable[[float], float],
     missed: list[tuple[float, float]],
     low: float,
     high: float,
+    near: float = 5e-4,
 ) -> float:
-    """Log2 of the step in [2^low, 2^high] where the corrected estimate meets the goal, or comes near."""
+    """Log2 of the step in [2^low, 2^high] where the corrected estimate meets the goal, or comes near.
+
+    near: log of estimate over goal that is no better met; the estimate is off by more.
+    """
     here, miss = missed[-1]
     before, other = next(((at, m) for at, m in missed if at in (low, high) and at != here), (here - 1, miss))
     slope = (other - miss) / (before - here)  # between two steps that enclose the goal, else none
@@ -158,7 +143,7 @@ def _solve(
             at = low + share * (high - low)
         expected = np.log(max(estimate(at), 1e-300)) + miss + slope * min(max(at - here, -1.0), 1.0)
         off = way * float(expected - np.log(target.goal))
-        if abs(off) < _NEAR or high - low < 1e-4:
+        if abs(off) < near or high - low < 1e-4:
             return at
         if off > 0:
             low, above = at, off

@@ -1,0 +1,118 @@
+"""What the default codec will take, and lose, at a step: estimated from magnitudes alone."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedapp.jit import jit
+
+_SAMPLE = 2**18  # values that are looked at, at least where there are so many
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Like:
+    """What an encoder is like.
+
+    finer: how many of its steps seem to be one. weight: what a bit is worth, in squared steps. rounds: in
+    which an edge and its probability settle.
+    """
+
+    finer: float
+    weight: float
+    rounds: int
+
+
+class Magnitudes:
+    """Magnitudes of float32 (n,), within 2^-9 of themselves, and how many values have each.
+
+    `most`, the largest, is added: a sample may lack it.
+    """
+
+    def __init__(self, x: NDArray[np.float32], most: float) -> None:
+        stride = max(len(x) // _SAMPLE, 1) | 1  # odd: what repeats itself often does every so many even ones
+        count = _count(np.ascontiguousarray(x).view(np.int32), stride)
+        kind = np.flatnonzero(count)
+        middle = (kind.astype(np.int32) << 15 | 1 << 14).view(np.float32)
+        self._magnitude = np.append(middle, most).astype(np.float64)
+        self._count = np.append(count[kind], 1.0)
+        self._length = len(x)
+
+    def bits(self, step: float, like: Like) -> float:
+        """Of all values together."""
+        return self._length * _bits(self._magnitude / step, self._count, like.finer, like.weight, like.rounds)
+
+    def error(self, step: float, like: Like) -> float:
+        """Squared error over squared norm; none of no values."""
+        return self._length and _error(
+            self._magnitude / step, self._count, like.finer, like.weight, like.rounds
+        )
+
+
+@jit
+def _count(bits: NDArray[np.int32], stride: int) -> NDArray[np.int64]:
+    """How many of every stride-th float32 have these leading bits, but for their sign."""
+    count = np.zeros(1 << 16, np.int64)
+    for i in range(0, len(bits), stride):
+        count[np.uint64(bits[i] & np.int32(0x7FFFFFFF)) >> np.uint64(15)] += 1
+    return count
+
+
+@jit
+def _least_sent(magnitude: Floats, count: Floats, weight: float, rounds: int) -> float:
+    """Where level 1 begins, in steps, as one context would round."""
+    edge, total = 0.62, count.sum()
+    for _ in range(rounds):
+        above = 0.0
+        for i in range(len(magnitude)):
+            above += count[i] if magnitude[i] > edge else 0.0
+        p = min(max(above / total, 1e-4), 0.5)
+        edge = 0.5 + weight / 2 * (np.log2((1 - p) / p) + 1.4)
+    return edge
+
+
+@jit
+def _level(magnitude: float, edge: float) -> float:
+    """What a magnitude, in steps, is rounded to."""
+    return max(np.rint(magnitude), 1.0) if magnitude > edge else 0.0
+
+
+@jit
+def _bits(magnitude: Floats, count: Floats, finer: float, weight: float, rounds: int) -> float:
+    """Bits per parameter: the entropy of single levels, less what contexts usually save.
+
+    Magnitudes, in steps, rise, but for the last. Compiled: a search for a step asks dozens of times.
+    """
+    total = count.sum()
+    mean = finer * (count * magnitude).sum() / total
+    # Magnitudes and how many are known too coarsely to tell large levels apart.
+    halvings = max(0.0, np.floor(np.log2(mean / 16)))
+    scaled = magnitude * (finer / 2**halvings)
+    edge = _least_sent(scaled, count, weight, rounds)
+    logs = zero = same = 0.0  # sum of n log n over levels, and how many values have level 0, and this one
+    level = 0.0
+    for i in range(len(scaled)):
+        now = min(_level(scaled[i], edge), 2.0**14)
+        if now == 0.0:
+            zero += count[i]
+            continue
+        if now != level:
+            logs += same * np.log2(max(same, 1.0))
+            level, same = now, 0.0
+        same += count[i]
+    logs += same * np.log2(max(same, 1.0)) + zero * np.log2(max(zero, 1.0))
+    bits: float = np.log2(total) - logs / total + 1 - zero / total + halvings
+    return bits * (bits + 0.4) / (bits + 0.6)
+
+
+@jit
+def _error(magnitude: Floats, count: Floats, finer: float, weight: float, rounds: int) -> float:
+    """Squared error over squared norm; that of large levels is any from 0 to 1/4."""
+    scaled = magnitude * finer
+    edge = _least_sent(scaled, count, weight, rounds)
+    error = norm = 0.0
+    for i in range(len(scaled)):
+        error += count[i] * (1 / 12 if scaled[i] > 64 else (scaled[i] - _level(scaled[i], edge)) ** 2)
+        norm += count[i] * scaled[i] ** 2
+    return error / norm + 1e-15

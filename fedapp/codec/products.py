@@ -1,0 +1,120 @@
+"""Products of a column and a row of a layer, as a packet holds them and the decoder puts them together."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedapp.codec import Layout
+from fedapp.codec.layers import size
+from fedapp.codec.varint import Reader
+from fedapp.errors import DecodeError
+from fedapp.jit import jit
+
+_LEAST = 4  # rows and columns of a layer that may have products
+_TILE = 1024  # columns that are made together, for caches
+
+Floats = NDArray[np.float32]
+
+
+class Place(NamedTuple):
+    """Where a layer lies in the vector, and its two sides."""
+
+    start: int
+    rows: int
+    columns: int
+
+    @property
+    def most(self) -> int:
+        """How many products it may have: they are to hold half as many numbers as the layer at most."""
+        return min(self.rows * self.columns // (2 * (self.rows + self.columns)), 255)
+
+    def grid(self, x: Floats) -> Floats:
+        """The layer in the vector, as a matrix."""
+        return x[self.start : self.start + self.rows * self.columns].reshape(self.rows, self.columns)
+
+
+def places(layout: Layout) -> Iterator[Place]:
+    """Of the layers that may have products; kernels count as matrices of (out, rest)."""
+    for slot in layout.slots:
+        rows = slot.shape[0] if slot.shape else 0
+        columns = size(slot) // max(rows, 1)
+        if min(rows, columns) >= _LEAST:
+            yield Place(slot.offset, rows, columns)
+
+
+@dataclass(frozen=True)
+class Products:
+    """How many products each layer has, and how large they are: exponents, quarter octaves of a step.
+
+    A product is left * right / 2^(exponent / 4), all in steps: the two vectors come as levels. As bytes: a
+    count for every place, then the exponents.
+    """
+
+    places: tuple[Place, ...]
+    exponents: tuple[NDArray[np.uint8], ...]
+
+    def to_bytes(self) -> bytes:
+        return bytes(len(e) for e in self.exponents) + b"".join(e.tobytes() for e in self.exponents)
+
+    @classmethod
+    def read(cls, reader: Reader, layout: Layout) -> "Products":
+        """Undo `to_bytes`; raises DecodeError for more products than a layer may have."""
+        of = tuple(places(layout))
+        counts = reader.take(len(of))
+        for count, place in zip(counts, of, strict=True):
+            if count > place.most:
+                raise DecodeError(
+                    f"packet has {count} products for a layer of {place.rows} x {place.columns}, "
+                    f"which may have {place.most}"
+                )
+        return cls(of, tuple(np.frombuffer(reader.take(count), np.uint8) for count in counts))
+
+    @property
+    def shapes(self) -> list[tuple[int, int]]:
+        """Of their vectors: all left ones of a layer, then all right ones."""
+        pairs = zip(self.places, self.exponents, strict=True)
+        return [(len(e), side) for place, e in pairs if len(e) for side in (place.rows, place.columns)]
+
+    def add(self, x: Floats, vectors: Floats, sign: int) -> None:
+        """Add them to x (n,), or take them away; in steps, as the vectors, which lie as `shapes` says.
+
+        One after the other in float32, so that the sum is the same on any machine.
+        """
+        used = 0
+        for place, exponent in zip(self.places, self.exponents, strict=True):
+            k, sides = len(exponent), place.rows + place.columns
+            left, right = np.split(vectors[used : used + k * sides], [k * place.rows])
+            scale = (sign / magnitude(exponent)).astype(np.float32)
+            add(place.grid(x), left.reshape(k, place.rows), right.reshape(k, place.columns), scale)
+            used += k * sides
+
+
+def magnitude(exponent: NDArray[np.uint8]) -> NDArray[np.float64]:
+    """2^(exponent / 4): square roots are the same on any machine."""
+    whole, quarter = np.divmod(exponent.astype(np.int32), 4)
+    return np.ldexp(np.sqrt(np.sqrt(2.0**quarter)), whole)
+
+
+@jit
+def add(x: Floats, left: Floats, right: Floats, factor: Floats) -> None:
+    """x += left^T diag(factor) right, in place, product by product, four while a value is at hand."""
+    k, columns = right.shape
+    for begin in range(0, columns, _TILE):
+        end = min(begin + _TILE, columns)
+        for row in range(len(x)):
+            values = x[row, begin:end]
+            whole = k // 4 * 4
+            for i in range(0, whole, 4):
+                a, b = left[i, row] * factor[i], left[i + 1, row] * factor[i + 1]
+                c, d = left[i + 2, row] * factor[i + 2], left[i + 3, row] * factor[i + 3]
+                first, second = right[i, begin:end], right[i + 1, begin:end]
+                third, fourth = right[i + 2, begin:end], right[i + 3, begin:end]
+                for j in range(end - begin):
+                    values[j] = (((values[j] + a * first[j]) + b * second[j]) + c * third[j]) + d * fourth[j]
+            for i in range(whole, k):
+                a, first = left[i, row] * factor[i], right[i, begin:end]
+                for j in range(end - begin):
+                    values[j] += a * first[j]
