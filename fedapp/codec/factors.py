@@ -47,10 +47,10 @@ class Factors:
         """Take those that pay at this step, too; whether there are any."""
         before = self.count
         for layer in self._layers:
-            while layer.pays(self.residual, step):
+            while k := layer.pays(self.residual, step):
                 if self.residual is self._whole:
                     self.residual = self._whole.copy()
-                if not layer.take(self.residual, step):
+                if not layer.take(self.residual, k):
                     break
         return self.count > before
 
@@ -95,7 +95,21 @@ class _Found(NamedTuple):
     sizes: Wide
     rows: Wide
     columns: Wide
-    stride: int
+    stride: int = 1
+
+    def paying(self, water: float, most: int, worth: float) -> int:
+        """How many of them, the largest first, are best taken, `most` at most; 0 where that is not worth it."""
+        costs = _costs(self.left[:most], self.right[:most], self.rows, self.columns, self.stride, water)
+        best = int(np.argmin(costs))
+        return best if costs[best] < (1 - worth) * costs[0] else 0
+
+    def without(self, k: int) -> "_Found":
+        """Those but for the first k, of what these leave."""
+        powers = (
+            np.maximum(power - np.square(side[:k], dtype=np.float64).sum(axis=0), 0)
+            for power, side in ((self.rows, self.left), (self.columns, self.right))
+        )
+        return _Found(self.left[k:], self.right[k:], self.sizes[k:], *powers)
 
 
 class _Layer:
@@ -108,43 +122,34 @@ class _Layer:
         self._seen: tuple[_Found, Floats] | None = None  # in a sample of what is left, and their basis
         self._found: _Found | None = None  # in all of it
 
-    def pays(self, x: Floats, step: float) -> bool:
-        """Whether triplets of what is left (in the vector x) pay; what is found for that is kept."""
+    def pays(self, x: Floats, step: float) -> int:
+        """How many triplets of what is left (in the vector x) pay; what is found for that is kept."""
+        water, most = _WATER * step * step, self.place.most - len(self.sizes)
+        worth = 0.0 if len(self.sizes) else _WORTH
         if self._found is None:
+            grid = self.place.grid(x)
             if self._seen is None:
-                part, stride = sample(self.place.grid(x))
+                part, stride = sample(grid)
                 rows, columns = _powers(part)
-                if rows.sum() * stride <= _WATER * step * step:
-                    return False  # nothing is above the water
+                if rows.sum() * stride <= water:
+                    return 0  # nothing is above it
                 short = basis(part)
                 self._seen = _Found(*triplets(part, short), rows, columns, stride), short
-            if not self._paying(self._seen[0], step):
-                return False
-            grid = self.place.grid(x)
-            self._found = _Found(*triplets(grid, self._seen[1]), *_powers(grid), 1)
-        return self._paying(self._found, step) > 0
+            if not self._seen[0].paying(water, most, worth):
+                return 0
+            self._found = _Found(*triplets(grid, self._seen[1]), *_powers(grid))
+        return self._found.paying(water, most, worth)
 
-    def take(self, x: Floats, step: float) -> bool:
-        """Move those that pay out of the vector x; False where some were found that do not pay."""
+    def take(self, x: Floats, k: int) -> bool:
+        """Move the first k out of the vector x; False where some were found that do not pay."""
         assert self._found is not None
-        left, right, sizes, *_ = self._found
-        k, grid = self._paying(self._found, step), self.place.grid(x)
-        self.left, self.right = np.concatenate([self.left, left[:k]]), np.concatenate([self.right, right[:k]])
-        self.sizes = np.concatenate([self.sizes, sizes[:k]])
-        add(grid, left[:k], right[:k], (-1 / sizes[:k]).astype(np.float32))
-        if k < len(sizes):
-            self._found = _Found(left[k:], right[k:], sizes[k:], *_powers(grid), 1)
-            return False
-        self._found = self._seen = None
-        return True
-
-    def _paying(self, found: _Found, step: float) -> int:
-        """How many of these triplets, the largest first, are best taken."""
-        k = max(self.place.most - len(self.sizes), 0)
-        water = _WATER * step * step
-        costs = _costs(found.left[:k], found.right[:k], found.rows, found.columns, found.stride, water)
-        best = int(np.argmin(costs))
-        return best if len(self.sizes) or costs[best] < (1 - _WORTH) * costs[0] else 0
+        left, right, sizes = (part[:k] for part in self._found[:3])
+        self.left, self.right = np.concatenate([self.left, left]), np.concatenate([self.right, right])
+        self.sizes = np.concatenate([self.sizes, sizes])
+        add(self.place.grid(x), left, right, (-1 / sizes).astype(np.float32))
+        some = k < len(self._found.sizes)
+        self._found, self._seen = (self._found.without(k), self._seen) if some else (None, None)
+        return not some
 
 
 @jit
@@ -214,11 +219,12 @@ def _cost(variance: float, water: float) -> float:
 def _octaves(powers: Wide) -> tuple[Wide, Wide]:
     """Mean of the powers in each octave, and how many there are: from the largest down."""
     mean, many = np.zeros(_OCTAVES), np.zeros(_OCTAVES)
-    top = np.log2(powers.max() + 1e-300)
-    for power in powers:
-        if power > 0:
-            k = min(int(top - np.log2(power)), _OCTAVES - 1)
-            mean[k] += power
+    exponents = powers.view(np.int64)
+    top = exponents.max() >> 52
+    for i in range(len(powers)):
+        k = top - (exponents[i] >> 52)
+        if k < _OCTAVES:
+            mean[k] += powers[i]
             many[k] += 1
     for k in range(_OCTAVES):
         mean[k] /= max(many[k], 1)

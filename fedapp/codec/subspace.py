@@ -10,8 +10,10 @@ from numpy.typing import NDArray
 from fedapp.jit import jit
 
 BLOCK = 16  # triplets searched at once
-_TURNS = 3  # of the power iteration
-_SEEN = 512  # rows, or columns, of a long matrix that it looks at
+_TURNS = 2  # of the power iteration
+_SEEN = 256  # rows, or columns, of a long matrix that it looks at
+_TILE = 1024  # columns that are at hand together, for caches
+_RUN = 16  # columns that are looked at in a row
 _NOISE = 1e-11  # power relative to the largest that float32 may have made
 
 Floats = NDArray[np.float32]
@@ -20,10 +22,18 @@ Triplets = tuple[Floats, Floats, NDArray[np.float64]]
 
 
 def sample(x: Floats) -> tuple[Floats, int]:
-    """Every so many rows or columns of a long matrix, and how many: its short side is the second one."""
+    """One of so many rows or columns of a long matrix, and how many: its short side is the second one.
+
+    Columns come in runs, since memory does.
+    """
     rows, columns = x.shape
     stride = max(max(rows, columns) // _SEEN, 1)
-    return np.ascontiguousarray(x[::stride] if rows >= columns else x[:, ::stride].T), stride
+    if rows >= columns:
+        return np.ascontiguousarray(x[::stride]), stride
+    if stride == 1:
+        return np.ascontiguousarray(x.T), stride
+    runs = x[:, : columns // (_RUN * stride) * _RUN * stride].reshape(rows, -1, _RUN * stride)[:, :, :_RUN]
+    return np.ascontiguousarray(runs.reshape(rows, -1).T), stride
 
 
 def basis(part: Floats) -> Floats:
@@ -60,31 +70,40 @@ def _axes(images: Floats) -> tuple[Floats, NDArray[np.float64]]:
 @jit
 def _gram(x: Floats) -> NDArray[np.float64]:
     """x^T x."""
-    gram = np.zeros((BLOCK, BLOCK))
-    for row in range(len(x)):
-        for a in range(BLOCK):
+    gram, wide = np.zeros((BLOCK, BLOCK)), np.zeros((4, BLOCK))
+    for begin in range(0, len(x), 4):
+        for i in range(4):
             for b in range(BLOCK):
-                gram[a, b] += np.float64(x[row, a]) * np.float64(x[row, b])
+                wide[i, b] = np.float64(x[begin + i, b]) if begin + i < len(x) else 0.0
+        for a in range(BLOCK):
+            p, q, r, s = wide[0, a], wide[1, a], wide[2, a], wide[3, a]
+            for b in range(BLOCK):
+                gram[a, b] += (p * wide[0, b] + q * wide[1, b]) + (r * wide[2, b] + s * wide[3, b])
     return gram
 
 
 @jit
 def _times(x: Floats, y: Floats) -> Floats:
-    """x y for y of BLOCK columns, four rows at a time: sums wait for each other."""
+    """x y for y of BLOCK columns, eight rows at a time: sums wait for each other."""
     product = np.zeros((len(x), BLOCK), np.float32)
-    whole = len(x) // 4 * 4
-    sums = np.zeros((4, BLOCK), np.float32)
-    for row in range(0, whole, 4):
+    whole = len(x) // 8 * 8
+    sums = np.zeros((8, BLOCK), np.float32)
+    for row in range(0, whole, 8):
         sums[:] = 0
         for j in range(len(y)):
             a, b, c, d = x[row, j], x[row + 1, j], x[row + 2, j], x[row + 3, j]
+            e, f, g, h = x[row + 4, j], x[row + 5, j], x[row + 6, j], x[row + 7, j]
             for k in range(BLOCK):
                 v = y[j, k]
                 sums[0, k] += a * v
                 sums[1, k] += b * v
                 sums[2, k] += c * v
                 sums[3, k] += d * v
-        product[row : row + 4] = sums
+                sums[4, k] += e * v
+                sums[5, k] += f * v
+                sums[6, k] += g * v
+                sums[7, k] += h * v
+        product[row : row + 8] = sums
     for row in range(whole, len(x)):
         for j in range(len(y)):
             for k in range(BLOCK):
@@ -94,16 +113,21 @@ def _times(x: Floats, y: Floats) -> Floats:
 
 @jit
 def _transposed_times(x: Floats, y: Floats) -> Floats:
-    """x^T y for y of BLOCK columns."""
+    """x^T y for y of BLOCK columns, some columns of x at a time, for caches."""
     product = np.zeros((BLOCK, x.shape[1]), np.float32)
     whole = len(x) // 4 * 4
-    for row in range(0, whole, 4):
-        for k in range(BLOCK):
-            a, b, c, d = y[row, k], y[row + 1, k], y[row + 2, k], y[row + 3, k]
-            for j in range(x.shape[1]):
-                product[k, j] += (a * x[row, j] + b * x[row + 1, j]) + (c * x[row + 2, j] + d * x[row + 3, j])
-    for row in range(whole, len(x)):
-        for k in range(BLOCK):
-            for j in range(x.shape[1]):
-                product[k, j] += y[row, k] * x[row, j]
+    for begin in range(0, x.shape[1], _TILE):
+        end = min(begin + _TILE, x.shape[1])
+        for row in range(0, whole, 4):
+            first, second = x[row, begin:end], x[row + 1, begin:end]
+            third, fourth = x[row + 2, begin:end], x[row + 3, begin:end]
+            for k in range(BLOCK):
+                a, b, c, d = y[row, k], y[row + 1, k], y[row + 2, k], y[row + 3, k]
+                sums = product[k, begin:end]
+                for j in range(end - begin):
+                    sums[j] += (a * first[j] + b * second[j]) + (c * third[j] + d * fourth[j])
+        for row in range(whole, len(x)):
+            for k in range(BLOCK):
+                for j in range(begin, end):
+                    product[k, j] += y[row, k] * x[row, j]
     return np.ascontiguousarray(product.T)
