@@ -114,7 +114,7 @@ def test_they_lower_the_error_at_equal_bytes(
 
 
 def test_costs_are_those_of_reverse_water_filling() -> None:
-    """Cover and Thomas 2006, section 10.3.3: below the water its power, above it the water and its bits' worth.
+    """Cover and Thomas 2006, section 10.3.3: below the water the power, above it water and what bits are worth.
 
     Rows and columns alike in power fall into one octave, so that sums over octaves are exact.
     """

@@ -98,7 +98,7 @@ class _Found(NamedTuple):
     stride: int = 1
 
     def paying(self, water: float, most: int, worth: float) -> int:
-        """How many of them, the largest first, are best taken, `most` at most; 0 where that is not worth it."""
+        """How many, the largest first, are best taken, `most` at most; 0 where that is not worth it."""
         costs = _costs(self.left[:most], self.right[:most], self.rows, self.columns, self.stride, water)
         best = int(np.argmin(costs))
         return best if costs[best] < (1 - worth) * costs[0] else 0
