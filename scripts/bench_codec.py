@@ -180,38 +180,47 @@ def spread(values: list[float], digits: int = 4) -> str:
     return f"{min(values):.{digits}f} .. {max(values):.{digits}f}"
 
 
-def rates(layout: Layout, found: dict[int, list[Vector]], folder: Path) -> None:
-    """NMSE at equal rates of the default codec, its trellis, the yardstick and the Gaussian bound."""
-    print("\n| round | bits | yardstick (ideal length) | default | bits at its error | trellis, dB |")
-    print("|---|---|---|---|---|---|")
+def rates(layout: Layout, updates_of: dict[int, list[Vector]], folder: Path) -> None:
+    """NMSE at equal rates of the default codec, what products and a trellis add, and of the yardstick."""
+    columns = "round", "bits", "yardstick (ideal length)", "default", "bits at its error", "products, dB"
+    print(f"\n| {' | '.join(columns)} | trellis, dB |\n{'|---' * (len(columns) + 1)}|")
     curves: dict[str, list[list[float]]] = {
         "yardstick, ideal length": [],
         "default": [],
+        "default without products": [],
         "Gaussian layers, R(D)": [],
     }
     ratios: list[float] = []
-    for r, cohort in found.items():
+    for r, cohort in updates_of.items():
         for rate in RATES:
             ideal = [reference(x, layout, rate) for x in cohort]
             ours = [sent(RateDistortion(rate=rate), x, layout) for x in cohort]
+            plain = [sent(RateDistortion(rate=rate, products=False), x, layout) for x in cohort]
             paths = [sent(RateDistortion(rate=rate, trellis=True), x, layout) for x in cohort]
             equal = [sent(RateDistortion(nmse=e), x, layout) for x, e in zip(cohort, ideal, strict=True)]
             share = [bits / rate for bits, _, _ in equal]
-            # The rates differ by less than a percent, for which a bit is taken to be worth 6 dB.
-            gains = [
-                10 * float(np.log10(a[1] / b[1])) - 6.02 * (b[0] - a[0])
-                for a, b in zip(ours, paths, strict=True)
-            ]
             ratios += share if 0.5 <= rate <= 2 else []
             print(f"| {r} | {rate} | {spread(ideal)} | {spread([e for _, e, _ in ours])} "
                   f"| {statistics.mean(share):.3f} (worst {max(share):.3f}) "
-                  f"| {spread(gains, 2)} |", flush=True)  # fmt: skip
+                  f"| {spread(gains(plain, ours), 2)} "
+                  f"| {spread(gains(ours, paths), 2)} |", flush=True)  # fmt: skip
             bound = [gaussian_bound(x, layout, rate) for x in cohort]
-            for name, errors in zip(curves, (ideal, [e for _, e, _ in ours], bound), strict=True):
-                curves[name].append([r, rate, statistics.mean(errors)])
+            errors = (ideal, *([e for _, e, _ in found] for found in (ours, plain)), bound)
+            for name, found in zip(curves, errors, strict=True):
+                curves[name].append([r, rate, statistics.mean(found)])
     print(f"\nbits against the yardstick at equal error, 0.5 to 2 bits: {statistics.mean(ratios):.3f}, "
           f"worst {max(ratios):.3f}")  # fmt: skip
     plot(curves, folder / "rates.png")
+
+
+Sent = list[tuple[float, float, Vector]]
+
+
+def gains(before: Sent, after: Sent) -> list[float]:
+    """Decibels less error; rates differ by less than a few percent, for which a bit is worth 6 dB here."""
+    return [
+        10 * float(np.log10(a[1] / b[1])) - 6.02 * (b[0] - a[0]) for a, b in zip(before, after, strict=True)
+    ]
 
 
 def plot(curves: dict[str, list[list[float]]], path: Path) -> None:
@@ -223,7 +232,7 @@ def plot(curves: dict[str, list[list[float]]], path: Path) -> None:
     rounds = sorted({int(point[0]) for points in curves.values() for point in points})
     figure, axes = pyplot.subplots(1, len(rounds), figsize=(4.2 * len(rounds), 4), sharey=True, squeeze=False)
     for axis, r in zip(axes[0], rounds, strict=True):
-        for (name, points), mark in zip(curves.items(), ("s--", "o-", ":"), strict=True):
+        for (name, points), mark in zip(curves.items(), ("s--", "o-", "^-", ":"), strict=True):
             axis.loglog(
                 *zip(*[p[1:] for p in points if p[0] == r], strict=True), mark, label=name, markersize=4
             )

@@ -143,13 +143,16 @@ class _Layer:
     def take(self, x: Floats, k: int) -> bool:
         """Move the first k out of the vector x; False where some were found that do not pay."""
         assert self._found is not None
-        left, right, sizes = (part[:k] for part in self._found[:3])
+        found = self._found
+        left, right, sizes = found.left[:k], found.right[:k], found.sizes[:k]
         self.left, self.right = np.concatenate([self.left, left]), np.concatenate([self.right, right])
         self.sizes = np.concatenate([self.sizes, sizes])
         add(self.place.grid(x), left, right, (-1 / sizes).astype(np.float32))
-        some = k < len(self._found.sizes)
-        self._found, self._seen = (self._found.without(k), self._seen) if some else (None, None)
-        return not some
+        if k < len(found.sizes):
+            self._found = found.without(k)
+            return False
+        self._found = self._seen = None
+        return True
 
 
 @jit
