@@ -48,23 +48,23 @@ class AutoFeedback:
         elif steers:
             reason = "what a client's packet lost is in what it sends next, under control variates"
         elif not low:
-            reason = f"it pays below 1 bit per parameter, and {aim} is not below"
+            reason = f"it pays up to 1 bit per parameter, and {aim} is above"
         elif share < OFTEN:
             reason = f"a client takes part in {often}, and what it keeps back would come too late"
         else:
-            reason = f"{aim} is below 1 bit per parameter, and a client takes part in {often}"
+            reason = f"{aim} is up to 1 bit per parameter, and a client takes part in {often}"
             return ErrorFeedback(self.codec), f"Error feedback is on: {reason}"
         return self.codec, f"Error feedback is off: {reason}"
 
     @property
     def _aim(self) -> tuple[str, bool]:
-        """What the codec aims at, and whether that is below 1 bit per parameter."""
+        """What the codec aims at, and whether that is up to 1 bit per parameter."""
         step, nmse, rate = self.codec.step, self.codec.nmse, self.codec.rate
         if step is not None:
             return f"codec.step={step:g}", step > ONE_BIT_STEP
         if nmse is not None:
             return f"codec.nmse={nmse:g}", nmse > ONE_BIT_NMSE
-        return f"codec.rate={rate:g}", rate < 1
+        return f"codec.rate={rate:g}", rate <= 1
 
     def encode(
         self, x: NDArray[Any], layout: Layout, state: State, rng: np.random.Generator
