@@ -4,7 +4,7 @@ usage: .venv/bin/python scripts/bench_codec.py [--folder F] [--rounds 1 2 20] [-
 
 A short federation makes the updates first, and keeps them in the folder: Fashion-MNIST pixels, ten clients,
 Dirichlet(0.5), a CNN of 44,426 parameters, one local epoch of plain SGD a round. rates also takes the first
-updates of clients with 60 examples each, of a CNN of 1.2 million parameters. Bits are those of the whole packet.
+updates of clients with 60 examples each, of a CNN of 1.2 million parameters. Bits are of the whole packet.
 Needs the extra dev for the plot, rates.png in the folder. Pin a thread: OMP_NUM_THREADS=1.
 """
 

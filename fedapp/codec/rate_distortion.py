@@ -26,8 +26,8 @@ from fedapp.jit import jit
 
 _ENCODES = {False: 3, True: 6}  # by trellis: under it noise falls from 0.8 to 0 bits within 20 % of a step
 _LIKE = {False: Like(finer=1.0, weight=LAMBDA, rounds=3), True: Like(finer=1.6, weight=0.17, rounds=8)}
-# Products are searched at most so often: again where the step came to less than so much, at which more pay.
-_DEEPER, _MUCH = 3, 0.8
+# Searches for products at most, again where the step came to less than so much of the one before, or to more.
+_TURNS, _MUCH = 3, 0.8
 # What the state says and may say: log of what the estimate missed; the step, in root mean squares.
 _MEMORY = ("miss", -0.8, 0.8), ("step", 1e-9, 1e9)
 _REST = 7  # what a packet holds beside header and code: the header's length, version, dtype, CRC
@@ -121,33 +121,47 @@ class RateDistortion:
         exponent = int(np.frexp(most)[1])
         exponent = exponent if abs(exponent) > 16 else 0
         unit, most = (np.ldexp(x, -exponent) if exponent else x), float(np.ldexp(most, -exponent))
-        searched = layout if self.products else Layout((), 0)
-        factors, rms = Factors(unit, searched), float(np.ldexp(np.sqrt(energy / len(x)), -exponent))
-        code = partial(self._code, unit, exponent, layout, factors, knowing or self.nmse is not None)
+        rms = float(np.ldexp(np.sqrt(energy / len(x)), -exponent))
+        code = partial(self._code, unit, exponent, layout, knowing or self.nmse is not None)
         if self.step is not None:
-            step = within(self.step * rms, most)
-            factors.extend(step / _LIKE[self.trellis].finer)
-            return code(step), {}
+            factors, step = self._factors(unit, layout), within(self.step * rms, most)
+            factors.extend(step / self._like.finer)
+            return code(factors, step), {}
         usual, last = (_remembered(state, *what) for what in _MEMORY)
-        target = partial(self._target, x, layout, factors, most)
-        step = nearest(target(), most, 0.0) if last is None else within(last * rms, most)
-        for _ in range(_DEEPER):
-            if not factors.extend(step / _LIKE[self.trellis].finer):
-                break
-            before, step = step, nearest(target(), most, usual or 0.0)
-            if step > _MUCH * before:
-                break
+        target = partial(self._target, x, layout, most)
+        about = None if last is None else within(last * rms, most)
+        factors = self._search(unit, layout, lambda those: nearest(target(those), most, usual or 0.0), about)
         to_rate = self.nmse is None and not self.trellis
         unknown = to_rate and len(x) >= _LONG and usual is None
         packet, miss, step = meet(
-            target(), most, code, usual, code if to_rate else None,
+            target(factors), most, partial(code, factors), usual, partial(code, factors) if to_rate else None,
             _pilot(factors, layout) if unknown else None,
         )  # fmt: skip
         return packet, {"miss": np.array([miss]), "step": np.array([step / rms])}
 
-    def _target(self, x: NDArray[np.float32], layout: Layout, factors: Factors, most: float) -> Target:
+    def _factors(self, unit: Floats, layout: Layout) -> Factors:
+        return Factors(unit, layout if self.products else Layout((), 0))
+
+    def _search(
+        self, unit: Floats, layout: Layout, step_with: Callable[[Factors], float], about: float | None
+    ) -> Factors:
+        """Products that pay at the step that is needed with them; `about` that step, where it is known."""
+        factors = self._factors(unit, layout)
+        step = step_with(factors) if about is None else about
+        for turn in range(_TURNS):
+            if not factors.extend(step / self._like.finer):
+                break
+            came = step_with(factors)
+            if turn + 1 < _TURNS and came > step / _MUCH:
+                factors = self._factors(unit, layout)  # less pays at coarser steps
+            elif came > _MUCH * step:
+                break
+            step = came
+        return factors
+
+    def _target(self, x: Floats, layout: Layout, most: float, factors: Factors) -> Target:
         """What the packet shall have, and an estimate with the products found so far."""
-        like, encodes = _LIKE[self.trellis], _ENCODES[self.trellis]
+        like, encodes = self._like, _ENCODES[self.trellis]
         left, vectors = Magnitudes(factors.residual, most), Magnitudes(factors.vectors, 0.0)
         if self.nmse is not None:
             rest, those = factors.shares  # what vectors lose becomes a part of what is left
@@ -189,6 +203,10 @@ class RateDistortion:
         return points
 
     @property
+    def _like(self) -> Like:
+        return _LIKE[self.trellis]
+
+    @property
     def _quantizer(self) -> Quantizer:
         return Quantizer(self.trellis)
 
@@ -197,7 +215,7 @@ class RateDistortion:
         return struct.Struct(f"<f{codes * self._quantizer.moves}b")
 
     def _code(
-        self, unit: Floats, exponent: int, layout: Layout, factors: Factors, knowing: bool,
+        self, unit: Floats, exponent: int, layout: Layout, knowing: bool, factors: Factors,
         step: float, least: float = 0.0,
     ) -> Packet:  # fmt: skip
         """One full encode of unit * 2^exponent; magnitudes below so many steps are not sent."""
@@ -209,7 +227,7 @@ class RateDistortion:
             known = coder.points(levels, moves, step32) if knowing else None
             return Packet(np.frombuffer(code, np.uint8), self._header(1).pack(step32, *moves), known)
         products, vectors = factors.at(1 / scale)
-        first, levels, turns = coder.encode(vectors, 1.0, products.shapes)
+        first, levels, turns = coder.encode(vectors, 1.0, products.shapes, least)
         points = coder.points(levels, turns)
         assert points is not None  # levels are below 2^30
         left = unit * np.float32(scale)
