@@ -349,12 +349,16 @@ def fuzz(count: int, least_rate: float, trellis: bool) -> None:
     """Damage so many packets: each decodes to something finite, or raises the one error."""
     rng = np.random.default_rng(0)
     codec, layout = RateDistortion(trellis=trellis), layout_of([(8, 9), (8,), ()])
-    refused = 0
+    refused = products = 0
     for number in range(count):
-        x = (rng.standard_t(1.2, layout.size) * 10.0 ** rng.integers(-40, 30)).astype(np.float32)
+        x = rng.standard_t(1.2, layout.size)
+        if number % 100 == 0:  # of low rank, nearly
+            x = np.append(np.outer(rng.normal(4, 1, 8), rng.normal(4, 1, 9)), 0.01 * x[72:])
+        x = (x * 10.0 ** rng.integers(-40, 30)).astype(np.float32)
         if number % 50 == 0:
             sent = RateDistortion(rate=float(rng.uniform(least_rate, 8)), trellis=trellis)
             packet, _ = sent.encode(x, layout, {}, rng)
+            products += len(packet.header) > 7
         body, header = packet.body.tobytes(), packet.header
         body, header = (damaged(body, rng), header) if number % 8 else (body, damaged(header, rng))
         try:
@@ -364,6 +368,7 @@ def fuzz(count: int, least_rate: float, trellis: bool) -> None:
         except DecodeError:
             refused += 1
     assert refused > count / 4
+    assert products > count / 200
 
 
 @pytest.mark.parametrize("count", [4000, pytest.param(200_000, marks=pytest.mark.slow)])
