@@ -23,7 +23,7 @@ from scipy.special import gammaln
 from torch import nn
 
 from fedapp import config
-from fedapp.codec import Codec, Layout, Slot
+from fedapp.codec import Codec, Layout, Slot, State
 from fedapp.codec.packet import decode_update, pack
 from fedapp.codec.rate_distortion import RateDistortion
 from fedapp.training import Sgd
@@ -232,17 +232,18 @@ def rates(layout: Layout, updates_of: dict[int, list[Vector]], folder: Path) -> 
 
 
 def few() -> None:
-    """NMSE at equal rates with and without products, where clients have few examples."""
+    """Where clients have few examples: NMSE at equal rates with and without products, and what these take."""
     layout, cohort = of_few_examples()
-    print(f"\n{layout.size:,} parameters\n\n| bits | default without products | default | products, dB |")
-    print("|---|---|---|---|")
+    columns = "bits", "without products", "default", "products, dB", "encode, M/s", "decode, M/s"
+    print(f"\n{layout.size:,} parameters; speed without and with products, in later rounds\n")
+    print(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
     for rate in (0.05, 0.1, 0.25, 0.5, 1.0):
-        plain, ours = (
-            [sent(RateDistortion(rate=rate, products=products), x, layout) for x in cohort]
-            for products in (False, True)
-        )
+        codecs = [RateDistortion(rate=rate, products=products) for products in (False, True)]
+        plain, ours = ([sent(codec, x, layout) for x in cohort] for codec in codecs)
+        quick = [speed(codec, cohort[0], layout, runs=5, later=True) for codec in codecs]
         print(f"| {rate} | {spread([e for _, e, _ in plain])} | {spread([e for _, e, _ in ours])} "
-              f"| {spread(gains(plain, ours), 2)} |", flush=True)  # fmt: skip
+              f"| {spread(gains(plain, ours), 2)} | {quick[0][0]:.0f}, {quick[1][0]:.0f} "
+              f"| {quick[0][1]:.0f}, {quick[1][1]:.0f} |", flush=True)  # fmt: skip
 
 
 Sent = list[tuple[float, float, Vector]]
@@ -295,11 +296,14 @@ def family(layout: Layout, found: dict[int, list[Vector]]) -> None:
               f"| {statistics.mean(means):.4f} | {encode:.1f} | {decode:.1f} |", flush=True)  # fmt: skip
 
 
-def speed(codec: Codec, x: Vector, layout: Layout, runs: int) -> tuple[float, float]:
-    """Best of several, in million parameters per second, packing and checks included."""
-    packet = codec.encode(x, layout, {}, np.random.default_rng(0))[0]
+def speed(codec: Codec, x: Vector, layout: Layout, runs: int, later: bool = False) -> tuple[float, float]:
+    """Best of several, in million parameters per second; `later`: with what earlier rounds tell."""
+    state: State = {}
+    for _ in range(3 if later else 0):
+        state = codec.encode(x, layout, state, np.random.default_rng(0))[1]
+    packet = codec.encode(x, layout, state, np.random.default_rng(0))[0]
     codec.decode(packet, layout)
-    encode = best(lambda: codec.encode(x, layout, {}, np.random.default_rng(0)), runs)
+    encode = best(lambda: codec.encode(x, layout, state, np.random.default_rng(0)), runs)
     decode = best(lambda: codec.decode(packet, layout), runs)
     return len(x) / encode / 1e6, len(x) / decode / 1e6
 
