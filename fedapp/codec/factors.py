@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedapp.codec import Layout
+from fedapp.codec.estimate import Magnitudes
 from fedapp.codec.layers import extent
 from fedapp.codec.products import Floats, Place, Products, add, magnitude, places
 from fedapp.codec.subspace import basis, sample, triplets
@@ -41,6 +42,7 @@ class Factors:
 
     def __init__(self, x: Floats, layout: Layout) -> None:
         self.residual = self._whole = x
+        self._magnitudes: tuple[Magnitudes, Magnitudes] | None = None
         self._layers = [_Layer(place) for place in places(layout)]
 
     def extend(self, step: float) -> bool:
@@ -52,7 +54,10 @@ class Factors:
                     self.residual = self._whole.copy()
                 if not layer.take(self.residual, k):
                     break
-        return self.count > before
+        if self.count == before:
+            return False
+        self._magnitudes = None
+        return True
 
     @property
     def count(self) -> int:
@@ -64,6 +69,12 @@ class Factors:
         """Squared norms of what is left and of all vectors, over that of x."""
         whole = extent(self._whole)[1]
         return extent(self.residual)[1] / whole, extent(self.vectors)[1] / whole
+
+    def magnitudes(self, most: float) -> tuple[Magnitudes, Magnitudes]:
+        """Of what is left, where x has `most` as its largest, and of all vectors."""
+        if self._magnitudes is None:
+            self._magnitudes = Magnitudes(self.residual, most), Magnitudes(self.vectors, 0.0)
+        return self._magnitudes
 
     @property
     def vectors(self) -> Floats:

@@ -135,7 +135,7 @@ class RateDistortion:
         unknown = to_rate and len(x) >= _LONG and usual is None
         packet, miss, step = meet(
             target(factors), most, partial(code, factors), usual, partial(code, factors) if to_rate else None,
-            _pilot(factors, layout) if unknown else None,
+            _pilot(factors, layout, most) if unknown else None,
         )  # fmt: skip
         return packet, {"miss": np.array([miss]), "step": np.array([step / rms])}
 
@@ -162,7 +162,7 @@ class RateDistortion:
     def _target(self, x: Floats, layout: Layout, most: float, factors: Factors) -> Target:
         """What the packet shall have, and an estimate with the products found so far."""
         like, encodes = self._like, _ENCODES[self.trellis]
-        left, vectors = Magnitudes(factors.residual, most), Magnitudes(factors.vectors, 0.0)
+        left, vectors = factors.magnitudes(most)
         if self.nmse is not None:
             rest, those = factors.shares  # what vectors lose becomes a part of what is left
             return Target(
@@ -263,7 +263,7 @@ def shapes(layout: Layout) -> list[tuple[int, ...]]:
     return [slot.shape for slot in layout.slots]
 
 
-def _pilot(factors: Factors, layout: Layout) -> Callable[[float], float]:
+def _pilot(factors: Factors, layout: Layout, most: float) -> Callable[[float], float]:
     """What says how far the estimate is off at a step: log of bits taken over estimated ones.
 
     Of what the products leave an eighth of the columns is coded, each of which is learned over all rows, and
@@ -272,7 +272,7 @@ def _pilot(factors: Factors, layout: Layout) -> Callable[[float], float]:
     like, coder, x = _LIKE[False], Quantizer(trellis=False), factors.residual
     parts = [_columns(x[slot.offset : slot.offset + size(slot)], slot.shape) for slot in layout.slots]
     part, grids = np.concatenate([one.ravel() for one in parts]), [one.shape for one in parts]
-    left, sample, vectors = Magnitudes(x, 0.0), Magnitudes(part, 0.0), Magnitudes(factors.vectors, 0.0)
+    sample, (left, vectors) = Magnitudes(part, 0.0), factors.magnitudes(most)
 
     def miss(step: float) -> float:
         products, values = factors.at(step)
