@@ -55,7 +55,15 @@ def nmse(x: NDArray[np.float32], y: NDArray[np.float32]) -> float:
     return float(np.sum((wide - y) ** 2) / np.sum(wide**2))
 
 
+def low_rank() -> NDArray[np.float32]:
+    """A few outer products, of ever smaller size, and noise."""
+    rng = np.random.default_rng(3)
+    left, right = rng.standard_normal((120, 8)) * 0.7 ** np.arange(8), rng.standard_normal((8, 200))
+    return (left @ right + 0.1 * rng.standard_normal((120, 200))).ravel().astype(np.float32)
+
+
 VECTORS = {
+    "low rank": (low_rank(), layout_of([(120, 200)])),
     "structured": (update(), LAYOUT),
     "white": (np.random.default_rng(1).standard_normal(26_010).astype(np.float32), layout_of([(26_010,)])),
     "heavy": (np.random.default_rng(2).standard_t(2, 20_000).astype(np.float32), layout_of([(100, 200)])),

@@ -49,6 +49,12 @@ class Magnitudes:
             self._magnitude / step, self._count, like.finer, like.weight, like.rounds
         )
 
+    def unsent(self, step: float, like: Like) -> float:
+        """What share of the values has level 0."""
+        scaled = self._magnitude * (like.finer / step)
+        below = scaled <= _least_sent(scaled, self._count, like.weight, like.rounds)
+        return float(self._count[below].sum() / self._count.sum())
+
 
 @jit
 def _count(bits: NDArray[np.int32], stride: int) -> NDArray[np.int64]:

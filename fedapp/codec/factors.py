@@ -42,7 +42,7 @@ class Factors:
 
     def __init__(self, x: Floats, layout: Layout) -> None:
         self.residual = self._whole = x
-        self._magnitudes: tuple[Magnitudes, Magnitudes] | None = None
+        self._magnitudes: tuple[Magnitudes, Magnitudes, float] | None = None
         self._layers = [_Layer(place) for place in places(layout)]
 
     def extend(self, step: float) -> bool:
@@ -70,10 +70,12 @@ class Factors:
         whole = extent(self._whole)[1]
         return extent(self.residual)[1] / whole, extent(self.vectors)[1] / whole
 
-    def magnitudes(self, most: float) -> tuple[Magnitudes, Magnitudes]:
-        """Of what is left, where x has `most` as its largest, and of all vectors."""
+    def magnitudes(self, most: float) -> tuple[Magnitudes, Magnitudes, float]:
+        """Of what is left and of all vectors; and the largest, which of x is `most`."""
         if self._magnitudes is None:
-            self._magnitudes = Magnitudes(self.residual, most), Magnitudes(self.vectors, 0.0)
+            vectors = self.vectors
+            largest = max(most, extent(vectors)[0] if len(vectors) else 0.0)
+            self._magnitudes = Magnitudes(self.residual, most), Magnitudes(vectors, 0.0), largest
         return self._magnitudes
 
     @property

@@ -129,12 +129,12 @@ class RateDistortion:
             return code(factors, step), {}
         usual, last = (_remembered(state, *what) for what in _MEMORY)
         target = partial(self._target, x, layout, most)
-        about = None if last is None else within(last * rms, most)
-        factors = self._search(unit, layout, lambda those: nearest(target(those), most, usual or 0.0), about)
+        about = None if last is None else last * rms
+        factors = self._search(unit, layout, lambda those: nearest(target(those), usual or 0.0), about)
         to_rate = self.nmse is None and not self.trellis
         unknown = to_rate and len(x) >= _LONG and usual is None
         packet, miss, step = meet(
-            target(factors), most, partial(code, factors), usual, partial(code, factors) if to_rate else None,
+            target(factors), partial(code, factors), usual, partial(code, factors) if to_rate else None,
             _pilot(factors, layout, most) if unknown else None,
         )  # fmt: skip
         return packet, {"miss": np.array([miss]), "step": np.array([step / rms])}
@@ -162,19 +162,21 @@ class RateDistortion:
     def _target(self, x: Floats, layout: Layout, most: float, factors: Factors) -> Target:
         """What the packet shall have, and an estimate with the products found so far."""
         like, encodes = self._like, _ENCODES[self.trellis]
-        left, vectors = factors.magnitudes(most)
+        left, vectors, largest = factors.magnitudes(most)
         if self.nmse is not None:
-            rest, those = factors.shares  # what vectors lose becomes a part of what is left
+            rest, those = factors.shares
+            # What vectors lose is small, and a part of what is left: lost again where nothing is sent.
             return Target(
                 "codec.nmse", self.nmse,
-                lambda step: left.error(step, like) * (rest + those * vectors.error(step, like)),
-                lambda packet: self._nmse(x, packet, layout), falls=False, encodes=encodes,
+                lambda step: rest * left.error(step, like)
+                + those * vectors.error(step, like) * left.unsent(step, like),
+                lambda packet: self._nmse(x, packet, layout), largest, falls=False, encodes=encodes,
             )  # fmt: skip
         goal, frame = self.rate * len(x) / 8, self._header(1).size + _REST
         return Target(
             "bytes for codec.rate", goal,
             lambda step: (left.bits(step, like) + vectors.bits(step, like)) / 8 + frame,
-            lambda packet: len(packet.header) + len(packet.body) + _REST, falls=True,
+            lambda packet: len(packet.header) + len(packet.body) + _REST, largest, falls=True,
             tolerance=max(0.01, 10 / goal), encodes=encodes,
         )  # fmt: skip
 
@@ -272,7 +274,7 @@ def _pilot(factors: Factors, layout: Layout, most: float) -> Callable[[float], f
     like, coder, x = _LIKE[False], Quantizer(trellis=False), factors.residual
     parts = [_columns(x[slot.offset : slot.offset + size(slot)], slot.shape) for slot in layout.slots]
     part, grids = np.concatenate([one.ravel() for one in parts]), [one.shape for one in parts]
-    sample, (left, vectors) = Magnitudes(part, 0.0), factors.magnitudes(most)
+    sample, (left, vectors, _) = Magnitudes(part, 0.0), factors.magnitudes(most)
 
     def miss(step: float) -> float:
         products, values = factors.at(step)

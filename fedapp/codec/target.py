@@ -18,14 +18,16 @@ _log = logging.getLogger("fedapp.codec")
 class Target:
     """What a packet shall have, an estimate of it by the step, and what it has.
 
-    falls: it becomes less as steps grow. tolerance: relative, where the usual one percent is too strict; from
-    the third encode on, and in later rounds, thrice of it will do. encodes: how many at most.
+    most: the largest magnitude of what is quantized. falls: it becomes less as steps grow. tolerance:
+    relative, where the usual one percent is too strict; from the third encode on, and in later rounds, thrice
+    of it will do. encodes: how many at most.
     """
 
     name: str
     goal: float
     estimate: Callable[[float], float]
     of: Callable[[Packet], float]
+    most: float
     falls: bool
     tolerance: float = 0.01
     encodes: int = 3
@@ -39,15 +41,14 @@ def within(step: float, most: float) -> float:
     return min(max(step, _FINEST * most), _COARSEST * most)
 
 
-def nearest(target: Target, most: float, miss: float) -> float:
+def nearest(target: Target, miss: float) -> float:
     """About the step at which the estimate, corrected by what it misses, comes nearest to the target."""
-    at = _solve(target, _by_log2(target, most), [(0.0, miss)], _BOTTOM, 0.0, _ABOUT)
-    return float(2.0**at * _COARSEST * most)
+    at = _solve(target, _by_log2(target), [(0.0, miss)], _BOTTOM, 0.0, _ABOUT)
+    return float(2.0**at * _COARSEST * target.most)
 
 
 def meet(
     target: Target,
-    most: float,
     code: Callable[[float], Packet],
     usual: float | None,
     thin: Callable[[float, float], Packet] | None = None,
@@ -55,15 +56,15 @@ def meet(
 ) -> tuple[Packet, float, float]:
     """The packet nearest to the target of a few, each of which corrects the estimate for the next.
 
-    `code` encodes at a step between limits that the largest magnitude `most` sets. A target that lies beyond
-    these gets the packet of that limit, and a warning in the log names what it has. `usual`: log of what the
+    `code` encodes at a step between limits that the largest magnitude sets. A target that lies beyond these
+    gets the packet of that limit, and a warning in the log names what it has. `usual`: log of what the
     estimate missed in the update before; returned with the packet is what it missed in this one, and the
     step. Where nothing is usual yet, `pilot(step)` says what the estimate misses, from a part of the update.
 
     What error feedback owes lies dense just below the level 1 of the round before: a little finer step sends
     most of it at once. So where no step does, `thin(step, least)` encodes magnitudes from so many steps on.
     """
-    coarsest, estimate = _COARSEST * most, _by_log2(target, most)
+    coarsest, estimate = _COARSEST * target.most, _by_log2(target)
     low, high = _BOTTOM, 0.0
     guess, near = [(0.0, usual or 0.0)], usual is not None or pilot is not None
     if usual is None and pilot is not None:
@@ -94,9 +95,9 @@ def meet(
     return packets[best], miss, 2.0**at * coarsest
 
 
-def _by_log2(target: Target, most: float) -> Callable[[float], float]:
+def _by_log2(target: Target) -> Callable[[float], float]:
     """The estimate by log2 of a step over the coarsest."""
-    return lambda at: target.estimate(2.0**at * _COARSEST * most)
+    return lambda at: target.estimate(2.0**at * _COARSEST * target.most)
 
 
 def _thinned(target: Target, thin: Callable[[float, float], Packet], low: float, high: float) -> list[Packet]:
