@@ -40,15 +40,17 @@ class AutoFeedback:
         privacy: what the run calls its differential privacy, None where nothing is private. steers: whether
         control variates do, which remember what was lost.
         """
-        aim, low = self._aim
         share = cohort / clients
+        aim, low = self._aim(share == 1)
         often = "every round" if share == 1 else f"{100 * share:.3g} % of the rounds"
         if privacy is not None:
             reason = f"under {privacy} what it brings back is mostly noise"
         elif steers:
             reason = "what a client's packet lost is in what it sends next, under control variates"
         elif not low:
-            reason = f"it pays up to 1 bit per parameter, and {aim} is above"
+            reason = (
+                f"it pays below 1 bit per parameter, at 1 where all take part in every round; {aim} is above"
+            )
         elif share < OFTEN:
             reason = f"a client takes part in {often}, and what it keeps back would come too late"
         else:
@@ -56,15 +58,14 @@ class AutoFeedback:
             return ErrorFeedback(self.codec), f"Error feedback is on: {reason}"
         return self.codec, f"Error feedback is off: {reason}"
 
-    @property
-    def _aim(self) -> tuple[str, bool]:
-        """What the codec aims at, and whether that is up to 1 bit per parameter."""
+    def _aim(self, everybody: bool) -> tuple[str, bool]:
+        """What the codec aims at, and whether that is below 1 bit per parameter; with everybody also 1 is."""
         step, nmse, rate = self.codec.step, self.codec.nmse, self.codec.rate
         if step is not None:
             return f"codec.step={step:g}", step > ONE_BIT_STEP
         if nmse is not None:
             return f"codec.nmse={nmse:g}", nmse > ONE_BIT_NMSE
-        return f"codec.rate={rate:g}", rate <= 1
+        return f"codec.rate={rate:g}", rate < 1 or (rate == 1 and everybody)
 
     def encode(
         self, x: NDArray[Any], layout: Layout, state: State, rng: np.random.Generator
