@@ -19,7 +19,7 @@ from torch import nn
 
 from fedapp import config
 from fedapp.client_app import client_app, partition_of
-from fedapp.codec import context
+from fedapp.codec.rate_distortion import RateDistortion
 from fedapp.engine import channel
 from fedapp.engine.channel import Channel
 from fedapp.exact_sum import ExactSum
@@ -79,7 +79,7 @@ def test_workers_add_up_what_the_server_would(setting: str) -> None:
 
 
 def test_a_worker_decodes_no_packet_that_it_made(monkeypatch: pytest.MonkeyPatch) -> None:
-    decoded, decode, parent = multiprocessing.Value("i", 0), context.decode, os.getpid()
+    decoded, decode, parent = multiprocessing.Value("i", 0), RateDistortion.decode, os.getpid()
 
     def counting(*given: Any) -> Any:
         if os.getpid() != parent:
@@ -87,7 +87,7 @@ def test_a_worker_decodes_no_packet_that_it_made(monkeypatch: pytest.MonkeyPatch
                 decoded.value += 1
         return decode(*given)
 
-    monkeypatch.setattr(context, "decode", counting)
+    monkeypatch.setattr(RateDistortion, "decode", counting)
     job = job_of("downlink=plain")
     told, _ = run(job)
     assert decoded.value == 0
