@@ -194,6 +194,18 @@ def test_what_is_set_is_neither_decided_nor_explained(codec: str) -> None:
     assert job.said is None
 
 
+@pytest.mark.parametrize(
+    ("overrides", "products"),
+    [("", True), ("strategy=scaffold", False), ("strategy=scaffold codec.products=true", True),
+     ("codec.products=false", False), ("codec.rate=0.5 codec.products=false", False)],
+)  # fmt: skip
+def test_products_are_left_where_control_variates_steer(overrides: str, products: bool) -> None:
+    codec = job_of(f"{PLAIN} {overrides}").codec
+    codec = codec.codec if isinstance(codec, ErrorFeedback) else codec
+    assert isinstance(codec, RateDistortion)
+    assert codec.products == products
+
+
 def test_under_example_level_privacy_a_user_may_set_it() -> None:
     assert isinstance(job_of("task=digits codec.feedback=true").codec, ErrorFeedback)
 

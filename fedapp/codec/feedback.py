@@ -33,6 +33,7 @@ class AutoFeedback:
     """The default codec while nobody has decided; a run does (`decide`), and codes with what that returns."""
 
     codec: RateDistortion
+    steered: RateDistortion  # under control variates
 
     def decide(self, cohort: int, clients: int, privacy: str | None, steers: bool) -> tuple[Codec, str]:
         """The codec with or without error feedback, and one sentence that says which and why.
@@ -47,6 +48,7 @@ class AutoFeedback:
             reason = f"under {privacy} what it brings back is mostly noise"
         elif steers:
             reason = "what a client's packet lost is in what it sends next, under control variates"
+            return self.steered, f"Error feedback is off: {reason}"
         elif not low:
             reason = (
                 f"it pays below 1 bit per parameter, at 1 where all take part in every round; {aim} is above"

@@ -2,7 +2,7 @@
 
 import struct
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -38,11 +38,13 @@ _DEARER = 0.022  # log of what it takes more than its share, 1 to 4 percent: row
 
 def default(
     step: float | None = None, rate: float = 1.0, nmse: float | None = None,
-    feedback: bool | Literal["auto"] = False, trellis: bool = False, products: bool = True,
+    feedback: bool | Literal["auto"] = False, trellis: bool = False, products: bool | Literal["auto"] = True,
 ) -> Codec:  # fmt: skip
-    """What `codec=default` is made of."""
-    codec = RateDistortion(step, rate, nmse, trellis, products)
-    return AutoFeedback(codec) if feedback == "auto" else with_feedback(codec, feedback)
+    """What `codec=default` is made of; what is auto is decided for a whole run (`AutoFeedback`)."""
+    codec = RateDistortion(step, rate, nmse, trellis, products == "auto" or products)
+    if feedback == "auto":
+        return AutoFeedback(codec, steered=replace(codec, products=False) if products == "auto" else codec)
+    return with_feedback(codec, feedback)
 
 
 @dataclass(frozen=True)
