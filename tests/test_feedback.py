@@ -196,7 +196,9 @@ def test_what_is_set_is_neither_decided_nor_explained(codec: str) -> None:
 
 @pytest.mark.parametrize(
     ("overrides", "products"),
-    [("", True), ("strategy=scaffold", False), ("strategy=scaffold codec.products=true", True),
+    [("", False), ("codec.rate=0.9", True), ("codec.nmse=0.01", True), ("codec.step=1", True),
+     ("codec.rate=0.9 strategy=scaffold", False), ("strategy=scaffold codec.products=true", True),
+     ("codec.rate=0.9 codec.feedback=true", True), ("codec.feedback=false", False),
      ("codec.products=false", False), ("codec.rate=0.5 codec.products=false", False)],
 )  # fmt: skip
 def test_products_are_left_where_control_variates_steer(overrides: str, products: bool) -> None:

@@ -40,10 +40,16 @@ def default(
     step: float | None = None, rate: float = 1.0, nmse: float | None = None,
     feedback: bool | Literal["auto"] = False, trellis: bool = False, products: bool | Literal["auto"] = True,
 ) -> Codec:  # fmt: skip
-    """What `codec=default` is made of; what is auto is decided for a whole run (`AutoFeedback`)."""
-    codec = RateDistortion(step, rate, nmse, trellis, products == "auto" or products)
+    """What `codec=default` is made of.
+
+    products=auto: below 1 bit; from there on they take more time than less error is worth. What is left to a
+    run, `AutoFeedback` decides.
+    """
+    auto = products == "auto"
+    low = step is not None or nmse is not None or rate < 1
+    codec = RateDistortion(step, rate, nmse, trellis, low if products == "auto" else products)
     if feedback == "auto":
-        return AutoFeedback(codec, steered=replace(codec, products=False) if products == "auto" else codec)
+        return AutoFeedback(codec, steered=replace(codec, products=False) if auto else codec)
     return with_feedback(codec, feedback)
 
 
@@ -137,7 +143,7 @@ class RateDistortion:
         unknown = to_rate and len(x) >= _LONG and usual is None
         packet, miss, step = meet(
             target(factors), partial(code, factors), usual, partial(code, factors) if to_rate else None,
-            _pilot(factors, layout, most) if unknown else None,
+            _pilot(factors, layout) if unknown else None,
         )  # fmt: skip
         return packet, {"miss": np.array([miss]), "step": np.array([step / rms])}
 
@@ -267,26 +273,39 @@ def shapes(layout: Layout) -> list[tuple[int, ...]]:
     return [slot.shape for slot in layout.slots]
 
 
-def _pilot(factors: Factors, layout: Layout, most: float) -> Callable[[float], float]:
+def _pilot(factors: Factors, layout: Layout) -> Callable[[float], float]:
     """What says how far the estimate is off at a step: log of bits taken over estimated ones.
 
-    Of what the products leave an eighth of the columns is coded, each of which is learned over all rows, and
-    neighbours stay together; of the vectors all.
+    An eighth of the columns is coded, of what the products leave and of their vectors: each is learned over
+    all rows, and neighbours stay together.
     """
     like, coder, x = _LIKE[False], Quantizer(trellis=False), factors.residual
-    parts = [_columns(x[slot.offset : slot.offset + size(slot)], slot.shape) for slot in layout.slots]
-    part, grids = np.concatenate([one.ravel() for one in parts]), [one.shape for one in parts]
-    sample, (left, vectors, _) = Magnitudes(part, 0.0), factors.magnitudes(most)
+    layers = [(x[slot.offset : slot.offset + size(slot)], slot.shape) for slot in layout.slots]
+    left, grids = _eighth(layers)
 
     def miss(step: float) -> float:
         products, values = factors.at(step)
-        code, *_ = coder.encode(part, 1 / step, grids, keep=False)
-        first, *_ = coder.encode(values, 1.0, products.shapes, keep=False)
-        off = 8 * max(len(code), 1) / sample.bits(step, like) * np.exp(-_DEARER)
-        rest = left.bits(step, like)
-        return float(np.log((off * rest + 8 * len(first)) / (rest + vectors.bits(step, like))))
+        ends = np.cumsum([rows * columns for rows, columns in products.shapes])
+        vectors, more = _eighth(
+            list(zip(np.split(values, ends[:-1]), products.shapes, strict=True)) if len(ends) else []
+        )
+        code, *_ = coder.encode(
+            np.concatenate([left * np.float32(1 / step), vectors]), 1.0, grids + more, keep=False
+        )
+        estimate = Magnitudes(left, 0.0).bits(step, like) + Magnitudes(vectors, 0.0).bits(1.0, like)
+        return float(np.log(8 * max(len(code), 1) / estimate)) - _DEARER
 
     return miss
+
+
+def _eighth(
+    layers: Sequence[tuple[Floats, tuple[int, ...]]],
+) -> tuple[Floats, list[tuple[int, ...]]]:
+    """Some columns of each, and their shapes."""
+    parts = [_columns(x, shape) for x, shape in layers]
+    return np.concatenate([*(part.ravel() for part in parts), np.zeros(0, np.float32)]), [
+        part.shape for part in parts
+    ]
 
 
 def _columns(x: NDArray[np.float32], shape: tuple[int, ...]) -> NDArray[np.float32]:
