@@ -33,7 +33,7 @@ _MEMORY = ("miss", -0.8, 0.8), ("step", 1e-9, 1e9)
 _REST = 7  # what a packet holds beside header and code: the header's length, version, dtype, CRC
 _LONG = 2**19  # updates from this length on are coded in part first
 _EIGHTH, _TOGETHER = 8, 16  # the part: of so many times as many columns, so many in a row
-_DEARER = 0.022  # log of what it takes more than its share, 1 to 4 percent: rows learn from fewer columns
+_DEARER = 0.035  # log of what it takes more than its share, of 2^20 values: rows learn from fewer columns
 
 
 def default(
@@ -143,7 +143,7 @@ class RateDistortion:
         unknown = to_rate and len(x) >= _LONG and usual is None
         packet, miss, step = meet(
             target(factors), partial(code, factors), usual, partial(code, factors) if to_rate else None,
-            _pilot(factors, layout) if unknown else None,
+            _pilot(factors, layout, most) if unknown else None,
         )  # fmt: skip
         return packet, {"miss": np.array([miss]), "step": np.array([step / rms])}
 
@@ -273,39 +273,38 @@ def shapes(layout: Layout) -> list[tuple[int, ...]]:
     return [slot.shape for slot in layout.slots]
 
 
-def _pilot(factors: Factors, layout: Layout) -> Callable[[float], float]:
+def _pilot(factors: Factors, layout: Layout, most: float) -> Callable[[float], float]:
     """What says how far the estimate is off at a step: log of bits taken over estimated ones.
 
     An eighth of the columns is coded, of what the products leave and of their vectors: each is learned over
     all rows, and neighbours stay together.
     """
     like, coder, x = _LIKE[False], Quantizer(trellis=False), factors.residual
-    layers = [(x[slot.offset : slot.offset + size(slot)], slot.shape) for slot in layout.slots]
-    left, grids = _eighth(layers)
+    (left, vectors, _), dearer = factors.magnitudes(most), _DEARER * (2**20 / len(x)) ** 0.5
+    part, grids = _eighth([(x[slot.offset : slot.offset + size(slot)], slot.shape) for slot in layout.slots])
+
+    def off(part: Floats, scale: float, grids: Sequence[tuple[int, ...]]) -> float:
+        """Bits taken over estimated ones."""
+        code, *_ = coder.encode(part, scale, grids, keep=False)
+        return 8 * max(len(code), 1) / Magnitudes(part, 0.0).bits(1 / scale, like)
 
     def miss(step: float) -> float:
         products, values = factors.at(step)
-        ends = np.cumsum([rows * columns for rows, columns in products.shapes])
-        vectors, more = _eighth(
-            list(zip(np.split(values, ends[:-1]), products.shapes, strict=True)) if len(ends) else []
-        )
-        code, *_ = coder.encode(
-            np.concatenate([left * np.float32(1 / step), vectors]), 1.0, grids + more, keep=False
-        )
-        estimate = Magnitudes(left, 0.0).bits(step, like) + Magnitudes(vectors, 0.0).bits(1.0, like)
-        return float(np.log(8 * max(len(code), 1) / estimate)) - _DEARER
+        rest, those = left.bits(step, like), vectors.bits(step, like)
+        taken = off(part, 1 / step, grids) * np.exp(-dearer) * rest
+        if those:
+            ends = np.cumsum([count * side for count, side in products.shapes])[:-1]
+            of_vectors = _eighth(list(zip(np.split(values, ends), products.shapes, strict=True)))
+            taken += off(of_vectors[0], 1.0, of_vectors[1]) * those
+        return float(np.log(taken / (rest + those)))
 
     return miss
 
 
-def _eighth(
-    layers: Sequence[tuple[Floats, tuple[int, ...]]],
-) -> tuple[Floats, list[tuple[int, ...]]]:
+def _eighth(layers: Sequence[tuple[Floats, tuple[int, ...]]]) -> tuple[Floats, list[tuple[int, ...]]]:
     """Some columns of each, and their shapes."""
     parts = [_columns(x, shape) for x, shape in layers]
-    return np.concatenate([*(part.ravel() for part in parts), np.zeros(0, np.float32)]), [
-        part.shape for part in parts
-    ]
+    return np.concatenate([part.ravel() for part in parts]), [part.shape for part in parts]
 
 
 def _columns(x: NDArray[np.float32], shape: tuple[int, ...]) -> NDArray[np.float32]:
