@@ -199,13 +199,13 @@ def spread(values: list[float], digits: int = 4) -> str:
 
 
 def rates(layout: Layout, updates_of: dict[int, list[Vector]], folder: Path) -> None:
-    """NMSE at equal rates of the default codec, what products and a trellis add, and of the yardstick."""
-    columns = "round", "bits", "yardstick (ideal length)", "default", "bits at its error", "products, dB"
-    print(f"\n| {' | '.join(columns)} | trellis, dB |\n{'|---' * (len(columns) + 1)}|")
+    """NMSE at equal rates, of the yardstick and with products; what these and a trellis add."""
+    columns = "round | bits | yardstick (ideal length) | with products | bits at its error | products, dB"
+    print(f"\n| {columns} | trellis, dB |\n{'|---' * 7}|")
     curves: dict[str, list[list[float]]] = {
         "yardstick, ideal length": [],
-        "default": [],
-        "default without products": [],
+        "with products": [],
+        "without products": [],
         "Gaussian layers, R(D)": [],
     }
     ratios: list[float] = []
@@ -234,7 +234,7 @@ def rates(layout: Layout, updates_of: dict[int, list[Vector]], folder: Path) -> 
 def few() -> None:
     """Where clients have few examples: NMSE at equal rates with and without products, and what these take."""
     layout, cohort = of_few_examples()
-    columns = "bits", "without products", "default", "products, dB", "encode, M/s", "decode, M/s"
+    columns = "bits", "without products", "with products", "products, dB", "encode, M/s", "decode, M/s"
     print(f"\n{layout.size:,} parameters; speed without and with products, in later rounds\n")
     print(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
     for rate in (0.05, 0.1, 0.25, 0.5, 1.0):
