@@ -26,6 +26,7 @@ from fedapp import config
 from fedapp.codec import Codec, Layout, Slot, State
 from fedapp.codec.packet import decode_update, pack
 from fedapp.codec.rate_distortion import RateDistortion
+from fedapp.tasks import Data, Task
 from fedapp.training import Sgd
 
 Vector = NDArray[np.float32]
@@ -66,9 +67,7 @@ def updates(folder: Path, rounds: list[int]) -> tuple[Layout, dict[int, list[Vec
         for r in range(1, max(rounds) + 1):
             cohort = []
             for i, data in enumerate(clients):
-                nn.utils.vector_to_parameters(flat.clone(), model.parameters())
-                trainer.fit(task, model, data, {}, np.random.default_rng([0, r, i]), 0.0)
-                cohort.append((nn.utils.parameters_to_vector(model.parameters()).detach() - flat).numpy())
+                cohort.append(trained(trainer, task, model, flat, data, [0, r, i]))
             if r in files:
                 np.save(files[r], np.stack(cohort))
             sizes = np.array([len(data) for data in clients], np.float32)
@@ -76,6 +75,16 @@ def updates(folder: Path, rounds: list[int]) -> tuple[Layout, dict[int, list[Vec
             print(f"\rround {r}/{max(rounds)}", end="", flush=True)
         print()
     return layout, {r: list(np.load(file)) for r, file in files.items()}
+
+
+def trained(
+    trainer: Sgd, task: Task, model: nn.Module, flat: torch.Tensor, data: Data, seed: list[int]
+) -> Vector:
+    """What one client's training adds to the weights."""
+    nn.utils.vector_to_parameters(flat.clone(), model.parameters())
+    trainer.fit(task, model, data, {}, np.random.default_rng(seed), 0.0)
+    update: Vector = (nn.utils.parameters_to_vector(model.parameters()).detach() - flat).numpy()
+    return update
 
 
 def of_few_examples() -> tuple[Layout, list[Vector]]:
@@ -88,10 +97,8 @@ def of_few_examples() -> tuple[Layout, list[Vector]]:
     flat = nn.utils.parameters_to_vector(model.parameters()).detach().clone()
     cohort = []
     for i in range(10):
-        nn.utils.vector_to_parameters(flat.clone(), model.parameters())
         data = job.task.client_data({"partition-id": i})
-        trainer.fit(job.task, model, data, {}, np.random.default_rng([0, i]), 0.0)
-        cohort.append((nn.utils.parameters_to_vector(model.parameters()).detach() - flat).numpy())
+        cohort.append(trained(trainer, job.task, model, flat, data, [0, i]))
     return layout_of({name: tuple(p.shape) for name, p in model.named_parameters()}), cohort
 
 

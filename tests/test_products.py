@@ -44,7 +44,7 @@ def update(rank: int = 3, noise: float = 0.05, seed: int = 0) -> NDArray[np.floa
 @pytest.mark.parametrize("shape", [(300, 40), (40, 300), (1, 700), (90, 90), (2100, 31), (31, 2100)])
 def test_triplets_are_those_of_an_exact_decomposition(shape: tuple[int, int]) -> None:
     x = low_rank(*shape, 0.5 ** np.arange(min(6, *shape)), 1e-3)
-    factors = Factors(x.ravel(), layout_of([shape]))
+    factors = Factors(x.ravel(), float(np.abs(x).max()), layout_of([shape]))
     found = factors.extend(1e-3)
     assert found == (min(shape) > 3)
     if not found:
@@ -64,7 +64,7 @@ def test_triplets_are_those_of_an_exact_decomposition(shape: tuple[int, int]) ->
 
 def test_more_than_a_block_is_found_in_turns() -> None:
     x = low_rank(200, 300, 0.85 ** np.arange(36), 1e-5)
-    factors = Factors(x.ravel(), layout_of([x.shape]))
+    factors = Factors(x.ravel(), float(np.abs(x).max()), layout_of([x.shape]))
     assert factors.extend(1e-5)
     assert factors.count == 36
     assert np.linalg.norm(factors.residual) < 2e-4
@@ -72,7 +72,7 @@ def test_more_than_a_block_is_found_in_turns() -> None:
 
 def test_finer_steps_take_more_and_nothing_is_found_twice() -> None:
     x = low_rank(80, 120, 0.7 ** np.arange(12), 1e-3)
-    factors, counts = Factors(x.ravel(), layout_of([x.shape])), []
+    factors, counts = Factors(x.ravel(), 1.0, layout_of([x.shape])), []
     for step in (1.0, 0.1, 0.03, 0.01, 0.01):
         before = factors.count
         assert factors.extend(step) == (factors.count > before)
@@ -94,7 +94,7 @@ def structured(rows: int, columns: int) -> NDArray[np.float32]:
 def test_what_has_no_low_rank_has_no_products(step: float) -> None:
     noise = np.random.default_rng(0).standard_normal((100, 200)).astype(np.float32)
     for x in (noise, structured(100, 200)):
-        factors = Factors(x.ravel(), layout_of([x.shape]))
+        factors = Factors(x.ravel(), float(np.abs(x).max()), layout_of([x.shape]))
         assert not factors.extend(step * float(x.std()))
         assert factors.residual.base is x
 

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from fedapp.codec.model import Floats, Wide
 from fedapp.jit import jit
 
 _SAMPLE = 2**18  # values that are looked at, at least where there are so many
-Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Magnitudes:
     `most`, the largest, is added: a sample may lack it.
     """
 
-    def __init__(self, x: NDArray[np.float32], most: float) -> None:
+    def __init__(self, x: Floats, most: float) -> None:
         stride = max(len(x) // _SAMPLE, 1) | 1  # odd: what repeats itself often does every so many even ones
         count = _count(np.ascontiguousarray(x).view(np.int32), stride)
         kind = np.flatnonzero(count)
@@ -66,7 +66,7 @@ def _count(bits: NDArray[np.int32], stride: int) -> NDArray[np.int64]:
 
 
 @jit
-def _least_sent(magnitude: Floats, count: Floats, weight: float, rounds: int) -> float:
+def _least_sent(magnitude: Wide, count: Wide, weight: float, rounds: int) -> float:
     """Where level 1 begins, in steps, as one context would round."""
     edge, total = 0.62, count.sum()
     for _ in range(rounds):
@@ -85,7 +85,7 @@ def _level(magnitude: float, edge: float) -> float:
 
 
 @jit
-def _bits(magnitude: Floats, count: Floats, finer: float, weight: float, rounds: int) -> float:
+def _bits(magnitude: Wide, count: Wide, finer: float, weight: float, rounds: int) -> float:
     """Bits per parameter: the entropy of single levels, less what contexts usually save.
 
     Magnitudes, in steps, rise, but for the last. Compiled: a search for a step asks dozens of times.
@@ -113,7 +113,7 @@ def _bits(magnitude: Floats, count: Floats, finer: float, weight: float, rounds:
 
 
 @jit
-def _error(magnitude: Floats, count: Floats, finer: float, weight: float, rounds: int) -> float:
+def _error(magnitude: Wide, count: Wide, finer: float, weight: float, rounds: int) -> float:
     """Squared error over squared norm; that of large levels is any from 0 to 1/4."""
     scaled = magnitude * finer
     edge = _least_sent(scaled, count, weight, rounds)

@@ -17,12 +17,12 @@ Sources: Vogels et al. 2019, "PowerSGD: practical low-rank gradient compression 
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from fedapp.codec import Layout
 from fedapp.codec.estimate import Magnitudes
 from fedapp.codec.layers import extent
-from fedapp.codec.products import Floats, Place, Products, add, magnitude, places
+from fedapp.codec.model import Floats, Wide
+from fedapp.codec.products import Place, Products, add, magnitude, places
 from fedapp.codec.subspace import basis, sample, triplets
 from fedapp.jit import jit
 
@@ -30,18 +30,17 @@ _WATER = 0.14  # the water level in squared steps; flat from 0.1 to 0.14
 _WORTH = 0.02  # of what a layer costs: where triplets save less, none are taken
 _OCTAVES = 24  # of the power of rows, or columns, that are told apart
 
-Wide = NDArray[np.float64]
-
 
 class Factors:
     """Triplets of an update's layers, as far as they pay, and what they leave (`residual`, float32 (n,)).
 
-    Magnitudes of x are to be within a few powers of ten of 1; it is left alone. The same bits whatever the
-    number of threads.
+    Magnitudes of x, of which `most` is the largest, are to be within a few powers of ten of 1; it is left
+    alone. The same bits whatever the number of threads.
     """
 
-    def __init__(self, x: Floats, layout: Layout) -> None:
+    def __init__(self, x: Floats, most: float, layout: Layout) -> None:
         self.residual = self._whole = x
+        self._most = most
         self._magnitudes: tuple[Magnitudes, Magnitudes, float] | None = None
         self._layers = [_Layer(place) for place in places(layout)]
 
@@ -70,12 +69,13 @@ class Factors:
         whole = extent(self._whole)[1]
         return extent(self.residual)[1] / whole, extent(self.vectors)[1] / whole
 
-    def magnitudes(self, most: float) -> tuple[Magnitudes, Magnitudes, float]:
-        """Of what is left and of all vectors; and the largest, which of x is `most`."""
+    @property
+    def magnitudes(self) -> tuple[Magnitudes, Magnitudes, float]:
+        """Of what is left and of all vectors; and the largest, of x or of these."""
         if self._magnitudes is None:
             vectors = self.vectors
-            largest = max(most, extent(vectors)[0] if len(vectors) else 0.0)
-            self._magnitudes = Magnitudes(self.residual, most), Magnitudes(vectors, 0.0), largest
+            largest = max(self._most, extent(vectors)[0])
+            self._magnitudes = Magnitudes(self.residual, self._most), Magnitudes(vectors, 0.0), largest
         return self._magnitudes
 
     @property
@@ -92,9 +92,8 @@ class Factors:
             share = np.sqrt(magnitude(exponent) * step / layer.sizes)[:, None] / step
             vectors += [(side * share.astype(np.float32)).reshape(-1) for side in (layer.left, layer.right)]
             exponents.append(exponent)
-        return Products(tuple(layer.place for layer in self._layers), tuple(exponents)), np.concatenate(
-            vectors
-        )
+        products = Products(tuple(layer.place for layer in self._layers), tuple(exponents))
+        return products, np.concatenate(vectors)
 
 
 class _Found(NamedTuple):

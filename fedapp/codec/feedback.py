@@ -33,7 +33,7 @@ class AutoFeedback:
     """The default codec while nobody has decided; a run does (`decide`), and codes with what that returns."""
 
     codec: RateDistortion
-    steered: RateDistortion  # under control variates
+    steered: RateDistortion  # instead, under control variates
 
     def decide(self, cohort: int, clients: int, privacy: str | None, steers: bool) -> tuple[Codec, str]:
         """The codec with or without error feedback, and one sentence that says which and why.

@@ -15,6 +15,8 @@ from fedapp.jit import jit
 Whole = Any  # an int, or a NumPy integer: one and the same once compiled
 Levels = NDArray[np.int32]
 Words = NDArray[np.uint32]
+Floats = NDArray[np.float32]
+Wide = NDArray[np.float64]
 
 CONTEXTS, BINS = 48, 16  # half octaves of expected magnitude from 2^-9; adaptive bits of each
 UNARY = 14  # magnitudes are counted in so many bits, then escape

@@ -9,14 +9,13 @@ from numpy.typing import NDArray
 
 from fedapp.codec import Layout
 from fedapp.codec.layers import size
+from fedapp.codec.model import Floats, Wide
 from fedapp.codec.varint import Reader
 from fedapp.errors import DecodeError
 from fedapp.jit import jit
 
 _LEAST = 4  # rows and columns of a layer that may have products
 _TILE = 1024  # columns that are made together, for caches
-
-Floats = NDArray[np.float32]
 
 
 class Place(NamedTuple):
@@ -92,7 +91,7 @@ class Products:
             used += k * sides
 
 
-def magnitude(exponent: NDArray[np.uint8]) -> NDArray[np.float64]:
+def magnitude(exponent: NDArray[np.uint8]) -> Wide:
     """2^(exponent / 4): square roots are the same on any machine."""
     whole, quarter = np.divmod(exponent.astype(np.int32), 4)
     return np.ldexp(np.sqrt(np.sqrt(2.0**quarter)), whole)

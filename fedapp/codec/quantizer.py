@@ -2,20 +2,16 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from fedapp.codec import context
-from fedapp.codec.model import Levels
+from fedapp.codec.model import Floats, Levels, Wide
 from fedapp.jit import jit
 
 LAMBDA = 0.09  # squared steps that a bit is worth; best, and flat, from 0.1 to 4 bits per parameter
 TRELLIS_LAMBDA = 0.075  # the same with a trellis; flat from 0.065 to 0.085
 _WEIGHT = np.array([4 * TRELLIS_LAMBDA], np.float32)  # in squared half steps
-
-Floats = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -52,14 +48,14 @@ class Quantizer:
         """Undo `encode`, to levels; raises DecodeError."""
         return context.decode(code, shapes, self.trellis)
 
-    def points(self, levels: Levels, moves: Sequence[int], step: Any = 1.0) -> Floats | None:
-        """What levels stand for, float32, in their place; None where that is beyond float32."""
+    def points(self, levels: Levels, moves: Sequence[int]) -> Floats:
+        """What levels stand for, float32, in steps and in their place."""
         one, two, more = moves if self.trellis else (moves[0], moves[1], moves[1])
-        finite = _to_points(levels, np.float32(step), 128 if self.trellis else 256, one, two, more)
-        return levels.view(np.float32) if finite else None
+        _to_points(levels, 128 if self.trellis else 256, one, two, more)
+        return levels.view(np.float32)
 
 
-def edges(weight: float, least: float = 0.0) -> NDArray[np.float32]:
+def edges(weight: float, least: float = 0.0) -> Floats:
     """How far above m - 1 level m begins, by ten bits of the state that tells them apart: m = 1, then m > 1.
 
     Level 1 does not begin below `least`.
@@ -69,30 +65,27 @@ def edges(weight: float, least: float = 0.0) -> NDArray[np.float32]:
     """
     p = (np.arange(1024) + 0.5) / 1024
     dearer = np.log2((1 - p) / p) + np.array([[1.4], [0.6]])
-    begin: NDArray[np.float32] = (0.5 + weight / 2 * np.maximum(dearer, 0)).astype(np.float32)
+    begin: Floats = (0.5 + weight / 2 * np.maximum(dearer, 0)).astype(np.float32)
     begin[0] = np.maximum(begin[0], least)
     return begin.ravel()
 
 
 @jit
-def _to_points(levels: NDArray[np.int32], step: np.float32, unit: int, one: int, two: int, more: int) -> bool:
-    """Turn levels, in place, into what they stand for, as the bits of float32; False unless all are finite.
+def _to_points(levels: Levels, unit: int, one: int, two: int, more: int) -> None:
+    """Turn levels, in place, into what they stand for, as the bits of float32.
 
-    `unit`/256 steps apart: an integer, times a power of two, times the step; the same everywhere. The last
-    three say how far those of magnitude 1, 2 and above move.
+    `unit`/256 steps apart: an integer, times a power of two; the same everywhere. The last three say how far
+    those of magnitude 1, 2 and above move.
     """
-    largest = np.int32(0)
     for j in range(len(levels)):
         q = np.int64(levels[j])
         move = one if abs(q) == 1 else two if abs(q) == 2 else more
-        x = np.float32(q * unit + (move if q > 0 else -move if q < 0 else 0)) * np.float32(1 / 256) * step
+        x = np.float32(q * unit + (move if q > 0 else -move if q < 0 else 0)) * np.float32(1 / 256)
         levels[j] = np.float32(x).view(np.int32)
-        largest = max(largest, np.float32(abs(x)).view(np.int32))
-    return bool(largest < np.float32(np.inf).view(np.int32))
 
 
 @jit
-def _beyond(x: NDArray[np.float32], scale: float, places: NDArray[np.int32]) -> NDArray[np.float64]:
+def _beyond(x: Floats, scale: float, places: Levels) -> Wide:
     """How far values lie beyond places of magnitude 1, 2 and above, in the mean."""
     total, count = np.zeros(3), np.zeros(3)
     for j in range(len(places)):
@@ -101,5 +94,5 @@ def _beyond(x: NDArray[np.float32], scale: float, places: NDArray[np.int32]) -> 
             kind = 0 if m == 1 else 1 if m == 2 else 2
             total[kind] += abs(np.float64(x[j]) * scale) - m
             count[kind] += 1
-    mean: NDArray[np.float64] = total / np.maximum(count, 1)
+    mean: Wide = total / np.maximum(count, 1)
     return mean

@@ -1,7 +1,7 @@
 """The default codec: the lowest error that a number of bytes buys, by scalar quantization."""
 
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
@@ -12,12 +12,13 @@ from numpy.typing import NDArray
 from fedapp import check
 from fedapp.codec import Codec, Layout, Packet, State
 from fedapp.codec.chain import with_feedback
-from fedapp.codec.estimate import Like, Magnitudes
+from fedapp.codec.estimate import Like
 from fedapp.codec.factors import Factors
 from fedapp.codec.feedback import AutoFeedback
-from fedapp.codec.layers import extent, require_finite, require_whole, size
-from fedapp.codec.model import Levels
-from fedapp.codec.products import Floats, Products
+from fedapp.codec.layers import extent, require_finite, require_whole
+from fedapp.codec.model import Floats
+from fedapp.codec.pilot import pilot
+from fedapp.codec.products import Products
 from fedapp.codec.quantizer import LAMBDA, Quantizer
 from fedapp.codec.target import Target, meet, nearest, within
 from fedapp.codec.varint import Reader, varint
@@ -32,8 +33,6 @@ _TURNS, _MUCH = 3, 0.8
 _MEMORY = ("miss", -0.8, 0.8), ("step", 1e-9, 1e9)
 _REST = 7  # what a packet holds beside header and code: the header's length, version, dtype, CRC
 _LONG = 2**19  # updates from this length on are coded in part first
-_EIGHTH, _TOGETHER = 8, 16  # the part: of so many times as many columns, so many in a row
-_DEARER = 0.035  # log of what it takes more than its share, of 2^20 values: rows learn from fewer columns
 
 
 def default(
@@ -45,11 +44,10 @@ def default(
     products=auto: below 1 bit; from there on they take more time than less error is worth. What is left to a
     run, `AutoFeedback` decides.
     """
-    auto = products == "auto"
     low = step is not None or nmse is not None or rate < 1
     codec = RateDistortion(step, rate, nmse, trellis, low if products == "auto" else products)
     if feedback == "auto":
-        return AutoFeedback(codec, steered=replace(codec, products=False) if auto else codec)
+        return AutoFeedback(codec, replace(codec, products=False) if products == "auto" else codec)
     return with_feedback(codec, feedback)
 
 
@@ -72,7 +70,7 @@ class RateDistortion:
     beyond these gets the nearer one, and the log names it.
 
     products: False spends no time on them. trellis: dependent quantization (`trellis`); its quantizers have
-    this step each, and their points together lie half a step apart. On updates of a small CNN 0.4 to 1.2 dB
+    this step each, and their points together lie half a step apart. On updates of a small CNN 0.1 to 1.3 dB
     better from 0.5 to 4 bits; no better below 0.5 bit. Encodes 30 times more slowly, up to six times for a
     target (or seven), and under noise misses some between 0.3 and 0.8 bits: zeros beget zeros there.
 
@@ -130,47 +128,49 @@ class RateDistortion:
         exponent = exponent if abs(exponent) > 16 else 0
         unit, most = (np.ldexp(x, -exponent) if exponent else x), float(np.ldexp(most, -exponent))
         rms = float(np.ldexp(np.sqrt(energy / len(x)), -exponent))
+        fresh = partial(Factors, unit, most, layout if self.products else Layout((), 0))
         code = partial(self._code, unit, exponent, layout, knowing or self.nmse is not None)
         if self.step is not None:
-            factors, step = self._factors(unit, layout), within(self.step * rms, most)
+            factors, step = fresh(), within(self.step * rms, most)
             factors.extend(step / self._like.finer)
             return code(factors, step), {}
         usual, last = (_remembered(state, *what) for what in _MEMORY)
-        target = partial(self._target, x, layout, most)
+        target = partial(self._target, x, layout)
         about = None if last is None else last * rms
-        factors = self._search(unit, layout, lambda those: nearest(target(those), usual or 0.0), about)
+
+        def step_with(those: Factors) -> float:
+            return nearest(target(those), usual or 0.0)
+
+        factors = self._search(fresh, step_with, about) if self.products else fresh()
         to_rate = self.nmse is None and not self.trellis
         unknown = to_rate and len(x) >= _LONG and usual is None
         packet, miss, step = meet(
             target(factors), partial(code, factors), usual, partial(code, factors) if to_rate else None,
-            _pilot(factors, layout, most) if unknown else None,
+            pilot(factors, layout, self._quantizer, self._like) if unknown else None,
         )  # fmt: skip
         return packet, {"miss": np.array([miss]), "step": np.array([step / rms])}
 
-    def _factors(self, unit: Floats, layout: Layout) -> Factors:
-        return Factors(unit, layout if self.products else Layout((), 0))
-
     def _search(
-        self, unit: Floats, layout: Layout, step_with: Callable[[Factors], float], about: float | None
+        self, fresh: Callable[[], Factors], step_with: Callable[[Factors], float], about: float | None
     ) -> Factors:
         """Products that pay at the step that is needed with them; `about` that step, where it is known."""
-        factors = self._factors(unit, layout)
+        factors = fresh()
         step = step_with(factors) if about is None else about
         for turn in range(_TURNS):
             if not factors.extend(step / self._like.finer):
                 break
             came = step_with(factors)
             if turn + 1 < _TURNS and came > step / _MUCH:
-                factors = self._factors(unit, layout)  # less pays at coarser steps
+                factors = fresh()  # less pays at coarser steps
             elif came > _MUCH * step:
                 break
             step = came
         return factors
 
-    def _target(self, x: Floats, layout: Layout, most: float, factors: Factors) -> Target:
+    def _target(self, x: Floats, layout: Layout, factors: Factors) -> Target:
         """What the packet shall have, and an estimate with the products found so far."""
         like, encodes = self._like, _ENCODES[self.trellis]
-        left, vectors, largest = factors.magnitudes(most)
+        left, vectors, largest = factors.magnitudes
         if self.nmse is not None:
             rest, those = factors.shares
             # What vectors lose is small, and a part of what is left: lost again where nothing is sent.
@@ -206,9 +206,10 @@ class RateDistortion:
             products = Products.read(reader, layout)
             levels = coder.decode(reader.take(reader.varint(len(body))), products.shapes)
             vectors = coder.points(levels, moves[coder.moves :])
-        levels = coder.decode(reader.rest(), shapes(layout))
-        points = self._points(levels, moves[: coder.moves], step, products, vectors)
-        if points is None:
+        points = coder.points(coder.decode(reader.rest(), shapes(layout)), moves[: coder.moves])
+        if products is not None and vectors is not None:
+            products.add(points, vectors, 1)
+        if not _scale(points, np.float32(step)):
             raise DecodeError("packet decodes to values beyond float32")
         return points
 
@@ -234,34 +235,23 @@ class RateDistortion:
         scale = float(np.ldexp(1 / np.float64(step32), exponent))
         if not factors.count:
             code, levels, moves = coder.encode(unit, scale, shapes(layout), least, knowing)
-            known = coder.points(levels, moves, step32) if knowing else None
-            return Packet(np.frombuffer(code, np.uint8), self._header(1).pack(step32, *moves), known)
-        products, vectors = factors.at(1 / scale)
-        first, levels, turns = coder.encode(vectors, 1.0, products.shapes, least)
-        points = coder.points(levels, turns)
-        assert points is not None  # levels are below 2^30
-        left = unit * np.float32(scale)
-        products.add(left, points, -1)
-        code, levels, moves = coder.encode(left, 1.0, shapes(layout), least, knowing)
-        known = self._points(levels, moves, step32, products, points) if knowing else None
-        body = b"".join((products.to_bytes(), varint(len(first)), first, code))
-        return Packet(np.frombuffer(body, np.uint8), self._header(2).pack(step32, *moves, *turns), known)
-
-    def _points(
-        self,
-        levels: Levels,
-        moves: Sequence[int],
-        step: Any,
-        products: Products | None,
-        vectors: Floats | None,
-    ) -> Floats | None:
-        """Points, and products of vectors if there are any; None where that is beyond float32."""
-        if products is None or vectors is None:
-            return self._quantizer.points(levels, moves, step)
-        points = self._quantizer.points(levels, moves)
-        if points is not None:
-            products.add(points, vectors, 1)
-        return points if points is not None and _scale(points, np.float32(step)) else None
+            known = coder.points(levels, moves) if knowing else None
+            header, body = self._header(1).pack(step32, *moves), code
+        else:
+            products, values = factors.at(1 / scale)
+            first, levels, turns = coder.encode(values, 1.0, products.shapes, least)
+            vectors = coder.points(levels, turns)
+            left = unit * np.float32(scale)
+            products.add(left, vectors, -1)
+            code, levels, moves = coder.encode(left, 1.0, shapes(layout), least, knowing)
+            known = coder.points(levels, moves) if knowing else None
+            if known is not None:
+                products.add(known, vectors, 1)
+            header = self._header(2).pack(step32, *moves, *turns)
+            body = b"".join((products.to_bytes(), varint(len(first)), first, code))
+        if known is not None and not _scale(known, step32):
+            known = None
+        return Packet(np.frombuffer(body, np.uint8), header, known)
 
     def _nmse(self, x: NDArray[np.float32], packet: Packet, layout: Layout) -> float:
         error = x - (self.decode(packet, layout) if packet.known is None else packet.known)
@@ -273,48 +263,6 @@ def shapes(layout: Layout) -> list[tuple[int, ...]]:
     return [slot.shape for slot in layout.slots]
 
 
-def _pilot(factors: Factors, layout: Layout, most: float) -> Callable[[float], float]:
-    """What says how far the estimate is off at a step: log of bits taken over estimated ones.
-
-    An eighth of the columns is coded, of what the products leave and of their vectors: each is learned over
-    all rows, and neighbours stay together.
-    """
-    like, coder, x = _LIKE[False], Quantizer(trellis=False), factors.residual
-    (left, vectors, _), dearer = factors.magnitudes(most), _DEARER * (2**20 / len(x)) ** 0.5
-    part, grids = _eighth([(x[slot.offset : slot.offset + size(slot)], slot.shape) for slot in layout.slots])
-
-    def off(part: Floats, scale: float, grids: Sequence[tuple[int, ...]]) -> float:
-        """Bits taken over estimated ones."""
-        code, *_ = coder.encode(part, scale, grids, keep=False)
-        return 8 * max(len(code), 1) / Magnitudes(part, 0.0).bits(1 / scale, like)
-
-    def miss(step: float) -> float:
-        products, values = factors.at(step)
-        rest, those = left.bits(step, like), vectors.bits(step, like)
-        taken = off(part, 1 / step, grids) * np.exp(-dearer) * rest
-        if those:
-            ends = np.cumsum([count * side for count, side in products.shapes])[:-1]
-            of_vectors = _eighth(list(zip(np.split(values, ends), products.shapes, strict=True)))
-            taken += off(of_vectors[0], 1.0, of_vectors[1]) * those
-        return float(np.log(taken / (rest + those)))
-
-    return miss
-
-
-def _eighth(layers: Sequence[tuple[Floats, tuple[int, ...]]]) -> tuple[Floats, list[tuple[int, ...]]]:
-    """Some columns of each, and their shapes."""
-    parts = [_columns(x, shape) for x, shape in layers]
-    return np.concatenate([part.ravel() for part in parts]), [part.shape for part in parts]
-
-
-def _columns(x: NDArray[np.float32], shape: tuple[int, ...]) -> NDArray[np.float32]:
-    """Some columns in a row of each so many, if the layer is wide; else all."""
-    rows = shape[0] if len(shape) > 1 else 1
-    grid = x.reshape(rows, len(x) // max(rows, 1))
-    taken = np.arange(grid.shape[1]) // _TOGETHER % _EIGHTH == _EIGHTH // 2
-    return grid[:, taken] if len(taken) >= 4 * _TOGETHER * _EIGHTH else grid
-
-
 def _remembered(state: State, name: str, low: float, high: float) -> float | None:
     """What the last update had; None where the state says nothing of the kind, or what cannot be."""
     value = np.asarray(state.get(name))
@@ -323,7 +271,7 @@ def _remembered(state: State, name: str, low: float, high: float) -> float | Non
 
 
 @jit
-def _scale(x: NDArray[np.float32], step: np.float32) -> bool:
+def _scale(x: Floats, step: np.float32) -> bool:
     """Multiply in place; False unless all are finite."""
     finite = True
     for j in range(len(x)):

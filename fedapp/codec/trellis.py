@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fedapp.codec.model import BINS, CONTEXTS, RAW_DEPENDENT, UNARY, Levels, Whole, Words, end_row
+from fedapp.codec.model import BINS, CONTEXTS, RAW_DEPENDENT, UNARY, Floats, Levels, Whole, Words, end_row
 from fedapp.jit import jit
 
 HALF = 16  # states of each quantizer: those from HALF on are the odd one's
@@ -38,8 +38,6 @@ _BITS = -np.log2(np.maximum(np.arange(4096) + 0.5, 1) / 4096).astype(
     np.float32
 )  # by twelve bits of a probability
 _ALL = 0xFFFFFFFF
-
-Floats = NDArray[np.float32]
 
 
 def _automaton() -> NDArray[np.int64]:

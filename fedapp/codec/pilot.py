@@ -1,0 +1,61 @@
+"""What an estimate of the bits of a long update misses: told from a part of it, which is coded."""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from fedapp.codec import Layout
+from fedapp.codec.estimate import Like, Magnitudes
+from fedapp.codec.factors import Factors
+from fedapp.codec.layers import size
+from fedapp.codec.model import Floats
+from fedapp.codec.quantizer import Quantizer
+
+_EIGHTH, _TOGETHER = 8, 16  # the part: of so many times as many columns, so many in a row
+_DEARER = 0.035  # log of what it takes more than its share, of 2^20 values: rows learn from fewer columns
+
+Layers = Sequence[tuple[Floats, tuple[int, ...]]]  # values, shape
+
+
+def pilot(factors: Factors, layout: Layout, coder: Quantizer, like: Like) -> Callable[[float], float]:
+    """What says how far the estimate is off at a step: log of bits taken over estimated ones.
+
+    An eighth of the columns is coded, of what the products leave and of their vectors: each is learned over
+    all rows, and neighbours stay together.
+    """
+    x, (left, vectors, _) = factors.residual, factors.magnitudes
+    share = np.exp(-_DEARER * (2**20 / len(x)) ** 0.5)
+    part = _eighth([(x[slot.offset : slot.offset + size(slot)], slot.shape) for slot in layout.slots])
+
+    def off(part: tuple[Floats, list[tuple[int, ...]]], scale: float) -> float:
+        """Bits taken over estimated ones."""
+        values, shapes = part
+        code, *_ = coder.encode(values, scale, shapes, keep=False)
+        return 8 * max(len(code), 1) / Magnitudes(values, 0.0).bits(1 / scale, like)
+
+    def miss(step: float) -> float:
+        products, values = factors.at(step)
+        rest, those = left.bits(step, like), vectors.bits(step, like)
+        taken = off(part, 1 / step) * share * rest
+        if those:
+            ends = np.cumsum([count * side for count, side in products.shapes])[:-1]
+            taken += (
+                off(_eighth(list(zip(np.split(values, ends), products.shapes, strict=True))), 1.0) * those
+            )
+        return float(np.log(taken / (rest + those)))
+
+    return miss
+
+
+def _eighth(layers: Layers) -> tuple[Floats, list[tuple[int, ...]]]:
+    """Some columns of each, and their shapes."""
+    parts = [_columns(x, shape) for x, shape in layers]
+    return np.concatenate([part.ravel() for part in parts]), [part.shape for part in parts]
+
+
+def _columns(x: Floats, shape: tuple[int, ...]) -> Floats:
+    """Some columns in a row of each so many, if the layer is wide; else all."""
+    rows = shape[0] if len(shape) > 1 else 1
+    grid = x.reshape(rows, len(x) // max(rows, 1))
+    taken = np.arange(grid.shape[1]) // _TOGETHER % _EIGHTH == _EIGHTH // 2
+    return grid[:, taken] if len(taken) >= 4 * _TOGETHER * _EIGHTH else grid
