@@ -29,11 +29,11 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_ssh_private_key
-from flwr.app import ConfigRecord, Message, MessageType, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
 from flwr.app.message import remove_content_from_message
 from flwr.cli.build import build_fab_from_disk
 from flwr.common.constant import TIMESTAMP_HEADER
-from flwr.common.serde import message_to_proto, run_from_proto, user_config_to_proto
+from flwr.common.serde import message_from_proto, message_to_proto, run_from_proto, user_config_to_proto
 from flwr.proto.control_pb2 import (
     ListNodesRequest,
     ListRunsRequest,
@@ -49,13 +49,18 @@ from flwr.proto.fleet_pb2 import (
     PullMessagesRequest,
     PullMessagesResponse,
     PushMessagesRequest,
+    PushMessagesResponse,
     RegisterNodeFleetRequest,
 )
 from flwr.proto.node_pb2 import Node
 from flwr.proto.runtime_pb2 import AcquireTaskRequest, PullTaskInputRequest
 from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIGNATURE_HEADER
 from flwr.supercore.date import now
-from flwr.supercore.inflatable.inflatable_object import get_object_tree, iterate_object_tree
+from flwr.supercore.inflatable.inflatable_object import (
+    get_all_nested_objects,
+    get_object_tree,
+    iterate_object_tree,
+)
 from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor, SuperExecAuthHttpInterceptor
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes, sign_message
 from flwr.supercore.protobuf.client import ProtobufClientInterceptor
@@ -66,8 +71,9 @@ from flwr.superlink.grid import HttpGrid
 from omegaconf import OmegaConf
 
 from fedapp import server_app
-from fedapp.deploy import backup_cli, bounded, holding, keys, registry
+from fedapp.deploy import backup_cli, bounded, holding, keys, objects, quota, registry
 from fedapp.deploy.control import Access
+from fedapp.deploy.objects import deliver
 from fedapp.deploy.runs import tar
 from fedapp.deploy.server import Listening, Server
 from fedapp.errors import ConfigError, FedappError
@@ -684,6 +690,26 @@ def test_what_messages_carry_is_in_memory_and_a_restart_drops_it(tmp_path: Path,
         assert on_disk("message_ins") == 1  # the one that was delivered, and whose run is over
 
 
+def pushing_of(reply: Message, node_id: int) -> PushMessagesRequest:
+    """What a node announces a reply with."""
+    reply.metadata.__dict__["_message_id"] = reply.object_id
+    return PushMessagesRequest(
+        node=Node(node_id=node_id),
+        messages_list=[message_to_proto(remove_content_from_message(reply))],
+        message_object_trees=[get_object_tree(reply)],
+        clientapp_runtime_list=[0.1],
+    )
+
+
+def asked_of(server: Running, key: Key, node_id: int) -> Message:
+    """The message that a node finds, without what it carries."""
+    pulled = server.pull(key, node_id)
+    found = message_from_proto(pulled.messages_list[0])
+    found.metadata.__dict__["_message_id"] = pulled.message_object_trees[0].object_id
+    server.post("/v1/fleet/confirm-message-received", b"", signed(key))
+    return found
+
+
 def test_a_reply_in_the_name_of_another_node_is_refused(server: Running, tmp_path: Path) -> None:
     (key, node_id), (_, another) = server.node(), server.node()
     with grid(server, tmp_path / "app") as pushing:
@@ -694,20 +720,87 @@ def test_a_reply_in_the_name_of_another_node_is_refused(server: Running, tmp_pat
             question = message(another)
             question.metadata.__dict__["_message_id"] = sent
             reply = Message(RecordDict(), reply_to=question)
-            reply.metadata.__dict__.update(_message_id=reply.object_id, _src_node_id=name)
-            request = PushMessagesRequest(
-                node=Node(node_id=node_id),
-                messages_list=[message_to_proto(remove_content_from_message(reply))],
-                message_object_trees=[get_object_tree(reply)],
-                clientapp_runtime_list=[0.1],
-            )
-            return server.post(
-                "/v1/fleet/push-messages", request.SerializeToString(), signed(key)
-            ).status_code
+            reply.metadata.__dict__["_src_node_id"] = name
+            request = pushing_of(reply, node_id).SerializeToString()
+            return server.post("/v1/fleet/push-messages", request, signed(key)).status_code
 
         assert pushed(another) == 403
         pushed(node_id)  # in its own name, to what was not asked of it: Flower drops it
         assert list(pushing.pull_messages([sent])) == []
+
+
+def replied(question: Message, arrays: int, size: int, first: int = 0) -> Message:
+    """A reply with so many arrays of so many bytes each, all different."""
+    made = {str(i): Array("uint8", (size,), "x", bytes([first + i]) * size) for i in range(arrays)}
+    return Message(RecordDict({"arrays": ArrayRecord(made)}), reply_to=question)
+
+
+def test_a_reply_has_a_most_and_nothing_is_added_to_it(
+    tmp_path: Path, database: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(quota, "PARTS", 40)
+    folder = tmp_path / "server"
+    keys.init(folder, ["a"])
+    shutil.copy(database, folder)
+    with running(folder, max_body=1 << 20) as server:
+        key, node_id = server.node()
+        with grid(server, tmp_path / "app") as pushing:
+            list(pushing.push_messages([message(node_id), message(node_id)]))
+            question = asked_of(server, key, node_id)
+
+            def announced(request: PushMessagesRequest) -> httpx.Response:
+                return server.post("/v1/fleet/push-messages", request.SerializeToString(), signed(key))
+
+            def delivered(reply: Message) -> int:
+                """How many bytes of a reply the server takes, by what `fedapp client` sends them with."""
+                answer = announced(pushing_of(reply, node_id))
+                assert answer.status_code == 200
+                opened = PushMessagesResponse.FromString(answer.content)
+
+                def posted(name: str, body: bytes) -> bytes:
+                    return server.post(f"/v1/fleet/{name}", body, signed(key)).raise_for_status().content
+
+                parts = get_all_nested_objects(reply), opened.objects_to_push
+                run = reply.metadata.run_id
+                return deliver(posted, Node(node_id=node_id), run, opened.session_id, *parts)
+
+            many = announced(pushing_of(replied(question, 41, 1), node_id))
+            assert (many.status_code, "parts, and the most is 40" in many.text) == (413, True)
+            twice = pushing_of(replied(question, 1, 1), node_id)
+            twice.messages_list.append(twice.messages_list[0])
+            assert announced(twice).status_code == 400
+            other = pushing_of(replied(question, 1, 1), node_id)
+            other.message_object_trees[0].CopyFrom(get_object_tree(replied(question, 2, 1)))
+            assert announced(other).status_code == 400
+
+            monkeypatch.setattr(
+                objects, "_BYTES", 1 << 19
+            )  # a request has less than the most, many have more
+            large = replied(question, 6, 200_000)
+            with pytest.raises(httpx.HTTPStatusError, match="413"):
+                delivered(large)
+            assert announced(pushing_of(large, node_id)).status_code == 200  # as after a broken link
+            more = pushing_of(large, node_id)
+            more.message_object_trees[0].children.add(object_id="f" * 64)
+            assert announced(more).status_code == 403
+
+            question = asked_of(server, key, node_id)
+            fits = replied(question, 5, 200_000, first=100)
+            assert 1_000_000 < delivered(fits) < 1 << 20
+            (came,) = pushing.pull_messages([question.metadata.message_id])
+            assert len(came.content.array_records["arrays"]) == 5
+
+
+def test_a_reply_to_a_run_that_was_stopped_is_answered_so(server: Running, tmp_path: Path) -> None:
+    key, node_id = server.node()
+    with grid(server, tmp_path / "app") as pushing:
+        list(pushing.push_messages([message(node_id)]))
+        question = asked_of(server, key, node_id)
+        with server.access.control() as client:
+            client.StopRun(StopRunRequest(run_id=question.metadata.run_id))
+        request = pushing_of(replied(question, 1, 1), node_id).SerializeToString()
+        answer = server.post("/v1/fleet/push-messages", request, signed(key))
+    assert (answer.status_code, "cannot be read" in answer.text) == (403, False)
 
 
 # What an operator's monitor asks

@@ -2,7 +2,6 @@
 
 import argparse
 import logging
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -48,9 +47,10 @@ def main(arguments: Sequence[str]) -> None:
         config["policy"] = str(_policy(options.policy))
     books: tuple[Path, str] | None = None
     if options.ledger is not None:
-        config["ledger"] = str(_ledger(options.ledger))
-        config.setdefault("data-id", "data")
-        books = Path(str(config["ledger"])), str(config["data-id"])
+        books = options.ledger.expanduser().resolve(), str(config.setdefault("data-id", "data"))
+        config["ledger"] = str(books[0])
+        if (said := preflight.ledger(*books)) is not None:
+            _log.warning("%s", said)
     preflight.room(folder)
     preflight.reach(server, ca)
 
@@ -95,13 +95,6 @@ def _load_policy(path: Path) -> None:
     from fedapp.privacy.policy import Policy
 
     Policy.load(path)
-
-
-def _ledger(path: Path) -> Path:
-    path = path.expanduser().resolve()
-    if not os.access(path.parent, os.W_OK):
-        raise ConfigError(f"the ledger {path} cannot be written: make the folder, or see who owns it")
-    return path
 
 
 def _begin_log(folder: Path, as_json: bool) -> None:

@@ -31,6 +31,7 @@ from flwr.proto.fleet_pb2 import (
     PushMessagesRequest,
     PushMessagesResponse,
 )
+from flwr.proto.message_pb2 import PushObjectRequest
 from flwr.server.superlink.linkstate import LinkState
 from flwr.server.superlink.utils import check_abort
 from flwr.supercore.constant import (
@@ -63,13 +64,15 @@ from fedapp.deploy.disk import Disk
 from fedapp.deploy.holding import Pushes, hold, unavailable
 from fedapp.deploy.keys import fingerprint
 from fedapp.deploy.objects import Requests
+from fedapp.deploy.quota import Quota
 
 _FLEET, _RUNTIME = "/v1/fleet/", "/v1/runtime/"
 _NODES_OWN = {  # what a node asks; registering is the operator's
     *("get-run", "get-fab", "pull-object", objects.PULL, "confirm-message-received"),
     *("activate-node", "deactivate-node", "send-node-heartbeat"),
-    *("pull-messages", "push-messages", "push-object", objects.PUSH),
+    *("pull-messages", "push-messages", objects.ONE, objects.PUSH),
 }
+_OBJECTS = {f"{_FLEET}{name}" for name in (objects.PULL, objects.PUSH, objects.ONE)}
 _PULL, _PUSH, _ACTIVATE = (f"{_FLEET}{name}" for name in ("pull-messages", "push-messages", "activate-node"))
 _ALWAYS = "/send-node-heartbeat", "/send-task-heartbeat", "/acquire-task"  # on a full disk too
 _REPLY_S = 0.5  # the longest that a ServerApp waits for replies, before it looks at its clock again
@@ -101,7 +104,7 @@ class Public:
     _handed: dict[bytes, list[Message]] = field(default_factory=dict)  # to a key, not known to have arrived
 
     def __post_init__(self) -> None:
-        self._bodies = Bodies(self.max_body)
+        self._bodies, self._quota = Bodies(self.max_body), Quota(self.max_body, self.state)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Let a request through, or answer it here."""
@@ -162,14 +165,12 @@ class Public:
             await self._push(scope, receive, answer)
         elif path == _PULL:
             await self._pull(key, scope, receive, answer)
-        elif path in (f"{_FLEET}{objects.PULL}", f"{_FLEET}{objects.PUSH}"):
+        elif path in _OBJECTS:
             await self._objects(key, path, receive, answer)
         elif path == f"{_FLEET}pull-object":
             await hold(self.app, scope, receive, answer, self.pushes.parts, unavailable)
         else:
             await through(self.app, scope, receive, answer, self.max_body)
-            if path == f"{_FLEET}push-object":
-                self.pushes.replies.ring()
 
     async def _activate(self, key: bytes, receive: Receive, answer: Answer) -> None:
         """Let a node in that says it is there: at once, even if it was killed and still counts as online.
@@ -195,9 +196,14 @@ class Public:
         request = parsed(PushMessagesRequest, body)
         if any(reply.metadata.src_node_id != request.node.node_id for reply in request.messages_list):
             raise Refused(403, "a reply in the name of another node")
+        self._quota.announce(request)
         messages = await ask(self.app, scope, body)
-        if not parsed(PushMessagesResponse, content_of(messages)).objects_to_push:
-            self.pushes.replies.ring()  # else when they are here
+        if messages[0]["status"] == 200:
+            taken = parsed(PushMessagesResponse, content_of(messages))
+            if taken.objects_to_push:
+                self._quota.opened(request, taken.session_id)
+            else:
+                self.pushes.replies.ring()  # else when they are here
         for message in messages:
             await answer(message)
 
@@ -213,8 +219,8 @@ class Public:
                 if check_abort(run, [Status.PENDING, Status.STARTING, Status.FINISHED], state):
                     raise Refused(403, "the run does not run")
 
-        bells = self.pushes.parts, self.pushes.replies
-        await objects.serve(path, *bells, receive, answer, self.max_body, state, allowed)
+        bells, store = (self.pushes.parts, self.pushes.replies), self._quota.store
+        await objects.serve(path, *bells, receive, answer, self.max_body, state, allowed, store)
 
     async def _pull(self, key: bytes, scope: Scope, receive: Receive, answer: Answer) -> None:
         """Answer a node that asks for a message: until it confirms that one, with the same.
@@ -314,8 +320,11 @@ class Private:
             if any(request.run_id != task.run_id for request in asked):
                 raise Refused(403, "this is no request of this run")
 
+        def store(one: PushObjectRequest) -> bool:
+            return state.store_object(one.run_id, one.session_id, one.object_id, one.object_content)
+
         bells = self.pushes.replies, self.pushes.parts
-        await objects.serve(path, *bells, receive, answer, self.max_body, state, allowed)
+        await objects.serve(path, *bells, receive, answer, self.max_body, state, allowed, store)
 
     async def _acquire(self, scope: Scope, receive: Receive, answer: Answer) -> None:
         """Ask for a task once there may be one: Flower takes 10 ms of a core to say that there is none."""

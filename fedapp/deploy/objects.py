@@ -28,6 +28,7 @@ from fedapp.deploy.bounded import Answer, Refused, body_of, parsed
 from fedapp.deploy.holding import HOLD_S, SETTLE_S, Bell
 
 PULL, PUSH = "pull-objects", "push-objects"  # paths beside those of Flower that end without the s
+ONE = "push-object"  # Flower's, for stock SuperNodes
 _LENGTH = struct.Struct("<I")
 _AT_ONCE, _BYTES = (
     16,
@@ -64,27 +65,26 @@ async def serve(
     most: int,
     state: LinkState,
     allowed: Callable[[Requests], None],
+    store: Callable[[PushObjectRequest], bool],
 ) -> None:
     """Hand out many objects, or take them; what was taken rings `gone`.
 
     Of those asked for, what is announced and not here yet is waited for, a while, by `coming`. `most` is in
-    bytes; `allowed` raises Refused.
+    bytes; `allowed` and `store` raise Refused.
     """
-    parts = _parts(await body_of(receive, most))
+    body = await body_of(receive, most)
+    parts = [body] if path.endswith(ONE) else _parts(body)
     if path.endswith(PULL):
         asked = [parsed(PullObjectRequest, part) for part in parts]
         await run_in_threadpool(allowed, asked)
-        await _send(answer, map(_answer_of, await _found(asked, coming, state)))
+        await _send(answer, joined(_bytes(map(_answer_of, await _found(asked, coming, state)))))
         return
     given = [parsed(PushObjectRequest, part) for part in parts]
     await run_in_threadpool(allowed, given)
-    stored = await run_in_threadpool(
-        lambda: [
-            state.store_object(one.run_id, one.session_id, one.object_id, one.object_content) for one in given
-        ]
-    )
+    stored = await run_in_threadpool(lambda: [store(one) for one in given])
     gone.ring()
-    await _send(answer, (PushObjectResponse(stored=one) for one in stored))
+    said = _bytes(PushObjectResponse(stored=one) for one in stored)
+    await _send(answer, b"".join(said) if path.endswith(ONE) else joined(said))
 
 
 async def _found(
@@ -184,7 +184,11 @@ def _parts(body: bytes) -> list[bytes]:
         raise Refused(400, f"the request cannot be read: {error}") from error
 
 
-async def _send(answer: Answer, found: Iterable[PullObjectResponse | PushObjectResponse]) -> None:
+def _bytes(found: Iterable[PullObjectResponse | PushObjectResponse]) -> Iterator[bytes]:
+    return (one.SerializeToString() for one in found)
+
+
+async def _send(answer: Answer, body: bytes) -> None:
     headers = [(b"content-type", PROTOBUF_MEDIA_TYPE.encode())]
     await answer({"type": "http.response.start", "status": 200, "headers": headers})
-    await answer({"type": "http.response.body", "body": joined(one.SerializeToString() for one in found)})
+    await answer({"type": "http.response.body", "body": body})

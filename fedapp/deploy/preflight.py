@@ -1,6 +1,7 @@
 """What a participant's machine must have before its node starts, each with the repair where it has not."""
 
 import datetime
+import os
 import shutil
 import socket
 import ssl
@@ -18,7 +19,10 @@ from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_ssh_private_key
 
+from fedapp.deploy.keys import private
 from fedapp.errors import ConfigError
+from fedapp.privacy.ledger import Ledger
+from fedapp.secagg.roster import read_identity
 
 FOLDER = Path("~/.fedapp/client")
 Scalar = bool | int | float | str
@@ -28,7 +32,10 @@ _KEYS: Mapping[str, str] = {
     "data": "a table, or a folder of images",
     "data-id": "a name for the data in the ledger",
     "tags": "words by which runs may ask for this node, with commas between",
+    "roster": "the file of all participants' signing keys, for secure aggregation",
+    "signing-key": "the file of this node's own signing key",
 }
+_FILES = "data", "roster", "signing-key"
 _SKEW = 4.0  # seconds: Flower refuses signatures from 5 s in the future
 _FREE = 200e6  # bytes on the disk of the node's folder
 
@@ -92,9 +99,37 @@ def node_config(path: Path | None) -> dict[str, Scalar]:
             raise ConfigError(f"{path} names {key!r}, which no task reads: names are {known}")
         if not isinstance(value, bool | int | float | str):
             raise ConfigError(f"{path}: {key} must be one value, got {value!r}")
-    if "data" in tree and not Path(str(tree["data"])).expanduser().exists():
-        raise ConfigError(f"{path}: data={tree['data']!r} does not exist on this machine: mend the path")
+    for key in _FILES:
+        if key in tree and not Path(str(tree[key])).expanduser().exists():
+            raise ConfigError(f"{path}: {key}={tree[key]!r} does not exist on this machine: mend the path")
+    if ("roster" in tree) != ("signing-key" in tree):
+        raise ConfigError(
+            f"{path}: a roster goes with a signing key: give roster and signing-key, or neither"
+        )
+    if "roster" in tree:
+        private(Path(str(tree["signing-key"])).expanduser())
+        read_identity(Path(str(tree["signing-key"])), Path(str(tree["roster"])))
     return tree
+
+
+def ledger(path: Path, data_id: str) -> str | None:
+    """See that a ledger is there, and can be written; returns what its owner should know.
+
+    Raises FedappError.
+    """
+    if not path.is_file():
+        raise ConfigError(
+            f"there is no ledger {path}: correct the path, or make it and set its limit, epsilon 8 say, with "
+            f'`fedapp ledger set-limit {path} "{data_id}" example 8 1e-5`'
+        )
+    if not os.access(path.parent, os.W_OK):
+        raise ConfigError(f"the ledger {path} cannot be written: see who owns its folder")
+    if Ledger(path).limits(data_id):
+        return None
+    return (
+        f"the ledger {path} sets no limit for {data_id!r}: what runs spend is written down, and nothing is "
+        "refused (`fedapp ledger set-limit`)"
+    )
 
 
 @dataclass(frozen=True)
