@@ -268,7 +268,7 @@ def _refuse(given: str, rules: Iterable[tuple[bool, str]]) -> None:
 def check_dropouts(job: "Job") -> None:
     assert isinstance(job.privacy, Summed)
     try:
-        job.dropouts.graph(job.in_round, complete=bool(job.roster))
+        job.dropouts.require(job.in_round, complete=bool(job.roster))
     except ConfigError as error:
         raise ConfigError(
             f"privacy.tolerated={job.privacy.tolerated:g} of {job.in_round} clients: "

@@ -25,9 +25,10 @@ SETTINGS = "task=digits model=logistic privacy=none clients=2 codec.rate=0.5 cod
 class Federation:
     """A server and its clients on loopback, with TLS and keys."""
 
-    def __init__(self, shell: Shell, clients: int, more: str = "") -> None:
-        """`more`: flags of each client; {number} stands for its number."""
+    def __init__(self, shell: Shell, clients: int, more: str = "", data: str = "") -> None:
+        """`more`: flags of each client, `data`: lines of its data.yaml; {number} stands for its number."""
         self.shell, self.home, self.port, self._more = shell, shell.home, free_port(), more
+        self._data = data
         shell.run("fedapp keys init --host localhost")
         self.server = self.serve()
         self.clients = [self.join(number, clients) for number in range(clients)]
@@ -45,7 +46,8 @@ class Federation:
         self.shell.run(f"fedapp nodes register {folder}/node.key.pub")
         own = self.home / f"table{number}.csv"
         part = f"partition-id: {number}\nnum-partitions: {of}\n"
-        (folder / "data.yaml").write_text(f"data: {own}\n" if own.exists() else part)
+        text = (f"data: {own}\n" if own.exists() else part) + self._data.format(number=number)
+        (folder / "data.yaml").write_text(text)
         return self.start(number)
 
     def start(self, number: int) -> subprocess.Popen[bytes]:
@@ -204,3 +206,64 @@ def test_settings_that_make_no_job_are_told_before_anything_is_sent(shell: Shell
     log = shell._log()
     assert shell.start("fedapp submit codec.rate=-1").wait(120) == 1
     assert "codec.rate" in log.read_text()
+
+
+def test_nodes_with_a_roster_sign_what_they_do_in_secure_aggregation(shell: Shell) -> None:
+    """All five stages. A node that is on no roster but its own takes no part; the others go on."""
+    home, stranger = shell.home, 4
+    for number in range(5):
+        shell.run(f"ssh-keygen -q -t ed25519 -N '' -C '' -f {home}/sign{number}.key")
+    public = [(home / f"sign{number}.key.pub").read_text() for number in range(5)]
+    for number in range(5):
+        (home / f"roster{number}").write_text("".join(public[: 5 if number == stranger else 4]))
+    data = f"roster: {home}/roster{{number}}\nsigning-key: {home}/sign{{number}}.key\n"
+    federation = Federation(shell, 5, data=data)
+    privacy = f"privacy=distributed_gaussian privacy.roster={home}/roster0 privacy.tolerated=0.25"
+    shell.run(f"fedapp submit task=digits model=logistic clients=5 {privacy} rounds=2 run_dir=run", 300)
+    assert [line["replies"] for line in lines(home / "run")] == [4, 4]
+    for stage in ("advertise", "share", "train", "confirm", "unmask"):
+        assert stage in federation.said(0), stage
+    assert "unmask" not in federation.said(stranger)
+
+
+def test_the_readmes_page_from_nothing_to_a_finished_run(shell: Shell) -> None:
+    """Its blocks as they are, each person at a home of his own; names and paths are put in."""
+    page = (Path(__file__).parents[1] / "README.md").read_text().split("## On real machines")[1]
+    operator, participant, lets_in, researcher = re.findall(r"```sh\n(.*?)```", page, re.DOTALL)[:4]
+    port, there = free_port(), shell.home / "operator/.fedapp/server"
+
+    def at(person: str, block: str, old: str = "", new: str = "") -> str:
+        """The command that runs a block at somebody's, who has a home."""
+        home = shell.home / person
+        home.mkdir(exist_ok=True)
+        assert old in block
+        text = block.replace(old, new).replace("fed.example.org:8443", f"127.0.0.1:{port}")
+        (home / "block.sh").write_text(text.replace("fed.example.org", "localhost"))
+        return f"env HOME={home} bash -e {home}/block.sh"
+
+    serves = f"fedapp server --host 127.0.0.1 --port {port}"
+    server = shell.start(at("operator", operator, "fedapp server ", f"{serves} "))
+    wait(lambda: (there / "address").exists() or server.poll() is not None, server)
+    clients = []
+    for name in ("ada", "ben"):
+        folder = shell.home / name / ".fedapp/client"
+        folder.mkdir(parents=True)
+        (folder / "ca.pem").write_bytes((there / "ca.pem").read_bytes())
+        table = shell.home / f"{name}.csv"
+        rows = [(20 + i * 7 % 70, i * 13 % 301 / 60) for i in range(300)]
+        table.write_text(
+            "age,dose,outcome\n" + "".join(f"{a},{d},{'yes' if a / 20 + d > 5 else 'no'}\n" for a, d in rows)
+        )
+        clients.append(shell.start(at(name, participant, "/path/table.csv", str(table))))
+        public = folder / "node.key.pub"
+        wait(public.exists, clients[-1])
+        shell.run(at("operator", lets_in, "ecdsa-sha2-nistp384 AAAA...", public.read_text().strip()))
+    shell.run(at("operator", researcher), timeout=240)
+    summary = json.loads((shell.home / "result/summary.json").read_text())
+    assert summary["epsilon"] == pytest.approx(4, abs=0.01)
+    assert [(line["replies"], line["failures"]) for line in lines(shell.home / "result")] == 5 * [(2, 0)]
+    for name, client in zip(("ada", "ben"), clients, strict=True):
+        spent = Ledger(shell.home / name / ".fedapp/client/ledger.db").spent("ward 3")["example"]
+        assert 4 < spent < 8  # composed as a filter, which is dearer than the run's own figure
+        client.send_signal(signal.SIGTERM)
+        assert client.wait(30) == 0

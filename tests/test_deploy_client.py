@@ -16,7 +16,13 @@ from unittest.mock import Mock
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519
-from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+from cryptography.hazmat.primitives.serialization import (
+    Encoding,
+    NoEncryption,
+    PrivateFormat,
+    PublicFormat,
+    load_ssh_private_key,
+)
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.common.constant import ErrorCode
 from flwr.supercore.task_identity import TaskIdentity
@@ -29,7 +35,8 @@ from fedapp.deploy.frames import message_of, of_message
 from fedapp.deploy.link import Over
 from fedapp.deploy.memory import Kept, Memory
 from fedapp.deploy.node import Node
-from fedapp.errors import ConfigError
+from fedapp.errors import ConfigError, FedappError
+from fedapp.privacy.ledger import Ledger
 from fedapp.records import CONFIG
 
 RUN, NODE = 7, 42
@@ -221,6 +228,43 @@ class TestPreflight:
         (tmp_path / "data.yaml").write_text(text)
         with pytest.raises(ConfigError, match=said):
             preflight.node_config(tmp_path / "data.yaml")
+
+    def test_a_roster_and_a_signing_key_are_read_before_the_node_starts(self, tmp_path: Path) -> None:
+        key = key_file(tmp_path / "sign.key", ed25519.Ed25519PrivateKey.generate())
+        other = ed25519.Ed25519PrivateKey.generate().public_key()
+        (tmp_path / "roster").write_bytes(other.public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH) + b"\n")
+        path = tmp_path / "data.yaml"
+
+        def told(text: str) -> str:
+            path.write_text(text)
+            with pytest.raises(FedappError) as caught:
+                preflight.node_config(path)
+            return str(caught.value)
+
+        both = f"roster: {tmp_path}/roster\nsigning-key: {key}\n"
+        assert "own signing key is not on its roster" in told(both)
+        assert "a roster goes with a signing key" in told(f"roster: {tmp_path}/roster\n")
+        assert "does not exist on this machine" in told(both.replace("sign.key", "none"))
+        key.chmod(0o644)
+        assert "chmod 600" in told(both)
+        key.chmod(0o600)
+        own = load_ssh_private_key(key.read_bytes(), None).public_key()
+        (tmp_path / "roster").write_bytes(own.public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH) + b"\n")
+        path.write_text(both)
+        assert preflight.node_config(path)["signing-key"] == str(key)
+
+    def test_a_ledger_is_there_and_has_a_limit_or_its_owner_is_told(self, tmp_path: Path) -> None:
+        path = tmp_path / "ledger.db"
+        with pytest.raises(
+            ConfigError, match=r'fedapp ledger set-limit .*ledger\.db "ward 3" example 8 1e-5'
+        ):
+            preflight.ledger(path, "ward 3")
+        Ledger(path, new=True).set_limit("ward 2", "example", 8, 1e-5)
+        assert "sets no limit for 'ward 3'" in str(preflight.ledger(path, "ward 3"))
+        assert preflight.ledger(path, "ward 2") is None
+        path.write_bytes(b"no database at all, but long enough to be taken for one")
+        with pytest.raises(FedappError, match="cannot be used"):
+            preflight.ledger(path, "ward 2")
 
     @pytest.mark.parametrize("text", ["", "host", "host:", ":8443", "host:http", "host:0", "host:70000"])
     def test_a_server_is_host_and_port(self, text: str) -> None:

@@ -433,7 +433,9 @@ def test_a_ring_falls_apart_only_by_two_stretches_of_half_its_degree() -> None:
 
 def test_plans_that_nothing_stands_are_named() -> None:
     with pytest.raises(ConfigError, match=r"set secagg\.dropouts or secagg\.colluding lower"):
-        Plan(colluding=0.3, dropouts=0.5).graph(10)
+        Plan(colluding=0.3, dropouts=0.5).require(10)
+    assert Plan(colluding=0.3, dropouts=0.5).graph(10).threshold == 7  # who is left, in the midst of a round
+    Plan(colluding=0.3, dropouts=0.2).require(10)
     for bad in ({"least": 2}, {"colluding": 1.0}, {"dropouts": -0.1}):
         with pytest.raises(ConfigError, match=f"secagg.{next(iter(bad))}"):
             Plan(**bad)

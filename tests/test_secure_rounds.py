@@ -259,6 +259,15 @@ def test_a_sum_of_fewer_than_carry_the_noise_is_never_opened(
     assert "query.unmask" not in [kind for kind, _ in grid.replies]
 
 
+def test_who_never_advertises_costs_one_reply_even_where_nobody_else_may_drop_out() -> None:
+    """Of five one may drop out; the four that are left would not stand another."""
+    job = job_of(f"{SHARP} clients=5 privacy.tolerated=0.25 privacy.roster=made")
+    with pytest.raises(ConfigError, match="no threshold stands 1 colluding clients and 1 dropouts of 4"):
+        job.dropouts.require(4, complete=True)
+    _, rounds = run(job, Watched(job, {"query.advertise": {3}}))
+    assert [record.replies for record in rounds] == [4, 4]
+
+
 def test_a_test_seed_gives_the_same_bits_though_keys_are_fresh() -> None:
     one, other = (job_of("privacy.test_seed=7") for _ in range(2))
     assert np.array_equal(moved(run(one, Watched(one))[0]), moved(run(other, Watched(other))[0]))

@@ -48,7 +48,7 @@ class Plan:
         check.real("secagg.dropouts", self.dropouts, low=0.0, below=1.0)
 
     def graph(self, cohort: int, complete: bool = False) -> Graph:
-        """The sparsest graph that stands the plan, complete unless that halves the messages; or ConfigError.
+        """The sparsest graph that stands the plan, complete unless that halves the messages.
 
         `complete` asks for that one: against a server that lies there is no other.
 
@@ -62,12 +62,25 @@ class Plan:
             cohort * P(Y < threshold) <= 2**-20.
 
         The first sums over clients whose secrets colluders could open, and over pairs of stretches of the
-        ring, degree / 2 long each, whose loss would cut the honest survivors in two. Raises ConfigError if
-        no threshold stands both the colluders and the dropouts.
+        ring, degree / 2 long each, whose loss would cut the honest survivors in two. Where no threshold
+        stands the dropouts too, it still stands the colluders: who drops out then may cost the sum.
         """
         check.whole("secagg cohort", cohort, self.least, 1 << 20)
+        return _graph(cohort, *self._counts(cohort), complete)
+
+    def require(self, cohort: int, complete: bool = False) -> None:
+        """Raise ConfigError where no threshold stands both the colluders and the dropouts."""
+        graph, (colluders, dropouts) = self.graph(cohort, complete), self._counts(cohort)
+        if graph.degree == cohort - 1 and graph.threshold > graph.degree - dropouts:
+            raise ConfigError(
+                f"no threshold stands {colluders} colluding clients and {dropouts} dropouts of {cohort}: "
+                f"set secagg.dropouts or secagg.colluding lower"
+            )
+
+    def _counts(self, cohort: int) -> tuple[int, int]:
+        """How many collude, and how many drop out."""
         colluders, dropouts = (math.floor(share * cohort + 1e-9) for share in (self.colluding, self.dropouts))
-        return _graph(cohort, colluders, dropouts, complete)
+        return colluders, dropouts
 
 
 @cache
@@ -85,10 +98,4 @@ def _graph(cohort: int, colluders: int, dropouts: int, complete: bool) -> Graph:
             threshold = int(safe[0]) + 1
             if cohort * hypergeom.cdf(threshold - 1, others, others - dropouts, degree) <= COMPLETION:
                 return Graph(cohort, degree, threshold)
-    threshold = (others + colluders) // 2 + 1
-    if threshold > others - dropouts:
-        raise ConfigError(
-            f"no threshold stands {colluders} colluding clients and {dropouts} dropouts of {cohort}: "
-            f"set secagg.dropouts or secagg.colluding lower"
-        )
-    return Graph(cohort, others, threshold)
+    return Graph(cohort, others, (others + colluders) // 2 + 1)
