@@ -383,25 +383,35 @@ def held(folder: Path) -> Iterator[None]:
         os.close(opened)
 
 
-def test_forget_removes_what_was_kept_and_no_key_and_no_ledger(
+def test_forget_removes_what_was_kept_and_neither_key_nor_what_was_spent(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = client_folder(tmp_path / "client")
     memory = Memory(folder / "node.sqlite")  # with a write-ahead log beside it
     memory.receive(b"message", "name")
     assert (folder / "node.sqlite-wal").exists()
-    before, ledger = content(folder), (folder / "ledger.db").read_bytes()
+    ledger, reply = Ledger(folder / "ledger.db"), b"an update" * 100
+    ledger.charge("ward", None, [], 7, 1, node=1)
+    ledger.store("ward", 7, 1, "train", reply, node=1)
+    spent, before = ledger.spent("ward"), content(folder)
     with held(folder), pytest.raises(FedappError, match="another process"):
         client("forget", "--folder", folder)
     assert memory.in_work() == b"message"
+    assert reply[:50] in (folder / "ledger.db").read_bytes()
     client("forget", "--folder", folder)
+    assert "the ledger's 1 kept replies are removed" in capsys.readouterr().out
     memory._db.close()
     assert not list(folder.glob("node.sqlite*"))
-    del before["node.sqlite-wal"], before["node.sqlite-shm"]
-    assert content(folder) == before
-    assert (folder / "ledger.db").read_bytes() == ledger
-    client("forget", "--folder", folder)
+    after = content(folder)
+    for name in ("node.sqlite-wal", "node.sqlite-shm"):
+        del before[name]
+    assert after == before
+    assert (ledger.stored("ward", 7, 1, "train", node=1), ledger.spent("ward")) == (None, spent)
+    assert reply[:50] not in (folder / "ledger.db").read_bytes()
+    client("forget", "--folder", folder, "--ledger", folder / "ledger.db")
     assert "nothing is kept" in capsys.readouterr().out
+    with pytest.raises(FedappError, match="there is no ledger"):
+        client("forget", "--folder", folder, "--ledger", tmp_path / "none.db")
     with pytest.raises(FedappError, match="no client's folder"):
         client("forget", "--folder", tmp_path / "nowhere")
 

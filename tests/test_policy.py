@@ -109,6 +109,22 @@ def test_what_does_not_fit_is_named(tmp_path: Path, text: str, said: str) -> Non
         load(tmp_path, text)
 
 
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("fraction: 0.5\nsalt: 735152", "needs policy.salt"),
+        ("salt: 'words: 735152", "no YAML at line"),
+        ("salt: words 735152: more", "no YAML at line 4, column 19"),
+    ],
+)
+def test_no_error_tells_the_salt(tmp_path: Path, text: str, said: str) -> None:
+    path = tmp_path / "policy.yaml"
+    path.write_text(RULES + text)
+    with pytest.raises(ConfigError, match=said) as caught:
+        Policy.load(path)
+    assert "735152" not in str(caught.value)
+
+
 def test_a_policy_that_is_not_there_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"the policy .*none.yaml cannot be read"):
         Policy.load(tmp_path / "none.yaml")

@@ -10,6 +10,7 @@ from pathlib import Path
 from fedapp.deploy import keys, preflight
 from fedapp.deploy.backup import CLIENT, LEDGER, SERVER, put, save, unpacked
 from fedapp.errors import FedappError
+from fedapp.privacy.ledger import Ledger
 from fedapp.privacy.ledger_backup import bring_back
 from fedapp.report.folder import alone
 
@@ -32,14 +33,16 @@ def client(arguments: Sequence[str]) -> None:
     """`fedapp client backup|restore|forget`. Raises FedappError."""
     given = _parser("client", preflight.FOLDER).parse_args(arguments)
     folder = given.folder.expanduser().resolve()
-    if given.command == "forget":
-        forget(folder)
-        return
     ledger = (given.ledger or folder / LEDGER).expanduser().resolve()
+    there = ledger.exists()
+    if given.command != "restore" and given.ledger and not there:
+        raise FedappError(f"there is no ledger {ledger}: correct the path")
+    if given.command == "forget":
+        forget(folder, Ledger(ledger) if there else None)
+        if not there:
+            print(f"no ledger is at {ledger}: where there is one elsewhere, --ledger names it")
+        return
     if given.command == "backup":
-        there = ledger.exists()
-        if given.ledger and not there:
-            raise FedappError(f"there is no ledger {ledger}: correct the path")
         _told_of(given.file, save(CLIENT, folder, given.file, ledger if there else None))
         if not there:
             print(f"no ledger is in it: there is none at {ledger}, and --ledger names another place")
@@ -52,19 +55,25 @@ def client(arguments: Sequence[str]) -> None:
     print(said)
 
 
-def forget(folder: Path) -> None:
-    """Remove what a node kept of its runs, all of which its data made; key, ledger and log stay."""
+def forget(folder: Path, ledger: Ledger | None = None) -> None:
+    """Remove what a node kept of its runs, all of which its data made; what they have spent stays.
+
+    With it go the replies that a ledger kept. Key and log stay.
+    """
     if not folder.is_dir():
         raise FedappError(f"{folder} is no client's folder: name it with --folder")
     with alone(folder):
         found = [path for path in folder.glob(f"{CLIENT.database}*") if path.is_file()]
         for path in found:
             path.unlink()
+        replies = ledger.forget() if ledger else 0
     print(
         f"{folder / CLIENT.database} is removed: runs that go on begin anew here. Key and ledger stay"
         if found
         else f"nothing is kept in {folder}"
     )
+    if replies:
+        print(f"the ledger's {replies} kept replies are removed; what was spent stays")
 
 
 def _restore_ledger(new: Path, folder: Path, ledger: Path, keep: bool) -> str:
@@ -114,7 +123,7 @@ def _parser(of: str, folder: Path) -> argparse.ArgumentParser:
     restore.add_argument("--force", action="store_true", help="put aside what is in the folder")
     if of == "client":
         every.append(commands.add_parser("forget", help="remove what a node kept of its runs"))
-        for command in (backup, restore):
+        for command in every:
             command.add_argument("--ledger", type=Path, help=f"the ledger (FOLDER/{LEDGER})")
         restore.add_argument("--keep-ledger", action="store_true", help="leave the ledger as it is")
     for command in every:

@@ -209,12 +209,23 @@ class Ledger:
             ).fetchone()
         return bytes(row[1]) if row is not None and sha256(row[1]).hexdigest() == row[0] else None
 
+    def forget(self) -> int:
+        """Remove every reply that was kept, and overwrite it; what was spent stays. Returns how many.
+
+        A round that asks again is then charged again.
+        """
+        with self._transaction(secure_delete=True) as db:
+            return db.execute("DELETE FROM replies").rowcount
+
     @contextmanager
-    def _transaction(self) -> Iterator[sqlite3.Connection]:
+    def _transaction(self, secure_delete: bool = False) -> Iterator[sqlite3.Connection]:
         """A connection of its own, since none survives a fork; writers wait for each other."""
         try:
-            with opened(self._path) as db, at_once(db):
-                yield db
+            with opened(self._path) as db:
+                if secure_delete:
+                    db.execute("PRAGMA secure_delete = ON")
+                with at_once(db):
+                    yield db
         except sqlite3.Error as error:
             raise FedappError(
                 f"the ledger {self._path} cannot be used ({error}), and nothing is released without it: "

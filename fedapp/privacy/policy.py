@@ -118,8 +118,8 @@ class Policy:
             check.real("policy.delta", self.delta, above=0.0, below=1.0)
         if self.fraction < 1 and not isinstance(self.salt, str):
             raise ConfigError(
-                f"policy.fraction={self.fraction} needs policy.salt, got {self.salt!r}: set any secret words "
-                "and keep them, so that the same examples are chosen every time"
+                f"policy.fraction={self.fraction} needs policy.salt, not a number: set any secret "
+                "words and keep them, so that the same examples are chosen every time"
             )
 
     @classmethod
@@ -128,8 +128,9 @@ class Policy:
         try:
             tree = yaml.safe_load(path.read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            said = " ".join(str(error).split())
-            raise ConfigError(f"the policy {path} cannot be read ({said}): give a YAML file") from error
+            raise ConfigError(
+                f"the policy {path} cannot be read ({_place(error)}): give a YAML file"
+            ) from None
         known = {field.name for field in fields(cls)}
         required = [field.name for field in fields(cls) if field.default is MISSING]
         if not isinstance(tree, dict):
@@ -276,6 +277,13 @@ def _work(trainer: Trainer | DpStep, examples: int) -> tuple[int, float]:
     if isinstance(trainer, Sgd):
         return trainer.epochs * math.ceil(examples / trainer.batch_size), float(trainer.epochs * examples)
     raise PolicyRefusal("steps", f"the work of a {type(trainer).__name__} is not known")
+
+
+def _place(error: OSError | UnicodeDecodeError | yaml.YAMLError) -> str:
+    """What is wrong and where, without the words that stand there: they may be the salt."""
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
+        return f"no YAML at line {error.problem_mark.line + 1}, column {error.problem_mark.column + 1}"
+    return error.strerror or type(error).__name__ if isinstance(error, OSError) else type(error).__name__
 
 
 def _reads(task: Task) -> Task:
