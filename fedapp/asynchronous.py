@@ -25,7 +25,7 @@ from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 from flwr.serverapp import Grid
 
 from fedapp.downlink import Downlink
-from fedapp.engine.grid import next_replies, now
+from fedapp.engine.grid import answer, next_replies, now, push
 from fedapp.engine.local import LocalGrid
 from fedapp.errors import DecodeError
 from fedapp.fedbuff import FedBuff
@@ -36,7 +36,7 @@ from fedapp.records import ARRAYS, CONFIG
 from fedapp.replies import refuse
 from fedapp.report.progress import Progress
 from fedapp.running_sum import RunningSum, terms_in
-from fedapp.stages import AGGREGATE, ENCODE, TRANSFER
+from fedapp.stages import AGGREGATE, ENCODE
 from fedapp.wire import Wire
 
 _TRIES = 2  # more, for a node that cannot decode its message
@@ -133,14 +133,8 @@ class Asynchronous:
 
     def _push(self, messages: list[Message], number: int, tries: int) -> int:
         sent = now(self.grid)
-        with TRANSFER:
-            names = list(
-                self.grid.push_messages(messages)
-            )  # empty ones, or none at all, of what is too large
         flights = {
-            name: Flight(message, number, sent, tries)
-            for name, message in zip(names, messages, strict=False)
-            if name
+            name: Flight(message, number, sent, tries) for name, message in push(self.grid, messages).items()
         }
         self._flights |= flights
         return len(messages) - len(flights)
@@ -152,7 +146,7 @@ class Asynchronous:
                 reply = self._arrived.popleft()
                 flight = self._flights.pop(reply.metadata.reply_to_message_id, None)
                 if flight is not None:
-                    return flight, reply
+                    return flight, answer(flight.asked, reply)
             first = min(self._flights, key=lambda name: self._flights[name].sent)
             timeout = self.job.round_timeout
             until = self._flights[first].sent + timeout

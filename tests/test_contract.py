@@ -231,16 +231,17 @@ def test_the_superlink_is_node_1() -> None:
 
 
 def test_a_reply_goes_back_where_its_message_came_from() -> None:
-    """`metadata.__dict__["_message_id"]`: there is no setter; a reply carries it as reply_to_message_id."""
+    """`metadata.__dict__`, `_message_id` and `_group_id`: there are no setters; a reply carries both back."""
     message = Message(RecordDict(), 5, MessageType.TRAIN)
     assert message.metadata.message_id == ""
     message.metadata.__dict__["_message_id"] = "mine"
+    message.metadata.__dict__["_group_id"] = "nonce"
     assert message.metadata.message_id == "mine"
     for reply in (
         Message(RecordDict(), reply_to=message),
         Message(Error(ErrorCode.CLIENT_APP_CRASHED, "died"), reply_to=message),
     ):
-        assert reply.metadata.reply_to_message_id == "mine"
+        assert (reply.metadata.reply_to_message_id, reply.metadata.group_id) == ("mine", "nonce")
         assert (reply.metadata.src_node_id, reply.metadata.dst_node_id) == (5, SUPERLINK_NODE_ID)
 
 

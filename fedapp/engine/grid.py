@@ -1,10 +1,18 @@
-"""One way to send a round's messages and take replies as they come, on any Flower Grid."""
+"""One way to send a round's messages and take replies as they come, on any Flower Grid.
 
+Each request carries a random nonce in Flower's `group_id`, which replies bring back: one from another time,
+or to another request, is an error instead.
+"""
+
+import secrets
 import time
 from collections.abc import Iterable, Iterator
+from logging import WARNING
 
-from flwr.app import Message
+from flwr.app import Error, Message
+from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
+from flwr.supercore import log
 
 from fedapp.engine.timeline import Timeline
 from fedapp.stages import TRANSFER, WAIT
@@ -34,16 +42,34 @@ def arrivals(
     if _timeline(grid) is None:
         for message in messages:
             message.metadata.ttl = max(0.0, min(timeout, until - now(grid))) + _GRACE
-    with TRANSFER:
-        waiting = set(grid.push_messages(messages))
+    waiting = push(grid, messages)
     deadline = time.monotonic() + timeout
     while waiting and time.monotonic() < deadline and now(grid) < until:
         replies = []
-        for reply in next_replies(grid, waiting, deadline, until):
-            if reply.metadata.reply_to_message_id in waiting:  # each message is answered once
-                waiting.discard(reply.metadata.reply_to_message_id)
-                replies.append(reply)
+        for reply in next_replies(grid, set(waiting), deadline, until):
+            asked = waiting.pop(reply.metadata.reply_to_message_id, None)
+            if asked is not None:  # each message is answered once
+                replies.append(answer(asked, reply))
         yield replies
+
+
+@TRANSFER
+def push(grid: Grid, messages: list[Message]) -> dict[str, Message]:
+    """Give each message a nonce and push all; returns them by name, without those that the grid refused."""
+    for message in messages:
+        message.metadata.__dict__["_group_id"] = secrets.token_hex(16)
+    names = list(grid.push_messages(messages))  # empty ones, or none at all, of what is too large
+    return {name: message for name, message in zip(names, messages, strict=False) if name}
+
+
+def answer(asked: Message, reply: Message) -> Message:
+    """The reply; an error in its place where it brings back another nonce, or is another node's."""
+    same = reply.metadata.group_id == asked.metadata.group_id
+    if reply.has_error() or (same and reply.metadata.src_node_id == asked.metadata.dst_node_id):
+        return reply
+    said = "it does not bring back the nonce of what was asked"
+    log(WARNING, "reply of node %s refused: %s", reply.metadata.src_node_id, said)
+    return Message(Error(ErrorCode.UNKNOWN, said), reply_to=asked)
 
 
 @WAIT
