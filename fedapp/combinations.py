@@ -10,6 +10,7 @@ from fedapp import check
 from fedapp.ckks import Ckks
 from fedapp.codec import Codec, Layout, Slot
 from fedapp.codec.chain import ErrorFeedback
+from fedapp.codec.packet import pack, padded
 from fedapp.dp_step import DpStep
 from fedapp.errors import ConfigError
 from fedapp.fedbuff import FedBuff
@@ -20,6 +21,7 @@ from fedapp.secagg.wire import Summed
 from fedapp.selection import Poisson, PowerOfChoice, Uniform
 from fedapp.tasks.stream import Stream
 from fedapp.training import DpSgd, Sgd
+from fedapp.vector import layout_of
 from fedapp.wire import STREAMED
 
 if TYPE_CHECKING:
@@ -275,6 +277,15 @@ def check_dropouts(job: "Job") -> None:
             f"{str(error).partition(':')[0]}: "
             f"set privacy.tolerated lower, or a larger cohort"
         ) from error
+
+
+def check_padding(job: "Job") -> None:
+    """Refuse packets of a size that not even zeros fit."""
+    if job.mechanism is not None and job.mechanism.packet_bytes and job.wire_codec is not None:
+        layout = layout_of(job.initial)
+        zeros, rng = np.zeros(layout.size, np.float32), np.random.default_rng(0)
+        nothing = pack(job.wire_codec.encode(zeros, layout, {}, rng)[0], job.wire_codec, layout)
+        padded(nothing, nothing, job.mechanism.packet_bytes)
 
 
 def check_model(job: "Job", model: nn.Module) -> None:

@@ -367,6 +367,7 @@ class Job:
 
         model = self.task.model(self.seed)
         combinations.check_model(self, model)
+        combinations.check_padding(self)
         self.spent(self.rounds, self._most)  # finds the noise, and imports accountants
         if self.terms is not None:
             combinations.check_dropouts(self)

@@ -410,6 +410,18 @@ def test_what_cannot_be_private_is_refused_before_anything_starts(chosen: str, s
         config.job(config.compose(f"task=digits {chosen}"))
 
 
+@pytest.mark.parametrize(
+    ("chosen", "said"),
+    [
+        ("privacy.quantile=0.5 privacy.bit_noise=0.01", "privacy.bit_noise=0.01 spends more than noise"),
+        ("codec=identity privacy.packet_bytes=128", "packet_bytes=128 does not even hold a packet of zeros"),
+    ],
+)
+def test_so_is_what_only_the_plan_or_the_model_shows(chosen: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        job_of(f"privacy=central_gaussian {chosen}").prepare()
+
+
 def test_a_model_with_other_state_is_refused() -> None:
     job = job_of("privacy=central_gaussian task=digits model=resnet18 model.norm=batch")
     with pytest.raises(ConfigError, match=r"has other state too .*: use model.norm=group"):

@@ -38,7 +38,7 @@ class Local:
     """Workers are forked once, with torch imported and data loaded; each trains one client at a time."""
 
     workers: int | None = None
-    state_mb: float = 2048.0
+    state_mb: float = 128.0
 
     def __post_init__(self) -> None:
         if self.workers is not None:

@@ -72,14 +72,22 @@ class CentralGaussian:
 
     @cached_property
     def noise(self) -> float:
-        """What the accountants count: standard deviation of the noise on the sum over the clip norm."""
-        if self.noise_multiplier is not None:
-            return self.noise_multiplier
-        assert self.epsilon is not None
+        """What the accountants count: standard deviation of the noise on the sum over the clip norm.
+
+        Raises ConfigError where the noise on bits leaves nothing of it for updates.
+        """
         assert self.plan is not None
-        plan = self.plan
-        rounds = max(1, plan.rounds)
-        return noise_for(self.epsilon, self.delta, plan.sampling, plan.rate, rounds, self._adjacency)
+        plan, noise = self.plan, self.noise_multiplier
+        if noise is None:
+            assert self.epsilon is not None
+            rounds = max(1, plan.rounds)
+            noise = noise_for(self.epsilon, self.delta, plan.sampling, plan.rate, rounds, self._adjacency)
+        if self.quantile is not None and self.bit_noise is not None and 2 * self.bit_noise <= noise:
+            raise ConfigError(
+                f"privacy.bit_noise={self.bit_noise:g} spends more than noise multiplier {noise:.4g} allows: "
+                f"set privacy.bit_noise above {noise / 2:.4g}"
+            )
+        return noise
 
     @cached_property
     def _noises(self) -> tuple[float, float]:
@@ -88,11 +96,6 @@ class CentralGaussian:
             return self.noise, 0.0
         assert self.plan is not None
         bits = max(self.plan.cohort / 20, self.noise) if self.bit_noise is None else self.bit_noise
-        if 2 * bits <= self.noise:
-            raise ConfigError(
-                f"privacy.bit_noise={bits:g} spends more than noise multiplier {self.noise:.4g} allows: "
-                f"set privacy.bit_noise above {self.noise / 2:.4g}"
-            )
         return (self.noise**-2 - (2 * bits) ** -2) ** -0.5, bits
 
     @property
