@@ -2,6 +2,7 @@
 
 import io
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -30,13 +31,14 @@ from flwr.supercore.task_identity import TaskIdentity
 import fedapp
 from fedapp.deploy import preflight
 from fedapp.deploy.activity import Activity
-from fedapp.deploy.bundle import bundle, difference
+from fedapp.deploy.bundle import bundle, difference, sign, signer
 from fedapp.deploy.frames import message_of, of_message
 from fedapp.deploy.link import Over
 from fedapp.deploy.memory import Kept, Memory
-from fedapp.deploy.node import Node
+from fedapp.deploy.node import Config, Node, Signers
 from fedapp.errors import ConfigError, FedappError
 from fedapp.privacy.ledger import Ledger
+from fedapp.privacy.policy import Policy
 from fedapp.records import CONFIG
 
 RUN, NODE = 7, 42
@@ -98,6 +100,78 @@ class TestBundle:
         with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as archive:
             archive.writestr("fedapp/wire.py", bytes(65 << 20))
         assert difference(out.getvalue()) == "it is too large for a fedapp"
+
+
+@pytest.fixture
+def other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Another installation of fedapp, whose code differs; while it is the one in use."""
+    package = tmp_path / "theirs" / "fedapp"
+    source = Path(fedapp.__file__).parent
+    shutil.copytree(source, package, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("conf", "pyproject.toml", "LICENSE"):
+        beside = source.parent / name
+        (shutil.copytree if beside.is_dir() else shutil.copy)(beside, package.parent / name)
+    (package / "rounds.py").write_text("print('a server of their own')\n")
+    return package
+
+
+def used(package: Path, do: Callable[[], Any]) -> Any:
+    """What an installation does."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fedapp, "__file__", str(package / "__init__.py"))
+        return do()
+
+
+class TestSignatures:
+    def test_code_that_a_signer_vouches_for_may_differ(self, other: Path, tmp_path: Path) -> None:
+        unsigned = used(other, bundle)
+        assert str(difference(unsigned)).startswith("1 file differs")
+        key = key_file(tmp_path / "release.key", ed25519.Ed25519PrivateKey.generate())
+        line = used(other, lambda: sign(key))
+        sent, trusted = used(other, bundle), [signer(line)]
+        assert difference(sent, trusted) is None
+        assert difference(unsigned, trusted) == difference(unsigned)
+        stranger = [ed25519.Ed25519PrivateKey.generate().public_key()]
+        for signers in ([], stranger):
+            assert "nobody whom the policy lists has signed it" in str(difference(sent, signers))
+        assert difference(sent, [*stranger, *trusted]) is None
+
+    def test_what_changed_after_it_was_signed_is_refused(self, other: Path, tmp_path: Path) -> None:
+        key = key_file(tmp_path / "release.key", ed25519.Ed25519PrivateKey.generate())
+        trusted = [signer(used(other, lambda: sign(key)))]
+        (other / "wire.py").write_bytes((other / "wire.py").read_bytes() + b"#")
+        assert "2 files differ" in str(difference(used(other, bundle), trusted))
+        (other / "more.py").write_bytes(b"")
+        assert "nobody whom the policy lists" in str(difference(used(other, bundle), trusted))
+        used(other, lambda: sign(key))
+        assert difference(used(other, bundle), trusted) is None
+        settings = other.parent / "conf/config.yaml"
+        settings.write_bytes(settings.read_bytes() + b"#")
+        used(other, lambda: sign(key))
+        assert "settings among them" in str(difference(used(other, bundle), trusted))
+
+    def test_a_signature_makes_no_other_version(self, other: Path, tmp_path: Path) -> None:
+        key = key_file(tmp_path / "release.key", ed25519.Ed25519PrivateKey.generate())
+        trusted = [signer(used(other, lambda: sign(key)))]
+        project = other.parent / "pyproject.toml"
+        project.write_bytes(project.read_bytes().replace(b'version = "0.1.0"', b'version = "9.9.9"'))
+        assert "it is fedapp 9.9.9" in str(difference(used(other, bundle), trusted))
+
+    def test_keys_that_are_none_are_refused(self, tmp_path: Path) -> None:
+        key = key_file(tmp_path / "node.key", ec.generate_private_key(ec.SECP384R1()))
+        with pytest.raises(ConfigError, match="is not of Ed25519"):
+            sign(key)
+        key.chmod(0o644)
+        with pytest.raises(FedappError, match="chmod 600"):
+            sign(key)
+        for line in ("", "ssh-ed25519 AAAA", ssh_line(ec.generate_private_key(ec.SECP384R1()))):
+            (tmp_path / "policy.yaml").write_text(f"tasks: []\nprivacy: []\nmetrics: []\nsigners: ['{line}']")
+            with pytest.raises(ConfigError, match=r"policy\.signers|policy must"):
+                Policy.load(tmp_path / "policy.yaml")
+
+
+def ssh_line(key: ec.EllipticCurvePrivateKey) -> str:
+    return key.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH).decode()
 
 
 class TestMemory:
@@ -325,15 +399,15 @@ def identity(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(TaskIdentity, "_task_id", 0)
 
 
-def asked() -> Message:
-    message = Message(RecordDict({CONFIG: ConfigRecord({"server-round": 1})}), NODE, "query")
+def asked(kind: str = "query") -> Message:
+    message = Message(RecordDict({CONFIG: ConfigRecord({"server-round": 1})}), NODE, kind)
     message.metadata.__dict__["_message_id"] = message.object_id
     return message
 
 
-def node(link: Any, folder: Path) -> Node:
-    memory, config = Memory(folder / "node.sqlite"), {"partition-id": 1, "num-partitions": 2}
-    return Node(link, memory, config, Activity())
+def node(link: Any, folder: Path, signers: Signers = (), **more: str) -> Node:
+    config: Config = {"partition-id": 1, "num-partitions": 2, **more}
+    return Node(link, Memory(folder / "node.sqlite"), config, Activity(), signers)
 
 
 @pytest.mark.usefixtures("identity")
@@ -377,6 +451,27 @@ class TestNode:
         assert not (tmp_path / "run").exists()
         activity = own._activity
         assert (activity.messages["query"], activity.replies["declined"], activity.working) == (1, 1, False)
+
+    @pytest.mark.slow
+    def test_a_signed_bundle_is_served_never_run_and_skips_no_policy(
+        self, other: Path, tmp_path: Path
+    ) -> None:
+        code = (other / "__init__.py").read_text()
+        (other / "__init__.py").write_text(f"open({str(tmp_path / 'run')!r}, 'w')\n{code}")
+        (other / "privacy/consent.py").write_text(
+            "def consent(job_of):\n    return lambda m, c, call: call(m, c)\n"
+        )
+        key = key_file(tmp_path / "release.key", ed25519.Ed25519PrivateKey.generate())
+        trusted = [signer(used(other, lambda: sign(key)))]
+        (tmp_path / "policy.yaml").write_text("tasks: [csv]\nprivacy: [example]\nmetrics: []\n")
+        link = FakeLink(used(other, bundle))
+        own = node(link, tmp_path, trusted, policy=str(tmp_path / "policy.yaml"))
+        own.take(asked())
+        own.take(asked("query.check"))
+        own.close()
+        assert [reply.has_error() for reply in link.sent] == [False, True]
+        assert "the client's policy refuses: tasks" in str(link.sent[1].error.reason)
+        assert not (tmp_path / "run").exists()
 
     def test_what_was_left_is_done_at_the_next_start(self, tmp_path: Path) -> None:
         link, memory = FakeLink(), Memory(tmp_path / "node.sqlite")

@@ -41,10 +41,12 @@ def main(arguments: Sequence[str]) -> None:
     else:
         ca = preflight.authority((options.ca or folder / "ca.pem").expanduser())
     key = preflight.private_key((options.key or folder / "node.key").expanduser())
+    signers: tuple[str, ...] = ()
     if options.policy is None:
         _log.warning("no --policy: whoever may submit runs may use these data for any of them")
     else:
-        config["policy"] = str(_policy(options.policy))
+        path = options.policy.expanduser().resolve()
+        config["policy"], signers = str(path), _signers(path)
     books: tuple[Path, str] | None = None
     if options.ledger is not None:
         books = options.ledger.expanduser().resolve(), str(config.setdefault("data-id", "data"))
@@ -55,6 +57,7 @@ def main(arguments: Sequence[str]) -> None:
     preflight.reach(server, ca)
 
     from fedapp.deploy.activity import Activity
+    from fedapp.deploy.bundle import signer
     from fedapp.deploy.link import Link
     from fedapp.deploy.memory import Memory
     from fedapp.deploy.node import serve
@@ -64,7 +67,8 @@ def main(arguments: Sequence[str]) -> None:
     with alone(folder), _watched(options.metrics_port, activity, books):
         memory = Memory(folder / "node.sqlite")
         try:
-            serve(Link(str(server), ca, key, ca is None, _log.warning, activity), memory, config, activity)
+            link = Link(str(server), ca, key, ca is None, _log.warning, activity)
+            serve(link, memory, config, activity, [signer(line) for line in signers])
         except KeyboardInterrupt:  # Ctrl-C, or SIGTERM
             _log.info("ended; work that was not answered is done at the next start")
         finally:
@@ -84,17 +88,16 @@ def _watched(port: int | None, activity: "Activity", books: tuple[Path, str] | N
         yield
 
 
-def _policy(path: Path) -> Path:
-    path = path.expanduser().resolve()
+def _signers(path: Path) -> tuple[str, ...]:
+    """Check a policy; returns whom it lists as signers."""
     with ProcessPoolExecutor(1, get_context("spawn")) as other:  # what imports torch is not kept
-        other.submit(_load_policy, path).result()
-    return path
+        return other.submit(_load_policy, path).result()
 
 
-def _load_policy(path: Path) -> None:
+def _load_policy(path: Path) -> tuple[str, ...]:
     from fedapp.privacy.policy import Policy
 
-    Policy.load(path)
+    return Policy.load(path).signers
 
 
 def _begin_log(folder: Path, as_json: bool) -> None:

@@ -1,7 +1,8 @@
 """A participant's node: it asks the server for work, has one process a run do it, and sends the replies.
 
-Only the installed fedapp touches the data: a run whose bundle holds another one is declined, and the bundle
-is never run. The process that works sees neither the server nor the key; this one never imports torch.
+Only the installed fedapp touches the data: a run whose bundle holds another one, which nobody vouches for, is
+declined, and no bundle is ever run. The process that works sees neither the server nor the key; this one
+never imports torch.
 """
 
 import logging
@@ -10,11 +11,12 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from typing import IO
 
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.common.constant import ErrorCode
 
@@ -28,11 +30,12 @@ from fedapp.deploy.starting import experiment, overrides_of
 _ASKED = 5.0  # seconds from one question whether a run goes on to the next, while its process works
 _log = logging.getLogger("fedapp.client")
 Config = Mapping[str, bool | int | float | str]
+Signers = Collection[Ed25519PublicKey]
 
 
-def serve(link: Link, memory: Memory, config: Config, activity: Activity) -> None:
+def serve(link: Link, memory: Memory, config: Config, activity: Activity, signers: Signers = ()) -> None:
     """Work for the server until this process is interrupted. Raises Refused where it takes no more."""
-    node = Node(link, memory, config, activity)
+    node = Node(link, memory, config, activity, signers)
     try:
         node.catch_up()
         while True:
@@ -46,10 +49,16 @@ def serve(link: Link, memory: Memory, config: Config, activity: Activity) -> Non
 
 
 class Node:
-    """The runs that a node takes part in, each with a process of its own once it works."""
+    """The runs that a node takes part in, each with a process of its own once it works.
 
-    def __init__(self, link: Link, memory: Memory, config: Config, activity: Activity) -> None:
+    `signers` vouch for code that differs from the installed one.
+    """
+
+    def __init__(
+        self, link: Link, memory: Memory, config: Config, activity: Activity, signers: Signers = ()
+    ) -> None:
         self._link, self._memory, self._config, self._activity = link, memory, config, activity
+        self._signers = signers
         self._id = link.open()
         self._runs = dict[int, _Run]()
         self._tidied = time.monotonic()
@@ -133,7 +142,7 @@ class Node:
     def _join(self, number: int, at: int) -> "_Run":
         """Look at a run for the first time: is its code the installed one? Raises Over."""
         info = self._link.run(number)
-        said = difference(self._link.bundle(info))
+        said = difference(self._link.bundle(info), self._signers)
         overrides = overrides_of(info)
         origin = experiment(number, overrides)
         kept = self._memory.context(origin, number, at)

@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import yaml
+from cryptography.exceptions import UnsupportedAlgorithm
 
 from fedapp import __version__, check
+from fedapp.deploy.bundle import signer
 from fedapp.dp_step import DpStep
 from fedapp.errors import ConfigError, FedappError
 from fedapp.privacy.accounting import Gaussian, Release
@@ -29,7 +31,7 @@ if TYPE_CHECKING:
 
     from fedapp.job import Job
 
-_LISTS = ("tasks", "privacy", "metrics", "facts", "counts", "versions", "columns", "classes")
+_LISTS = ("tasks", "privacy", "metrics", "facts", "counts", "versions", "signers", "columns", "classes")
 _NEEDED = {"train": ("num-examples",), "evaluate": ("num-examples", "accuracy", "loss")}  # by the server
 
 
@@ -49,7 +51,8 @@ class Policy:
     none, whatever it is called. metrics: names of the metrics that may leave, and of what a mechanism sends
     beside its update; num-examples is the weight of a client, without which a run under privacy=none is
     refused. facts: what a run without privacy may be told of the data before it begins, examples (how many)
-    and labels (how many of each class); not given, nothing. versions: of fedapp.
+    and labels (how many of each class); not given, nothing. versions: of fedapp. signers: public keys; a
+    run whose code is not the installed one is served where one of these has signed it (`deploy.bundle`).
 
     counts: what of a check of the data (`fedapp.tasks.quality.COUNTS`) runs without privacy may be told: of
     the columns and rows below, whatever classes and fraction take part. Nothing, where it is not given.
@@ -76,6 +79,7 @@ class Policy:
     facts: tuple[str, ...] = ()
     counts: tuple[str, ...] = ()
     versions: tuple[str, ...] | None = None
+    signers: tuple[str, ...] = ()
     epsilon: float | None = None
     delta: float | None = None
     noise: float | None = None
@@ -100,6 +104,14 @@ class Policy:
                 )
             rows = {str(column): _words(f"policy.rows.{column}", of) for column, of in self.rows.items()}
             object.__setattr__(self, "rows", rows)
+        for line in self.signers:
+            try:
+                signer(line)
+            except (ValueError, UnsupportedAlgorithm) as error:
+                raise ConfigError(
+                    f"policy.signers has {line[:40]!r}, which is no key ({error}): "
+                    "list lines as `fedapp keys sign` prints them"
+                ) from error
         for name in self.facts:
             check.choice("each of policy.facts", name, ("examples", "labels"))
         if unknown := sorted({*self.counts} - {*COUNTS}):

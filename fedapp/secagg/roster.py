@@ -41,6 +41,11 @@ def read_roster(path: Path) -> frozenset[bytes]:
 
 def read_identity(signing_key: Path, roster: Path) -> Identity:
     """A node's own, from its private key and its roster. Raises ConfigError."""
+    return Identity(read_signing_key(signing_key).private_bytes_raw(), read_roster(roster))
+
+
+def read_signing_key(signing_key: Path) -> Ed25519PrivateKey:
+    """A private key as ssh-keygen writes it. Raises ConfigError."""
     try:
         key = load_ssh_private_key(signing_key.expanduser().read_bytes(), password=None)
     except (OSError, ValueError, TypeError, UnsupportedAlgorithm) as error:
@@ -49,7 +54,7 @@ def read_identity(signing_key: Path, roster: Path) -> Identity:
         ) from error
     if not isinstance(key, Ed25519PrivateKey):
         raise ConfigError(f"the signing key {signing_key} is not of Ed25519: ssh-keygen -t ed25519 makes one")
-    return Identity(key.private_bytes_raw(), read_roster(roster))
+    return key
 
 
 def make(count: int) -> tuple[Identity, ...]:
