@@ -20,7 +20,9 @@ from fedapp.privacy.accounting import (
     Adjacency,
     Curve,
     Gaussian,
+    Release,
     Sampling,
+    SharedGaussian,
     Spent,
     analytic_gaussian,
     epsilon,
@@ -61,7 +63,7 @@ def test_a_hundred_of_a_thousand_clients_for_a_hundred_rounds() -> None:
 
 
 def test_the_accountant_is_named() -> None:
-    def name(*releases: Gaussian | Curve, delta: float = 1e-5) -> str:
+    def name(*releases: Release, delta: float = 1e-5) -> str:
         return epsilon(releases, delta).accountant
 
     whole = Gaussian(4.0, "none", 1.0, 10, "replace")
@@ -72,7 +74,9 @@ def test_the_accountant_is_named() -> None:
     assert name(Gaussian(4.0, "poisson", 1.0, 10, "replace")) == "analytic Gaussian"
     assert name(poisson) == name(whole, poisson) == "PLD (dp-accounting)"
     assert name(fixed) == name(poisson, fixed) == "PLD (Zhu et al. 2022)"
-    assert name(curve) == name(whole, curve) == name(poisson, curve) == "RDP (dp-accounting)"
+    shared = SharedGaussian(4.0, 100, 9, 16.0, 1)
+    for other in (curve, shared):
+        assert name(other) == name(whole, other) == name(poisson, other) == "RDP (dp-accounting)"
     assert name(poisson, delta=1e-12) == "RDP (dp-accounting)"  # below what the FFT's rounding leaves
     assert epsilon((), 1e-5) == Spent(0.0, "none")
     assert epsilon((Gaussian(4.0, "poisson", 0.1, 0, "replace"),), 1e-5) == Spent(0.0, "none")
@@ -252,6 +256,13 @@ def test_a_curve_equals_the_gaussian_it_describes() -> None:
     expected = Spent(float(compute_epsilon(ORDERS, total, 1e-5)[0]), "RDP (dp-accounting)")
     assert epsilon((curve, other), 1e-5).epsilon == pytest.approx(expected.epsilon)
     assert epsilon((curve, other), 1e-5).epsilon > epsilon((described, other), 1e-5).epsilon
+
+
+def test_shares_of_large_variance_are_one_gaussian() -> None:
+    """Noise over the bound on a norm, twice which a replaced vector moves; small shares lack something."""
+    shared = SharedGaussian(5.0, 1000, 9, 16.0, 7)
+    assert rdp(shared) == pytest.approx(rdp(Gaussian(5.0, "none", 1.0, 7, "replace")), rel=1e-12)
+    assert (rdp(SharedGaussian(5.0, 1000, 9, 0.25, 7)) > rdp(shared)).all()
 
 
 def test_fixed_size_lies_between_a_real_attack_and_rdp() -> None:
@@ -440,6 +451,12 @@ def test_bad_noise_is_named(noise: Any) -> None:
         (lambda: Curve("skellam", (1.0,), 1), f"curve of skellam must hold {len(ORDERS)} values"),
         (lambda: Curve("skellam", (math.nan,) * len(ORDERS), 1), "values of at least 0"),
         (lambda: Curve("skellam", (-1.0,) * len(ORDERS), 1), "got .* values from -1"),
+        (lambda: SharedGaussian(0.0, 9, 9, 16.0, 1), "the noise must be a number at least 0.01"),
+        (lambda: SharedGaussian(1.0, 0, 9, 16.0, 1), "the size of a vector"),
+        (lambda: SharedGaussian(1.0, 9, 0, 16.0, 1), "the count of shares"),
+        (lambda: SharedGaussian(1.0, 9, 9, 0.0, 1), "the variance of a share"),
+        (lambda: SharedGaussian(1.0, 9, 9, 16.0, -1), "the count of releases"),
+        (lambda: SharedGaussian(1.0, 9, 9, 16.0, 1, "add_remove"), "must be one of replace"),  # type: ignore[arg-type]
         (lambda: epsilon((), 0.0), r"privacy\.delta must be a number above 0 and below 1"),
         (lambda: epsilon((), 1.0), "privacy.delta"),
         (lambda: epsilon((), math.nan), "privacy.delta"),
@@ -458,7 +475,10 @@ def test_bad_values_are_named(made: Any, said: str) -> None:
         made()
 
 
-def test_two_adjacencies_do_not_compose() -> None:
-    both = (Gaussian(1.0, "none", 1.0, 1, "replace"), Gaussian(1.0, "none", 1.0, 1, "add_remove"))
+@pytest.mark.parametrize(
+    "replaced", [Gaussian(1.0, "none", 1.0, 1, "replace"), SharedGaussian(1.0, 9, 9, 16.0, 1)]
+)
+def test_two_adjacencies_do_not_compose(replaced: Release) -> None:
+    both = (replaced, Gaussian(1.0, "none", 1.0, 1, "add_remove"))
     with pytest.raises(ConfigError, match="releases under add_remove and under replace do not compose"):
         epsilon(both, 1e-5)

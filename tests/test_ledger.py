@@ -21,13 +21,14 @@ from scipy.special import logsumexp
 from fedapp import cli
 from fedapp.errors import ConfigError, FedappError
 from fedapp.privacy import accounting, filter
-from fedapp.privacy.accounting import ORDERS, Curve, Gaussian, Release
+from fedapp.privacy.accounting import ORDERS, Curve, Gaussian, Release, SharedGaussian
 from fedapp.privacy.filter import FILTER, Unit, as_text, cost
 from fedapp.privacy.ledger import BudgetSpent, Ledger, TwiceInRun, fingerprint
 
 PLAIN = Gaussian(2.0, "none", 1.0, 1, "add_remove")
 SAMPLED = Gaussian(1.0, "poisson", 0.05, 20, "add_remove")
 REPLACED = Gaussian(4.0, "none", 1.0, 1, "replace")
+SHARED = SharedGaussian(4.0, 1000, 9, 0.5, 2)
 LAPLACE = Curve("laplace", tuple(0.01 * order for order in ORDERS), 1)
 
 
@@ -45,7 +46,7 @@ def charge(ledger: Ledger, release: Release | None = PLAIN, unit: Unit = "exampl
 
 
 @pytest.mark.parametrize(
-    "releases", [(PLAIN,) * 5, (SAMPLED,), (PLAIN, SAMPLED, LAPLACE), (REPLACED, SAMPLED)]
+    "releases", [(PLAIN,) * 5, (SAMPLED,), (PLAIN, SAMPLED, LAPLACE), (REPLACED, SAMPLED), (SHARED, REPLACED)]
 )
 @pytest.mark.parametrize("delta", [1e-5, 1e-3])
 def test_epsilon_is_that_of_dp_accounting_at_each_orders_share(
@@ -81,6 +82,7 @@ def test_a_sum_does_not_depend_on_how_it_was_written_down(ledger: Ledger) -> Non
         ("example", PLAIN, PLAIN, None),
         ("client", REPLACED, REPLACED, REPLACED),
         ("client", PLAIN, Gaussian(2.0, "none", 1.0, 1, "replace"), PLAIN),  # 2C: the client stays, changed
+        ("client", SHARED, SHARED, SHARED),
         ("client", LAPLACE, LAPLACE, LAPLACE),
         ("client", None, None, None),
     ],
@@ -184,7 +186,7 @@ def test_without_a_limit_all_is_written_down_and_nothing_refused(ledger: Ledger)
     epsilon=st.floats(0.1, 20.0),
     events=st.lists(
         st.tuples(
-            st.sampled_from([PLAIN, SAMPLED, REPLACED, LAPLACE]),
+            st.sampled_from([PLAIN, SAMPLED, REPLACED, SHARED, LAPLACE]),
             st.sampled_from(["example", "client"]),
             st.sampled_from(["a", "b", "c"]),
         ),

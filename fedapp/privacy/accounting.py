@@ -70,10 +70,36 @@ class Gaussian:
 
 
 @dataclass(frozen=True)
+class SharedGaussian:
+    """Shares of discrete Gaussian noise on a sum of vectors of whole numbers, released `count` times.
+
+    `noise` is the standard deviation of all shares together over the bound on a vector's norm. A vector has
+    so many `values`; so many `shares` of the noise are unknown, each of that `variance`. One vector is
+    replaced, and nobody is sampled. Raises ConfigError on values out of range.
+    """
+
+    noise: float
+    values: int
+    shares: int
+    variance: float
+    count: int
+    adjacency: Literal["replace"] = "replace"
+
+    def __post_init__(self) -> None:
+        check.real("the noise", self.noise, low=LEAST_NOISE, high=MOST_NOISE)
+        check.whole("the size of a vector", self.values, 1)
+        check.whole("the count of shares", self.shares, 1)
+        check.real("the variance of a share", self.variance, above=0.0)
+        check.whole("the count of releases", self.count, 0)
+        check.choice("privacy.adjacency", self.adjacency, ("replace",))
+
+
+@dataclass(frozen=True)
 class Curve:
     """Any other mechanism, by the Renyi divergence of one release at each of ORDERS, released `count` times.
 
     The divergence is under the adjacency of the releases it is composed with; infinity where none is known.
+    So ledgers hold what distributed_gaussian released before there was SharedGaussian.
     """
 
     mechanism: str
@@ -89,7 +115,7 @@ class Curve:
             )
 
 
-Release = Gaussian | Curve
+Release = Gaussian | SharedGaussian | Curve
 
 
 @dataclass(frozen=True)
@@ -105,8 +131,8 @@ def epsilon(releases: tuple[Release, ...], delta: float) -> Spent:
     """The least upper bound on epsilon at `delta` of all releases together, each chosen in view of the last.
 
     Unsampled Gaussians: exact. Sampled ones among them: privacy loss distributions, about 0.03 % above their
-    limit, or RDP where delta is too small for their rounding. A Curve among them: RDP. Raises ConfigError on
-    a delta outside (0, 1) and on releases under different adjacencies.
+    limit, or RDP where delta is too small for their rounding. Anything else among them: RDP. Raises
+    ConfigError on a delta outside (0, 1) and on releases under different adjacencies.
 
     *Formal guarantees.* Adjacency and sensitivity: those of the releases, all of one unit's data. Released:
     all the noised sums, each chosen in view of those before, at noise and rates fixed beforehand. Sampling:
@@ -219,7 +245,7 @@ def _merge(releases: tuple[Release, ...]) -> tuple[Release, ...]:
         counts[replace(release, count=1)] += release.count
     # A bound for a unit that goes says nothing of one that is replaced, nor the other way round (a set of
     # fixed size has no neighbour of another size): there is no one pair of data sets to compose over.
-    if len({release.adjacency for release in counts if isinstance(release, Gaussian)}) > 1:
+    if len({release.adjacency for release in counts if not isinstance(release, Curve)}) > 1:
         raise ConfigError(
             "releases under add_remove and under replace do not compose: use one privacy.adjacency for both"
         )
@@ -235,9 +261,11 @@ def _by_rdp(releases: tuple[Release, ...], delta: float) -> Spent:
 
 
 @cache
-def _one_rdp(release: Gaussian) -> NDArray[np.float64]:
-    """Float64 (len(ORDERS),): one release, by dp-accounting."""
+def _one_rdp(release: Gaussian | SharedGaussian) -> NDArray[np.float64]:
+    """Float64 (len(ORDERS),): one release; what is sampled by dp-accounting."""
     orders = np.array(ORDERS)
+    if isinstance(release, SharedGaussian):
+        return _shared_rdp(release, orders)
     unsampled = orders / (2 * release.multiplier**2)
     if release.sampling == "none" or release.rate == 1:
         return unsampled
@@ -254,6 +282,19 @@ def _one_rdp(release: Gaussian) -> NDArray[np.float64]:
     # Divergences grow with their order, so one that did not converge is bounded by the next.
     sampled = np.minimum.accumulate(sampled[::-1])[::-1]
     return np.minimum(sampled, unsampled)
+
+
+def _shared_rdp(release: SharedGaussian, orders: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Float64 (len(orders),): one release, when one vector is replaced.
+
+    Kairouz, Liu and Steinke 2021, Proposition 14, with an L1 norm of at most sqrt(values) L2 norms; tau is
+    how far the log-probabilities of a sum of discrete Gaussians are from those of one, at most.
+    """
+    k = np.arange(1, release.shares)
+    tau = float(10 * np.sum(np.exp(-2 * math.pi**2 * release.variance * k / (k + 1))))
+    half, moved = orders / 2, 2 / release.noise
+    apart = half * (moved + tau * math.sqrt(release.values)) ** 2
+    return np.asarray(np.minimum(apart, half * moved**2 + tau * release.values))
 
 
 def _library_rdp(

@@ -6,14 +6,14 @@ from fractions import Fraction
 from typing import Any, ClassVar, Literal
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 from fedapp import check
 from fedapp.codec import seed
 from fedapp.errors import ConfigError
-from fedapp.privacy.accounting import ORDERS, Curve, epsilon, noise_for
+from fedapp.privacy.accounting import SharedGaussian, epsilon, noise_for
 from fedapp.privacy.discrete import discrete_gaussian, sampled_variance
-from fedapp.privacy.integer_sum import honest_of, lacks, lifted, reach, rotated, rotated_back
+from fedapp.privacy.integer_sum import honest_of, lifted, reach, rotated, rotated_back
 from fedapp.privacy.mechanism import require_budget
 from fedapp.privacy.secret import Secret
 
@@ -141,21 +141,10 @@ class Terms:
         """That noise over the clip norm."""
         return self.noise / self.clip
 
-    def rdp(self, orders: ArrayLike) -> NDArray[np.float64]:
-        """Float64 (len(orders),): Renyi divergence of one round's sum when one client is replaced.
-
-        More shares than `honest` are post-processing. Source: Kairouz et al. 2021, Proposition 14, with an L1
-        norm of at most sqrt(kept) L2 norms.
-        """
-        moved = 2 * math.sqrt(self.most / (self.honest * self.share))
-        tau = lacks(self.share, self.honest)
-        half: NDArray[np.float64] = np.asarray(orders, np.float64) / 2
-        rdp = half * (moved + tau * math.sqrt(self.kept)) ** 2
-        return np.asarray(np.minimum(rdp, half * moved**2 + tau * self.kept))
-
-    def release(self, rounds: int) -> Curve:
-        """What so many rounds cost, for the accountant; under `replace`."""
-        return Curve("distributed Gaussian", tuple(self.rdp(ORDERS).tolist()), rounds)
+    def release(self, rounds: int) -> SharedGaussian:
+        """What so many rounds cost, for the accountant; more shares than `honest` are post-processing."""
+        noise = math.sqrt(self.honest * self.share / self.most)
+        return SharedGaussian(noise, self.kept, self.honest, float(self.share), rounds)
 
     def epsilon(self, rounds: int, delta: float) -> float:
         return epsilon((self.release(rounds),), delta).epsilon

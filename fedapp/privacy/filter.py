@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedapp.errors import FedappError
-from fedapp.privacy.accounting import ORDERS, Curve, Gaussian, Release, rdp
+from fedapp.privacy.accounting import ORDERS, Curve, Gaussian, Release, SharedGaussian, rdp
 
 Unit = Literal["example", "client"]
 UNITS: tuple[Unit, ...] = ("example", "client")
@@ -62,6 +62,8 @@ def as_text(release: Release) -> str:
 
 def _release(text: str) -> Release:
     fields = json.loads(text)
+    if "shares" in fields:
+        return SharedGaussian(**fields)
     if "orders" not in fields:
         return Gaussian(**fields)
     if tuple(fields.pop("orders")) != ORDERS:

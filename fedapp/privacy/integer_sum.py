@@ -1,7 +1,6 @@
 """Sums of whole numbers under noise that clients share: how far they reach, how they are rotated and read."""
 
 import math
-from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -26,15 +25,6 @@ def reach(norm: float, variance: float, size: int) -> float:
     Gaussian with its variance (Canonne et al. 2020, section 2). `norm` and `variance` are those of the sum.
     """
     return math.sqrt(2 * math.log(2 * size / WRAPS) * (norm**2 / width(size) + variance))
-
-
-def lacks(share: float | Fraction, honest: int) -> float:
-    """How far the log-probabilities of a sum of discrete Gaussians are from those of one, at most.
-
-    The tau of Kairouz, Liu and Steinke 2021, Proposition 14.
-    """
-    k = np.arange(1, honest)
-    return float(10 * np.sum(np.exp(-2 * math.pi**2 * float(share) * k / (k + 1))))
 
 
 def lifted(
