@@ -23,7 +23,7 @@ from fedapp.facts import Facts
 from fedapp.fedbuff import FedBuff
 from fedapp.job import Job
 from fedapp.nodes import Cohort, Traffic, facts, partitions
-from fedapp.privacy.accounting import Spent
+from fedapp.privacy.accounting import Release, Spent
 from fedapp.privacy.begun import Begun
 from fedapp.report.folder import Round
 from fedapp.report.progress import Progress
@@ -144,9 +144,17 @@ class Federation:
     @property
     def spent(self) -> Spent | None:
         """The budget of all rounds so far; where clients spend by themselves, of who did most often."""
-        if self.job.note:  # a test seed
-            return None
-        return self.job.spent(self.begun.rounds, max(self.begun.took_part.values(), default=0))
+        return None if self.job.note else self.job.spent(*self._charged)  # a test seed has a note
+
+    @property
+    def releases(self) -> tuple[Release, ...]:
+        """What `spent` is computed from; nothing where nothing is private."""
+        return () if self.job.note else self.job.releases(*self._charged)
+
+    @property
+    def _charged(self) -> tuple[int, int]:
+        """Rounds that were begun, and in how many of them who took part most often did."""
+        return self.begun.rounds, max(self.begun.took_part.values(), default=0)
 
     @property
     def repeated(self) -> int:

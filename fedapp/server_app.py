@@ -302,6 +302,7 @@ def _summary(
         delta=job.privacy.delta,
         accountant=None if spent is None else spent.accountant,
         privacy_unit=job.privacy.unit,
+        releases=[asdict(release) for release in federation.releases] or None,
         privacy_against=job.privacy.against,
         startup_s=took.startup_s,
         seconds_per_round=sum(r.seconds for r in records) / len(records) if records else None,

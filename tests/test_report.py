@@ -66,7 +66,13 @@ SUMMARY = Summary(
     versions={"torch": "2.14"},
 )
 PRIVATE = replace(
-    SUMMARY, privacy="local_gaussian", epsilon=3.21, delta=1e-5, accountant="RDP", privacy_unit="client"
+    SUMMARY,
+    privacy="local_gaussian",
+    epsilon=3.21,
+    delta=1e-5,
+    accountant="RDP",
+    privacy_unit="client",
+    releases=[{"noise": 4.56789, "sampling": "none", "rate": 1.0, "count": 15, "adjacency": "replace"}],
 )
 
 
@@ -96,7 +102,7 @@ def strict(text: str) -> Any:
 def test_summary_and_rounds_keep_the_contract(tmp_path: Path) -> None:
     run(tmp_path)
     extra = {"uplink_ratio", "parameters", "interrupted", "note", "privacy_against", "coding", "stages"}
-    extra |= {"clients_mean", "clients_worst", "clients_tested"}
+    extra |= {"clients_mean", "clients_worst", "clients_tested", "releases"}
     assert set(strict((tmp_path / "summary.json").read_text())) == set(CONTRACT.split()) | extra
     lines = (tmp_path / "rounds.jsonl").read_text().splitlines()
     assert [" ".join(strict(line)) for line in lines] == [ROUND_CONTRACT] * 2
@@ -264,6 +270,19 @@ def test_the_page_of_a_private_run_shows_the_budget(tmp_path: Path) -> None:
     page = Page(tmp_path)
     assert page.charts() == ["Accuracy", "Loss", "Traffic", "Privacy budget"]
     assert "delta 1e-05, per client, by RDP" in page.html
+    assert "noise 4.57, sampling none, rate 1.00, count 15, adjacency replace" in page.html
+
+
+def test_a_private_run_of_before_releases_were_recorded_is_shown(tmp_path: Path) -> None:
+    run(tmp_path, summary=PRIVATE)
+    file = tmp_path / "summary.json"
+    known = json.loads(file.read_text())
+    assert read_summary(file) == PRIVATE
+    del known["releases"]
+    file.write_text(json.dumps(known))
+    page = Page(tmp_path)
+    assert "3.21" in page.html
+    assert "sampling none" not in page.html
 
 
 def test_everything_a_user_wrote_stays_text(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from fedapp.report.summary import (
     percent_text,
     ratio_text,
     read_summary,
+    release_text,
     seconds_text,
     spread_text,
 )
@@ -227,6 +228,7 @@ def _tables(s: Summary) -> str:
         ("epsilon", NONE if s.epsilon is None else digits(s.epsilon)),
         ("delta", NONE if s.delta is None else f"{s.delta:.3g}"),
         ("accountant", s.accountant or NONE),
+        *(("release", release_text(release)) for release in s.releases or ()),
         ("unit", s.privacy_unit or NONE),
         ("against", s.privacy_against or NONE),
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -56,6 +56,7 @@ class Summary:
     clients_mean: float | None = None  # where clients test: accuracy, where each of them counts the same
     clients_worst: float | None = None  # and that of the worst tenth of them
     clients_tested: int | None = None  # how many did
+    releases: Sequence[Mapping[str, object]] | None = None  # those that epsilon is computed from
     privacy_against: str | None = None
     coding: str | None = None  # how updates were coded, where the settings leave that open
     interrupted: bool = False
@@ -144,6 +145,13 @@ def guarantee_text(summary: Summary) -> str:
         None if summary.accountant is None else f"by {summary.accountant}",
     ]
     return ", ".join(part for part in parts if part) or "not accounted"
+
+
+def release_text(release: Mapping[str, object]) -> str:
+    """One release, as summary.json has it: 'noise 1.20, sampling none, rate 1.00, count 3, ...'."""
+    return ", ".join(
+        f"{name} {digits(value) if isinstance(value, float) else value}" for name, value in release.items()
+    )
 
 
 def spread_text(summary: Summary) -> str:
