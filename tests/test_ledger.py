@@ -1,8 +1,10 @@
 """The ledger: what adds up to what, what is refused, and that no crash and no race ever counts too little."""
 
+import json
 import logging
 import math
 import os
+import shutil
 import signal
 import sqlite3
 import time
@@ -24,6 +26,7 @@ from fedapp.privacy import accounting, filter
 from fedapp.privacy.accounting import ORDERS, Curve, Gaussian, Release, SharedGaussian
 from fedapp.privacy.filter import FILTER, Unit, as_text, cost
 from fedapp.privacy.ledger import BudgetSpent, Ledger, TwiceInRun, fingerprint
+from fedapp.privacy.ledger_backup import bring_back
 
 PLAIN = Gaussian(2.0, "none", 1.0, 1, "add_remove")
 SAMPLED = Gaussian(1.0, "poisson", 0.05, 20, "add_remove")
@@ -38,7 +41,10 @@ def ledger(tmp_path: Path) -> Ledger:
 
 
 def charge(ledger: Ledger, release: Release | None = PLAIN, unit: Unit = "example", **more: Any) -> None:
-    given: dict[str, Any] = {"data_id": "a", "run_id": 7, "server_round": 1} | more
+    given: dict[str, Any] = {"data_id": "a", "run_id": 7, "server_round": 1}
+    if release:
+        given |= {"mechanism": "example", "adversary": "the server too"}
+    given |= more
     ledger.charge(unit=unit if release else None, releases=(release,) if release else (), **given)
 
 
@@ -129,6 +135,32 @@ def test_one_contribution_for_another_under_poisson_sampling(noise: float, rate:
         true = logsumexp(order * plus + (1 - order) * minus + step) / (order - 1)
         assert true <= known * (1 + 1e-6)
     assert bound[0] < 12 * (logsumexp(1.5 * plus - 0.5 * minus + step) / 0.5)
+
+
+def test_an_event_as_it_is_written_down(
+    ledger: Ledger, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was released by which mechanism, at which noise and rate, how often, and against whom."""
+    monkeypatch.setattr(time, "time", lambda: 1000.5)
+    charge(ledger, SAMPLED, server_round=3, node=9)
+    charge(ledger, SHARED, "client", run_id=8, mechanism="distributed_gaussian", adversary="somebody")
+    charge(ledger, None, run_id=8, purpose="evaluate")
+    with sqlite3.connect(tmp_path / "ledger.db") as db:
+        rows = db.execute(
+            "SELECT id, unit, mechanism, adversary, run, round, purpose, time FROM events"
+        ).fetchall()
+        texts = [text for (text,) in db.execute("SELECT release FROM events")]
+    db.close()
+    assert rows == [
+        ("a", "example", "example", "the server too", "7/9", 3, "train", 1000.5),
+        ("a", "client", "distributed_gaussian", "somebody", "8/0", 1, "train", 1000.5),
+        ("a", None, "none", "nobody", "8/0", 1, "evaluate", 1000.5),
+    ]
+    assert [text and json.loads(text) for text in texts] == [
+        {"noise": 1.0, "sampling": "poisson", "rate": 0.05, "count": 20, "adjacency": "add_remove"},
+        {"noise": 4.0, "values": 1000, "shares": 9, "variance": 0.5, "count": 2, "adjacency": "replace"},
+        None,
+    ]
 
 
 # Limits
@@ -311,10 +343,12 @@ def test_a_stored_reply_comes_back_as_it_was(ledger: Ledger, tmp_path: Path) -> 
 # Crashes and races
 
 
-def in_child(work: Callable[[], None]) -> int:
-    """Do it in a forked process; returns its id."""
+def in_child(work: Callable[[], object], statements: int | None = None) -> int:
+    """Do it in a forked process, which kills itself before it runs more statements; returns its id."""
     pid = os.fork()
     if pid == 0:
+        if statements is not None:
+            _die_after(statements)
         try:
             work()
         finally:
@@ -322,42 +356,43 @@ def in_child(work: Callable[[], None]) -> int:
     return pid
 
 
-def test_killed_before_any_statement_it_never_counts_too_little(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def _die_after(statements: int) -> None:
+    connect, left = sqlite3.connect, iter(range(statements))
+
+    def counted(*args: Any, **kwargs: Any) -> sqlite3.Connection:
+        db: sqlite3.Connection = connect(*args, **kwargs)
+        db.set_trace_callback(lambda sql: None if next(left, None) is not None else _die())
+        return db
+
+    sqlite3.connect = counted  # type: ignore[assignment]
+
+
+def _die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_killed_before_any_statement_it_never_counts_too_little(tmp_path: Path) -> None:
     """Kill -9 before the first, second, ... statement; what was released by then must be written down."""
-    path, released = tmp_path / "ledger.db", tmp_path / "released"
+    path, released, killed = tmp_path / "ledger.db", tmp_path / "released", 0
     released.touch()
-    connect, killed = sqlite3.connect, 0
     Ledger(path, new=True).set_limit("a", "example", 1e6, 1e-5)
-    for statement in range(100):
-        left = iter(range(statement))
 
-        def counted(*args: Any, left: Any = left, **kwargs: Any) -> sqlite3.Connection:
-            db: sqlite3.Connection = connect(*args, **kwargs)
-            db.set_trace_callback(lambda sql: None if next(left, None) is not None else _die())
-            return db
+    def work() -> None:
+        ledger = Ledger(path)
+        for number in (1, 2):
+            charge(ledger, server_round=number, fingerprint=f"content {number}")
+            with released.open("a") as file:
+                file.write("x")
+            ledger.store("a", 7, number, "train", b"reply")
 
-        def work(connected: Any = counted) -> None:
-            monkeypatch.setattr(sqlite3, "connect", connected)
-            ledger = Ledger(path)
-            for number in (1, 2):
-                charge(ledger, server_round=number, fingerprint=f"content {number}")
-                with released.open("a") as file:
-                    file.write("x")
-                ledger.store("a", 7, number, "train", b"reply")
-
-        _, status = os.waitpid(in_child(work), 0)
+    for statements in range(100):
+        _, status = os.waitpid(in_child(work, statements), 0)
         killed += os.WIFSIGNALED(status)
         assert Ledger(path).count("a") >= len(released.read_text())
         if not os.WIFSIGNALED(status):
             break
     assert killed > 25
     assert len(released.read_text()) >= killed / 2
-
-
-def _die() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_killed_at_any_time_it_never_counts_too_little(tmp_path: Path) -> None:
@@ -406,6 +441,118 @@ def test_two_nodes_at_once_pass_no_limit_and_lose_nothing(tmp_path: Path) -> Non
     assert len(released.read_bytes()) == ledger.count("a") == 20  # of the 45 that were asked
 
 
+# A ledger that fedapp of version 1 wrote
+
+
+def of_version_1(path: Path) -> float:
+    """A ledger as fedapp wrote it before events named their mechanism; returns what a client has spent."""
+    shared = Curve("distributed Gaussian", tuple(0.02 * order for order in ORDERS), 1)
+    with sqlite3.connect(path, isolation_level=None) as db:
+        db.executescript("""
+            CREATE TABLE data (id TEXT PRIMARY KEY, budget INTEGER NOT NULL);
+            CREATE TABLE fingerprints (id TEXT NOT NULL, fingerprint TEXT NOT NULL,
+                PRIMARY KEY (id, fingerprint));
+            CREATE TABLE limits (id TEXT NOT NULL, unit TEXT NOT NULL, epsilon REAL NOT NULL,
+                delta REAL NOT NULL, PRIMARY KEY (id, unit));
+            CREATE TABLE events (number INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL, unit TEXT,
+                release TEXT, adversary TEXT NOT NULL, run TEXT NOT NULL, round INTEGER NOT NULL,
+                purpose TEXT NOT NULL, time REAL NOT NULL);
+            CREATE TABLE replies (id TEXT NOT NULL, run TEXT NOT NULL, round INTEGER NOT NULL,
+                purpose TEXT NOT NULL, digest TEXT NOT NULL, reply BLOB NOT NULL,
+                PRIMARY KEY (id, run, purpose));
+            INSERT INTO data VALUES ('a', 1), ('b', 1);
+            INSERT INTO fingerprints VALUES ('a', 'content');
+            INSERT INTO limits VALUES ('a', 'client', 40.0, 1e-5);
+            INSERT INTO events (id, unit, release, adversary, run, round, purpose, time) VALUES
+                ('a', 'client', '{"adjacency": "replace", "count": 1, "noise": 4.0, "rate": 1.0,'
+                    || ' "sampling": "none"}', 'server', '7/0', 1, 'train', 1000.5),
+                ('b', 'client', '{"adjacency": "add_remove", "count": 50, "noise": 3.0, "rate": 0.1,'
+                    || ' "sampling": "poisson"}', 'observers', '8/0', 2, 'train', 1001.5);
+            INSERT INTO replies VALUES ('a', '7/0', 1, 'train',
+                'a665a45920422f9d417e4867efdc4fb8a04a1f3fff1fa07e998e86f7f7a27ae3', X'313233');
+            PRAGMA user_version = 1;
+        """)
+        db.execute(
+            "INSERT INTO events (id, unit, release, adversary, run, round, purpose, time) "
+            "VALUES ('a', 'client', ?, 'server', '9/0', 1, 'train', 1002.5)",
+            (json.dumps({"mechanism": shared.mechanism, "rdp": shared.rdp, "count": 1, "orders": ORDERS}),),
+        )
+    db.close()
+    sampled = Gaussian(3.0, "poisson", 0.1, 50, "add_remove")
+    costs = [cost(as_text(release), "client", "client") for release in (REPLACED, sampled, shared)]
+    return filter.epsilon(np.sum(costs, axis=0), 1e-5)
+
+
+def events(path: Path) -> list[dict[str, Any]]:
+    with sqlite3.connect(path) as db:
+        db.row_factory = sqlite3.Row
+        rows = [dict(row) for row in db.execute("SELECT * FROM events ORDER BY number")]
+    db.close()
+    return rows
+
+
+def test_a_ledger_of_version_1_keeps_all_that_it_holds(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.db"
+    spent, before = of_version_1(path), events(path)
+    ledger = Ledger(path)
+    assert ledger.spent("a")["client"] == pytest.approx(spent, rel=1e-12)
+    assert (ledger.count("a"), ledger.budgets()) == (3, [["a", "b"]])
+    assert [(limit.unit, limit.epsilon) for limit in ledger.limits("b")] == [("client", 40.0)]
+    assert ledger.stored("a", 7, 1, "train") == b"123"
+    named = [
+        {"mechanism": "unknown", "adversary": "a server that follows the protocol"},  # whichever it was
+        {"mechanism": "central_gaussian", "adversary": "observers of the models"},
+        {"mechanism": "unknown", "adversary": "a server that follows the protocol"},
+    ]
+    assert events(path) == [row | words for row, words in zip(before, named, strict=True)]
+    charge(ledger, REPLACED, "client", fingerprint="content")
+    assert [row["mechanism"] for row in events(path)[3:]] == ["example"]
+    ledger.set_limit("a", "client", ledger.spent("a")["client"], 1e-5)
+    with pytest.raises(BudgetSpent):
+        charge(ledger, REPLACED, "client")
+
+
+def test_what_version_1_released_unprotected_holds_against_nobody(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.db"
+    of_version_1(path)
+    with sqlite3.connect(path) as db:
+        db.execute("UPDATE events SET unit = NULL, release = NULL WHERE number = 1")
+    db.close()
+    assert Ledger(path).mechanisms("a")[0] == ("none", "nobody", 1)
+    assert Ledger(path).spent("a")["client"] == math.inf
+
+
+def test_a_backup_of_version_1_is_brought_back(tmp_path: Path) -> None:
+    path, copy = tmp_path / "ledger.db", tmp_path / "copy.db"
+    of_version_1(path)
+    shutil.copy(path, copy)
+    bring_back(copy, path)
+    charge(Ledger(path), REPLACED, "client")
+    with pytest.raises(FedappError, match="has 1 releases that the backup lacks"):
+        bring_back(copy, path)
+    of_version_1(tmp_path / "behind.db")
+    bring_back(path, tmp_path / "behind.db")
+    assert events(tmp_path / "behind.db") == events(path)
+
+
+def test_killed_while_it_is_brought_up_to_date_a_ledger_is_whole(tmp_path: Path) -> None:
+    versions = []
+    for statements in range(100):
+        path = tmp_path / f"{statements}.db"
+        of_version_1(path)
+        _, status = os.waitpid(in_child(lambda path=path: Ledger(path), statements), 0)  # type: ignore[misc]
+        with sqlite3.connect(path) as db:
+            (version,) = db.execute("PRAGMA user_version").fetchone()
+        db.close()
+        versions.append((version, "mechanism" in events(path)[0]))
+        assert Ledger(path).count("a") == 3
+        if not os.WIFSIGNALED(status):
+            break
+    assert len(versions) > 10
+    assert set(versions[:-1]) == {(1, False)}
+    assert versions[-1] == (2, True)
+
+
 # What is no ledger
 
 
@@ -428,7 +575,7 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
     other.execute("CREATE TABLE things (x)")
     other.close()
     for name, new in (("empty", False), ("other.db", False), ("other.db", True)):
-        with pytest.raises(FedappError, match="is no ledger of version 1"):
+        with pytest.raises(FedappError, match="is no ledger of version 2"):
             Ledger(tmp_path / name, new)
 
 
@@ -453,9 +600,13 @@ def test_bad_values_are_named(ledger: Ledger) -> None:
     with pytest.raises(ConfigError, match="delta"):
         ledger.set_limit("a", "client", 1.0, 1.0)
     with pytest.raises(ValueError, match="an unprotected release has no unit"):
-        ledger.charge("a", "example", (), 1, 1)
+        ledger.charge("a", "example", (), 1, 1, mechanism="example", adversary="the server too")
     with pytest.raises(ValueError, match="an unprotected release has no unit"):
-        ledger.charge("a", None, (PLAIN,), 1, 1)
+        charge(ledger, mechanism=None)
+    with pytest.raises(ValueError, match="an unprotected release has no unit"):
+        charge(ledger, adversary=None)
+    with pytest.raises(ValueError, match="an unprotected release has no unit"):
+        ledger.charge("a", None, (PLAIN,), 1, 1, mechanism="example", adversary="the server too")
 
 
 def test_a_curve_at_other_orders_is_not_misread(ledger: Ledger, tmp_path: Path) -> None:
@@ -487,6 +638,7 @@ def test_the_command_sets_joins_and_shows(
     spent = Ledger(path).spent("ward 3", 1e-6)["example"]
     assert capsys.readouterr().out.splitlines() == [
         "ward 3, ward 4: 1 releases",
+        "  1 by privacy=example, against the server too",
         f"  example  epsilon {spent:.4g} of 8 at delta 1e-06",
         "  client   epsilon inf without a limit at delta 1e-05",
     ]

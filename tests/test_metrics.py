@@ -27,6 +27,7 @@ from fedapp.privacy.ledger import Ledger
 from fedapp.report.folder import Round
 
 NOISED = Gaussian(2.0, "none", 1.0, 1, "add_remove")
+MECHANISM, ADVERSARY = "example", "the server too"
 ROUND = Round(1, 0.5, 1.0, 10, 20, 0.3, 1.5, 2, 0, {"encode": 0.5, "train": None})
 
 
@@ -58,7 +59,7 @@ def test_the_text_is_that_of_the_format() -> None:
 def spending(path: Path) -> Iterator[Metric]:
     ledger = Ledger(path, new=True)
     ledger.set_limit("ward 3", "example", 8.0, 1e-5)
-    ledger.charge("ward 3", "example", [NOISED], 1, 1)
+    ledger.charge("ward 3", "example", [NOISED], 1, 1, mechanism=MECHANISM, adversary=ADVERSARY)
     return Books(path, "ward 3").metrics()
 
 
@@ -133,7 +134,7 @@ def test_metrics_of_a_node(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
     for data_id, most in (("ward 3", 8.0), ("ward 4", 3.0)):
         ledger.set_limit(data_id, "example", most, 1e-6)
     ledger.overlap("ward 3", "ward 4")
-    ledger.charge("ward 3", "example", [NOISED], 1, 1)
+    ledger.charge("ward 3", "example", [NOISED], 1, 1, mechanism=MECHANISM, adversary=ADVERSARY)
     requested(activity, httpx.Response(200, content=b"12"))
     for kind in ("train", "train", "query.facts", "query.nonsense", "unheard of"):
         with activity.work(kind):

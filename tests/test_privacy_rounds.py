@@ -170,6 +170,35 @@ def charged(folder: Path, node: int) -> tuple[accounting.Release, ...]:
     return tuple(filter._release(text) for (text,) in rows)
 
 
+PROTOCOL = "a server that follows the protocol"
+
+
+@pytest.mark.parametrize(
+    ("choice", "more", "named"),
+    [
+        ("example", "", ("example", "example", "the server too")),
+        ("local_gaussian", "", ("client", "local_gaussian", "the server too")),
+        ("central_gaussian", "", ("client", "central_gaussian", "observers of the models")),
+        ("distributed_gaussian", "", ("client", "distributed_gaussian", PROTOCOL)),
+        ("distributed_example", "", ("example", "distributed_example", PROTOCOL)),
+        ("local_gaussian", "privacy.test_seed=1", (None, "none", "nobody")),
+    ],
+)
+def test_events_name_who_is_protected_by_what_against_whom(
+    choice: str, more: str, named: tuple[str | None, str, str], tmp_path: Path
+) -> None:
+    job = job_of(choice, f"rounds=1 {more}")
+    grid = Participants(job, tmp_path)
+    for context in grid._contexts.values():
+        del context.node_config["policy"]
+    run(job, grid)
+    with sqlite3.connect(tmp_path / "ledger.db") as db:
+        rows = db.execute("SELECT unit, mechanism, adversary FROM events").fetchall()
+    db.close()
+    assert rows
+    assert set(rows) == {named}
+
+
 @every_choice
 def test_ledgers_are_charged_what_the_run_reports(choice: str, tmp_path: Path) -> None:
     job = job_of(choice, "cohort=4 privacy.noise_multiplier=2")
@@ -209,7 +238,7 @@ def test_a_client_declines_past_its_limit_and_the_run_goes_on(choice: str, tmp_p
     unit = job.privacy.unit
     assert unit is not None
     scratch = Ledger(tmp_path / "scratch.db", new=True)
-    scratch.charge("x", unit, releases(job), 1, 1)
+    scratch.charge("x", unit, releases(job), 1, 1, mechanism=choice, adversary=job.privacy.against)
     central = choice == "central_gaussian"
     grid.ledger.set_limit("4", unit, scratch.spent("x")[unit] * (0.99 if central else 1.01), 1e-5)
     federation, rounds = run(job, grid)

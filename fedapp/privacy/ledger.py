@@ -17,7 +17,7 @@ from fedapp.privacy.accounting import Release
 from fedapp.privacy.filter import FILTER, UNITS, Unit, as_text, cost, epsilon
 from fedapp.transaction import at_once
 
-_VERSION = 1
+_VERSION = 2
 _SCHEMA = """
 CREATE TABLE data (id TEXT PRIMARY KEY, budget INTEGER NOT NULL);
 CREATE TABLE fingerprints (id TEXT NOT NULL, fingerprint TEXT NOT NULL, PRIMARY KEY (id, fingerprint));
@@ -26,10 +26,18 @@ CREATE TABLE limits (
 CREATE TABLE events (
     number INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL, unit TEXT, release TEXT,
     adversary TEXT NOT NULL, run TEXT NOT NULL, round INTEGER NOT NULL, purpose TEXT NOT NULL,
-    time REAL NOT NULL);
+    time REAL NOT NULL, mechanism TEXT NOT NULL);
 CREATE TABLE replies (
     id TEXT NOT NULL, run TEXT NOT NULL, round INTEGER NOT NULL, purpose TEXT NOT NULL, digest TEXT NOT NULL,
     reply BLOB NOT NULL, PRIMARY KEY (id, run, purpose));
+"""
+# Version 1 wrote no mechanism, and "server" of one that may have to follow the protocol, or where none helps.
+_SINCE_1 = """
+ALTER TABLE events ADD COLUMN mechanism TEXT NOT NULL DEFAULT 'unknown';
+UPDATE events SET mechanism = 'none', adversary = 'nobody' WHERE release IS NULL;
+UPDATE events SET mechanism = 'central_gaussian', adversary = 'observers of the models'
+    WHERE adversary = 'observers';
+UPDATE events SET adversary = 'a server that follows the protocol' WHERE adversary = 'server';
 """
 _log = logging.getLogger("fedapp.ledger")
 
@@ -69,18 +77,19 @@ class Ledger:
     a replace release both bound. A client-level release bounds an example, too, once the client's
     contribution is taken as replaced by another; an example-level release bounds no client, and an
     unprotected one nothing: then epsilon is infinite. A Curve must bound both changes. How releases add up,
-    and why this is a privacy filter: `fedapp.privacy.filter`. Against whom: whoever sees the releases that
-    each event names; all are added up. Not covered: a limit that is raised in view of releases (so without a
-    limit set beforehand, `spent` is a figure and no guarantee), what a later refusal tells of secret draws (a
-    client that a central run never drew is charged nothing, so to be refused may mean to have been drawn), a
-    file that is deleted or set back to an older copy, content that differs in a byte under an id that the
-    person calls another, and code that does not ask the ledger.
+    and why this is a privacy filter: `fedapp.privacy.filter`. Against whom: each event names those that its
+    mechanism holds against; all are added up. Not covered: a limit that is raised in view of releases (so
+    without a limit set beforehand, `spent` is a figure and no guarantee), what a later refusal tells of
+    secret draws (a client that a central run never drew is charged nothing, so to be refused may mean to have
+    been drawn), a file that is deleted or set back to an older copy, content that differs in a byte under an
+    id that the person calls another, and code that does not ask the ledger.
     """
 
     def __init__(self, path: Path | str, new: bool = False) -> None:
         """Open the ledger in a file, or make a new one. Raises FedappError where there is no ledger.
 
-        A missing file is no empty ledger: a slip in its name would open a new budget.
+        A missing file is no empty ledger: a slip in its name would open a new budget. One that an earlier
+        version wrote is brought up to date, and keeps all that it holds.
         """
         self._path = Path(path).expanduser()
         if not new and not self._path.is_file():
@@ -96,9 +105,9 @@ class Ledger:
             version = db.execute("PRAGMA user_version").fetchone()[0]
             empty = not db.execute("SELECT COUNT(*) FROM sqlite_master").fetchone()[0]
             if new and empty:
-                for statement in _SCHEMA.split(";"):
-                    db.execute(statement)
-                db.execute(f"PRAGMA user_version = {_VERSION}")
+                _bring_up(db, _SCHEMA)
+            elif version == 1:
+                _bring_up(db, _SINCE_1)
             elif version != _VERSION:
                 raise FedappError(f"{self._path} is no ledger of version {_VERSION}: give another file")
 
@@ -111,22 +120,27 @@ class Ledger:
         server_round: int,
         purpose: str = "train",
         *,
-        adversary: str = "server",
+        mechanism: str | None = None,
+        adversary: str | None = None,
         fingerprint: str | None = None,
         once: bool = False,
         node: int = 0,
     ) -> None:
         """Write releases down before they are made; returns once they are on the disk.
 
-        unit: who each release protects; None with no releases says that the data leave unprotected.
-        adversary: against whom. fingerprint: of the content, which warns of content known under another id.
+        unit: who each release protects. mechanism: by which choice of `privacy`. adversary: against whom. All
+        three None, with no releases, say that the data leave unprotected.
+        fingerprint: of the content, which warns of content known under another id.
         once: these releases stand for all rounds of the run, and are written down at the first that asks.
         node: who is to reply. Raises BudgetSpent where a limit would be passed, TwiceInRun where another
         node replied; nothing is written then.
         """
-        if (unit is None) != (not releases):
-            raise ValueError("an unprotected release has no unit and no noise; any other one has both")
+        if len({not given for given in (unit, releases, mechanism, adversary)}) > 1:
+            raise ValueError(
+                "an unprotected release has no unit, noise, mechanism nor adversary; any other one has all"
+            )
         written: list[str | None] = [as_text(release) for release in releases] or [None]
+        named = mechanism or "none", adversary or "nobody"
         with self._transaction() as db:
             budget = _budget(db, data_id)
             if fingerprint is not None:
@@ -138,9 +152,9 @@ class Ledger:
                 if once and _charged(db, data_id, text, run, purpose):
                     continue
                 db.execute(
-                    "INSERT INTO events (id, unit, release, adversary, run, round, purpose, time) "
-                    "VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
-                    (data_id, unit, text, adversary, run, server_round, purpose, time.time()),
+                    "INSERT INTO events (id, unit, release, mechanism, adversary, run, round, purpose, time) "
+                    "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                    (data_id, unit, text, *named, run, server_round, purpose, time.time()),
                 )
             for limit in _limits(db, budget):
                 would = _spent(db, budget, limit.unit, limit.delta)
@@ -188,6 +202,16 @@ class Ledger:
         with self._transaction() as db:
             found = db.execute(f"SELECT COUNT(*) FROM events WHERE {_OF}", (_find(db, data_id),))
             return int(found.fetchone()[0])
+
+    def mechanisms(self, data_id: str) -> list[tuple[str, str, int]]:
+        """The releases that `count` counts: by which mechanism, against whom, and how many."""
+        with self._transaction() as db:
+            rows = db.execute(
+                "SELECT mechanism, adversary, COUNT(*) FROM events "
+                f"WHERE {_OF} GROUP BY mechanism, adversary ORDER BY MIN(number)",
+                (_find(db, data_id),),
+            ).fetchall()
+        return [(str(mechanism), str(adversary), int(many)) for mechanism, adversary, many in rows]
 
     def store(
         self, data_id: str, run_id: int, server_round: int, purpose: str, reply: bytes, *, node: int = 0
@@ -243,6 +267,13 @@ def opened(path: Path) -> Iterator[sqlite3.Connection]:
         db.execute("PRAGMA fullfsync = ON")  # on macOS a plain fsync stops short of the disk
         db.execute("PRAGMA journal_mode = DELETE")
         yield db
+
+
+def _bring_up(db: sqlite3.Connection, script: str) -> None:
+    """Make a file a ledger of this version. Statement by statement, for a script would commit before it."""
+    for statement in script.split(";"):
+        db.execute(statement)
+    db.execute(f"PRAGMA user_version = {_VERSION}")
 
 
 _OF = "id IN (SELECT id FROM data WHERE budget = ?)"

@@ -36,10 +36,12 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def said(ledger: Ledger, delta: float) -> str:
-    """One line for each budget and unit: what is spent, and each limit that binds it."""
+    """Of each budget its releases by mechanism, and a line for each unit: what is spent, and each limit."""
     lines = []
     for ids in ledger.budgets():
         lines.append(f"{', '.join(ids)}: {ledger.count(ids[0])} releases")
+        for mechanism, adversary, many in ledger.mechanisms(ids[0]):
+            lines.append(f"  {many} by privacy={mechanism}, against {adversary}")
         limits = ledger.limits(ids[0])
         for unit in UNITS:
             deltas = dict.fromkeys([limit.delta for limit in limits if limit.unit == unit]) or [delta]
