@@ -206,6 +206,21 @@ def test_what_stands_for_a_whole_run_is_written_down_once(ledger: Ledger) -> Non
     assert ledger.count("a") == 3
 
 
+def test_a_round_that_a_whole_run_does_not_stand_for_is_charged(ledger: Ledger) -> None:
+    """Rounds that come again, or after a later one, would be more releases than were planned."""
+    whole = Gaussian(2.0, "poisson", 0.1, 100, "add_remove")
+    for number, due in ((1, 1), (2, 1), (3, 1), (3, 2), (2, 3), (4, 3)):
+        charge(ledger, whole, "client", server_round=number, once=True)
+        assert ledger.count("a") == due, number
+        ledger.store("a", 7, number, "train", b"reply")
+    charge(ledger, whole, "client", server_round=5, once=True)
+    charge(ledger, whole, "client", server_round=5, once=True)  # it was killed before the reply was made
+    assert ledger.count("a") == 3
+    ledger.forget()
+    charge(ledger, whole, "client", server_round=4, once=True)
+    assert ledger.count("a") == 4
+
+
 def test_without_a_limit_all_is_written_down_and_nothing_refused(ledger: Ledger) -> None:
     charge(ledger, None)
     charge(ledger, None)

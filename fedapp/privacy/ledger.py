@@ -131,7 +131,8 @@ class Ledger:
         unit: who each release protects. mechanism: by which choice of `privacy`. adversary: against whom. All
         three None, with no releases, say that the data leave unprotected.
         fingerprint: of the content, which warns of content known under another id.
-        once: these releases stand for all rounds of the run, and are written down at the first that asks.
+        once: these releases stand for all rounds of the run, and are written down at the first that asks; a
+        round that comes again, or after a later one, is none that they stand for.
         node: who is to reply. Raises BudgetSpent where a limit would be passed, TwiceInRun where another
         node replied; nothing is written then.
         """
@@ -149,7 +150,8 @@ class Ledger:
             run = _run(run_id, node)
             _require_one_node(db, data_id, budget, run)
             for text in written:
-                if once and _charged(db, data_id, text, run, purpose):
+                covered = once and _charged(db, data_id, text, run, purpose)
+                if covered and server_round > _answered(db, data_id, run, purpose):
                     continue
                 db.execute(
                     "INSERT INTO events (id, unit, release, mechanism, adversary, run, round, purpose, time) "
@@ -236,10 +238,10 @@ class Ledger:
     def forget(self) -> int:
         """Remove every reply that was kept, and overwrite it; what was spent stays. Returns how many.
 
-        A round that asks again is then charged again.
+        Of which round each was is still known: one that asks again is charged again.
         """
         with self._transaction(secure_delete=True) as db:
-            return db.execute("DELETE FROM replies").rowcount
+            return db.execute("UPDATE replies SET digest = '', reply = x'' WHERE digest != ''").rowcount
 
     @contextmanager
     def _transaction(self, secure_delete: bool = False) -> Iterator[sqlite3.Connection]:
@@ -348,6 +350,14 @@ def _charged(db: sqlite3.Connection, data_id: str, text: str | None, run: str, p
         (data_id, text, run, purpose),
     )
     return found.fetchone() is not None
+
+
+def _answered(db: sqlite3.Connection, data_id: str, run: str, purpose: str) -> int:
+    """The last round that these data have answered in a run; 0 before the first."""
+    row = db.execute(
+        "SELECT round FROM replies WHERE id = ? AND run = ? AND purpose = ?", (data_id, run, purpose)
+    ).fetchone()
+    return 0 if row is None else int(row[0])
 
 
 def _join(db: sqlite3.Connection, one: int, other: int) -> None:
