@@ -164,9 +164,10 @@ def _run(
     try:
         with Progress(console, job.rounds, federation.traffic.uplink) as progress:
             for record in federation.run(progress):
-                folder.append(record)
+                due = checkpoints.due
+                folder.append(record, lasting=due)
                 progress.round(record)
-                if checkpoints.due:
+                if due:
                     took = asdict(before.plus(startup, started))
                     state = {"config": settings, "took": took, "federation": federation.state()}
                     checkpoints.save(record.round, state, grid)

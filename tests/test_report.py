@@ -190,6 +190,27 @@ def test_a_failed_append_leaves_whole_lines_only(tmp_path: Path, monkeypatch: py
     assert [r.round for r in folder.rounds()] == [1, 3]
 
 
+def test_lines_are_on_the_disk_where_a_checkpoint_follows_and_at_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, synced, fsync = RunFolder(tmp_path), list[str](), os.fsync
+
+    def watched(number: int) -> None:
+        synced.append(Path(os.readlink(f"/proc/self/fd/{number}")).name)
+        fsync(number)
+
+    folder.append(one_round(1), lasting=False)
+    monkeypatch.setattr(os, "fsync", watched)
+    folder.append(one_round(2), lasting=False)
+    assert synced == []
+    folder.append(one_round(3))
+    assert synced == ["rounds.jsonl"]
+    folder.append(one_round(4), lasting=False)
+    folder.write_summary(SUMMARY)
+    assert synced[1] == "rounds.jsonl"  # before the summary, which says that all is there
+    assert [r.round for r in folder.rounds()] == [1, 2, 3, 4]
+
+
 def test_a_line_cut_off_by_a_crash_is_not_a_round(tmp_path: Path) -> None:
     folder = run(tmp_path)
     with (tmp_path / "rounds.jsonl").open("a") as file:

@@ -76,9 +76,13 @@ class RunFolder:
         """data.json: what clients told of the quality of their data, one object each, nobody's name in it."""
         write_text(self.path / "data.json", json.dumps({"counts": counts}))
 
-    def append(self, r: Round) -> None:
-        """One more line of rounds.jsonl, on the disk when this returns; a failed write leaves nothing."""
-        append_line(self.path / "rounds.jsonl", to_json(r))
+    def append(self, r: Round, lasting: bool = True) -> None:
+        """One more line of rounds.jsonl; a failed write leaves nothing.
+
+        On the disk when this returns, with all before it, where it is `lasting`: what a checkpoint follows.
+        Waiting for that in each round would take as long as a small one.
+        """
+        append_line(self.path / "rounds.jsonl", to_json(r), lasting)
 
     def cut(self, last: int) -> None:
         """Take back what was written after round `last`: lines of rounds.jsonl, and the summary."""
@@ -93,6 +97,8 @@ class RunFolder:
 
     def write_summary(self, summary: Summary) -> None:
         """summary.json, which also says that the run has ended."""
+        if (self.path / "rounds.jsonl").exists():
+            _sync(self.path / "rounds.jsonl")
         write_text(self.path / "summary.json", to_json(summary, indent=2) + "\n")
 
     def write_trace(self, text: str) -> None:
@@ -132,14 +138,15 @@ def read_rounds(folder: Path) -> list[Round]:
         raise ConfigError(f"cannot read {path} ({error}): restore the file or name another run") from error
 
 
-def append_line(path: Path, line: str) -> None:
-    """Add a line, which is on the disk when this returns; a failed write leaves nothing."""
+def append_line(path: Path, line: str, lasting: bool = True) -> None:
+    """Add a line, on the disk when this returns if it is `lasting`; a failed write leaves nothing."""
     with _explained(path), path.open("ab", buffering=0) as file:
         end, data = file.tell(), f"{line}\n".encode()
         try:
             if file.write(data) != len(data):  # a disk about to be full takes part of a write
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            os.fsync(file.fileno())
+            if lasting:
+                os.fsync(file.fileno())
             if not end:
                 _sync(path.parent)  # it is new
         except OSError:  # and no other: a line that is whole stays when Ctrl-C cuts the waiting short
@@ -216,8 +223,8 @@ def replacing(path: Path) -> Iterator[Path]:
             raise
 
 
-def _sync(folder: Path) -> None:
-    opened = os.open(folder, os.O_RDONLY)
+def _sync(path: Path) -> None:
+    opened = os.open(path, os.O_RDONLY)
     try:
         os.fsync(opened)
     finally:
