@@ -97,8 +97,10 @@ class RunFolder:
 
     def write_summary(self, summary: Summary) -> None:
         """summary.json, which also says that the run has ended."""
-        if (self.path / "rounds.jsonl").exists():
-            _sync(self.path / "rounds.jsonl")
+        rounds = self.path / "rounds.jsonl"
+        with _explained(rounds):
+            if rounds.exists():
+                _sync(rounds)
         write_text(self.path / "summary.json", to_json(summary, indent=2) + "\n")
 
     def write_trace(self, text: str) -> None:
