@@ -13,7 +13,7 @@ import ssl
 import tempfile
 from base64 import b64decode, b64encode
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from hashlib import sha256
@@ -30,6 +30,7 @@ from fedapp.errors import FedappError
 
 FOLDER = Path("~/.fedapp/server").expanduser()
 CA, CA_KEY, CERTIFICATE, KEY, TOKEN = "ca.pem", "ca.key", "server.pem", "server.key", "operator.token"
+_NEW_KEY = "server.key.new"  # until its certificate is there
 _CA_DAYS = 3650
 _LOCAL = "localhost", "127.0.0.1"  # the server's own machine reaches it by these
 _CLOCKS = timedelta(hours=1)  # a certificate holds from so long ago: clocks differ
@@ -101,19 +102,21 @@ def init(
     write(folder / CA, _pem(authority.certificate))
     if ca is None:
         write(folder / CA_KEY, _pem(authority.key), secret=True)
-    write(folder / KEY, _pem(key), secret=True)
-    write(folder / CERTIFICATE, _pem(certificate))
+    _put(folder, _pem(certificate), _pem(key))
     new_token(folder)
 
 
 def renew(folder: Path, hosts: Sequence[str] = (), days: int = 365, ca_key: Path | None = None) -> list[str]:
-    """Make a new server certificate and key of the folder's CA; returns its hosts (default: as before)."""
+    """Make a new server certificate and key of the folder's CA; returns its hosts (default: as before).
+
+    Broken off at any moment, it leaves the old pair or the new one, for `check` ends what was begun. Not
+    covered: a backup that reads one before and the other after; `renew` mends what it restores.
+    """
     authority = _read_authority(folder / CA, ca_key or folder / CA_KEY)
     names = list(hosts) or _hosts(_certificate(folder / CERTIFICATE))
     certificate, key = issue(authority, names, timedelta(days=_days(days)))
-    write(folder / KEY, _pem(key), secret=True)
-    write(folder / CERTIFICATE, _pem(certificate))
-    return _hosts(certificate)
+    _put(folder, _pem(certificate), _pem(key))
+    return check(folder)[1]
 
 
 def node(path: Path, force: bool = False) -> str:
@@ -171,13 +174,15 @@ def private(path: Path) -> bytes:
 def check(folder: Path) -> tuple[datetime, list[str]]:
     """Check the server's certificate and key: there, private, a pair, of ca.pem, in their time.
 
-    Returns when it ends, and the hosts it is for. Raises FedappError, which names the repair.
+    Returns when it ends, and the hosts it is for. Raises FedappError, which names the repair. Where replacing
+    them was broken off between the two, it is ended first.
     """
+    _complete(folder)
     file, again = folder / CERTIFICATE, f"`fedapp keys renew --folder {folder}` makes a new one"
     certificate, authority = _certificate(file), _certificate(folder / CA)
     private(folder / KEY)
     try:
-        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(file, folder / KEY, lambda: "")
+        _pair(file, folder / KEY)
     except (ssl.SSLError, ValueError) as error:
         raise FedappError(f"{file} and {folder / KEY} are no pair ({error}): {again}") from error
     begins, ends, now = certificate.not_valid_before_utc, certificate.not_valid_after_utc, datetime.now(UTC)
@@ -257,6 +262,25 @@ def alone(folder: Path) -> Iterator[None]:
         except OSError as error:
             raise FedappError(f"another server runs from {folder}: end it first") from error
         yield
+
+
+def _put(folder: Path, certificate: bytes, key: bytes) -> None:
+    """Replace the server's certificate and key: two files, of which only one can come first."""
+    write(folder / _NEW_KEY, key, secret=True)
+    write(folder / CERTIFICATE, certificate)
+    _complete(folder)
+
+
+def _complete(folder: Path) -> None:
+    """Bring the new key to its place, if its certificate came to its own."""
+    with suppress(OSError, ValueError):  # there is none, it is of a certificate that never came
+        _pair(folder / CERTIFICATE, folder / _NEW_KEY)
+        os.replace(folder / _NEW_KEY, folder / KEY)
+
+
+def _pair(certificate: Path, key: Path) -> None:
+    """Raise OSError (ssl.SSLError is one) or ValueError where the two do not belong together."""
+    ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key, lambda: "")
 
 
 def _authority() -> Authority:
