@@ -71,7 +71,7 @@ from flwr.superlink.grid import HttpGrid
 from omegaconf import OmegaConf
 
 from fedapp import server_app
-from fedapp.deploy import backup_cli, bounded, holding, keys, objects, quota, registry
+from fedapp.deploy import backup_cli, bounded, certificates, holding, keys, objects, quota, registry
 from fedapp.deploy.control import Access
 from fedapp.deploy.objects import deliver
 from fedapp.deploy.runs import tar
@@ -268,9 +268,9 @@ def expire(folder: Path) -> None:
     """Put a certificate there that has ended."""
     authority = keys._read_authority(folder / keys.CA, folder / keys.CA_KEY)
     then = datetime.now(UTC) - timedelta(days=3)
-    certificate, key = keys.issue(authority, ["a"], timedelta(days=1), then)
-    keys.write(folder / keys.CERTIFICATE, keys._pem(certificate))
-    keys.write(folder / keys.KEY, keys._pem(key), secret=True)
+    certificate, key = certificates.issue(authority, ["a"], timedelta(days=1), then)
+    keys.write(folder / keys.CERTIFICATE, certificates.pem(certificate))
+    keys.write(folder / keys.KEY, certificates.pem(key), secret=True)
 
 
 @pytest.mark.parametrize(

@@ -1,20 +1,18 @@
 """`fedapp keys`: the server's certificate and its CA, the operator's token, a node's key.
 
-Certificates are X.509 on NIST curves; a node's key is ECDSA P-384 in OpenSSH's format, as flwr 1.41 wants it.
+A node's key is ECDSA P-384 in OpenSSH's format, as flwr 1.41 wants it.
 """
 
 import argparse
 import fcntl
-import ipaddress
 import os
 import re
 import secrets
 import ssl
 import tempfile
 from base64 import b64decode, b64encode
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from hashlib import sha256
 from pathlib import Path
@@ -22,26 +20,15 @@ from typing import IO
 
 from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
-from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
-from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
+from fedapp.deploy import certificates
 from fedapp.errors import FedappError
 
 FOLDER = Path("~/.fedapp/server").expanduser()
 CA, CA_KEY, CERTIFICATE, KEY, TOKEN = "ca.pem", "ca.key", "server.pem", "server.key", "operator.token"
 _NEW_KEY = "server.key.new"  # until its certificate is there
-_CA_DAYS = 3650
-_LOCAL = "localhost", "127.0.0.1"  # the server's own machine reaches it by these
-_CLOCKS = timedelta(hours=1)  # a certificate holds from so long ago: clocks differ
-
-
-@dataclass(frozen=True)
-class Authority:
-    """A CA: its certificate and the key that signs with it."""
-
-    certificate: x509.Certificate
-    key: ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -96,13 +83,13 @@ def init(
             f"{folder} holds {', '.join(there)}: `fedapp keys renew` makes a new certificate of the same CA; "
             "--force replaces all, and then every participant needs the new ca.pem"
         )
-    authority = _authority() if ca is None or ca_key is None else _read_authority(ca, ca_key)
-    certificate, key = issue(authority, hosts, timedelta(days=_days(days)))
+    authority = certificates.authority() if ca is None or ca_key is None else _read_authority(ca, ca_key)
+    certificate, key = certificates.issue(authority, hosts, timedelta(days=_days(days)))
     private_folder(folder)
-    write(folder / CA, _pem(authority.certificate))
+    write(folder / CA, certificates.pem(authority.certificate))
     if ca is None:
-        write(folder / CA_KEY, _pem(authority.key), secret=True)
-    _put(folder, _pem(certificate), _pem(key))
+        write(folder / CA_KEY, certificates.pem(authority.key), secret=True)
+    _put(folder, certificates.pem(certificate), certificates.pem(key))
     new_token(folder)
 
 
@@ -113,9 +100,9 @@ def renew(folder: Path, hosts: Sequence[str] = (), days: int = 365, ca_key: Path
     covered: a backup that reads one before and the other after; `renew` mends what it restores.
     """
     authority = _read_authority(folder / CA, ca_key or folder / CA_KEY)
-    names = list(hosts) or _hosts(_certificate(folder / CERTIFICATE))
-    certificate, key = issue(authority, names, timedelta(days=_days(days)))
-    _put(folder, _pem(certificate), _pem(key))
+    names = list(hosts) or certificates.hosts(_certificate(folder / CERTIFICATE))
+    certificate, key = certificates.issue(authority, names, timedelta(days=_days(days)))
+    _put(folder, certificates.pem(certificate), certificates.pem(key))
     return check(folder)[1]
 
 
@@ -196,27 +183,7 @@ def check(folder: Path) -> tuple[datetime, list[str]]:
         raise FedappError(f"{file} was not issued by {folder / CA}: {again}") from error
     if now >= authority.not_valid_after_utc:
         raise FedappError(f"{folder / CA} expired: `fedapp keys init --force`, and all take the new ca.pem")
-    return ends, _hosts(certificate)
-
-
-def issue(
-    authority: Authority, hosts: Iterable[str], lasts: timedelta, begins: datetime | None = None
-) -> tuple[x509.Certificate, ec.EllipticCurvePrivateKey]:
-    """A certificate for a server under `hosts`, 127.0.0.1 and localhost, and its key."""
-    key = ec.generate_private_key(ec.SECP256R1())
-    names = [_name(host) for host in dict.fromkeys([*hosts, *_LOCAL])]
-    now = begins or datetime.now(UTC) - _CLOCKS
-    builder = _builder("fedapp server", authority.certificate.subject, key, now, now + _CLOCKS + lasts)
-    builder = (
-        builder.add_extension(x509.BasicConstraints(False, None), critical=True)
-        .add_extension(x509.SubjectAlternativeName(names), critical=False)
-        .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
-        .add_extension(_usage(digital_signature=True), critical=True)
-        .add_extension(
-            x509.AuthorityKeyIdentifier.from_issuer_public_key(authority.key.public_key()), critical=False
-        )
-    )
-    return builder.sign(authority.key, hashes.SHA256()), key
+    return ends, certificates.hosts(certificate)
 
 
 def write(path: Path, content: bytes, secret: bool = False) -> None:
@@ -283,18 +250,7 @@ def _pair(certificate: Path, key: Path) -> None:
     ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key, lambda: "")
 
 
-def _authority() -> Authority:
-    key = ec.generate_private_key(ec.SECP384R1())
-    begins = datetime.now(UTC) - _CLOCKS
-    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "fedapp CA")])
-    builder = _builder("fedapp CA", name, key, begins, begins + timedelta(days=_CA_DAYS))
-    builder = builder.add_extension(x509.BasicConstraints(True, 0), critical=True).add_extension(
-        _usage(key_cert_sign=True, crl_sign=True), critical=True
-    )
-    return Authority(builder.sign(key, hashes.SHA384()), key)
-
-
-def _read_authority(file: Path, key_file: Path) -> Authority:
+def _read_authority(file: Path, key_file: Path) -> certificates.Authority:
     certificate = _certificate(file)
     try:
         key = serialization.load_pem_private_key(private(key_file), None)
@@ -306,7 +262,7 @@ def _read_authority(file: Path, key_file: Path) -> Authority:
         raise FedappError(f"{key_file} is neither an ECDSA nor an RSA key: let fedapp make its own CA")
     if key.public_key() != certificate.public_key():
         raise FedappError(f"{key_file} is not the key of {file}: give the two that belong together")
-    return Authority(certificate, key)
+    return certificates.Authority(certificate, key)
 
 
 def _certificate(file: Path) -> x509.Certificate:
@@ -318,61 +274,7 @@ def _certificate(file: Path) -> x509.Certificate:
         raise FedappError(f"{file} is no certificate in PEM: `fedapp keys init` makes one") from error
 
 
-def _builder(
-    name: str, issuer: x509.Name, key: ec.EllipticCurvePrivateKey, begins: datetime, ends: datetime
-) -> x509.CertificateBuilder:
-    return (
-        x509.CertificateBuilder()
-        .subject_name(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)]))
-        .issuer_name(issuer)
-        .public_key(key.public_key())
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(begins)
-        .not_valid_after(ends)
-        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
-    )
-
-
-def _usage(
-    digital_signature: bool = False, key_cert_sign: bool = False, crl_sign: bool = False
-) -> x509.KeyUsage:
-    return x509.KeyUsage(
-        digital_signature=digital_signature,
-        content_commitment=False,
-        key_encipherment=False,
-        data_encipherment=False,
-        key_agreement=False,
-        key_cert_sign=key_cert_sign,
-        crl_sign=crl_sign,
-        encipher_only=False,
-        decipher_only=False,
-    )
-
-
-def _name(host: str) -> x509.GeneralName:
-    try:
-        return x509.IPAddress(ipaddress.ip_address(host.strip("[]")))
-    except ValueError:
-        pass
-    try:
-        return x509.DNSName(host.encode("idna").decode())
-    except (ValueError, UnicodeError) as error:
-        raise FedappError(f"--host {host} is neither a name nor an address: no port, no https://") from error
-
-
-def _hosts(certificate: x509.Certificate) -> list[str]:
-    names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
-    return [*names.get_values_for_type(x509.DNSName), *map(str, names.get_values_for_type(x509.IPAddress))]
-
-
 def _days(days: int) -> int:
-    if not 1 <= days <= _CA_DAYS:
-        raise FedappError(f"--days {days} is out of range: 1 to {_CA_DAYS}")
+    if not 1 <= days <= certificates.DAYS:
+        raise FedappError(f"--days {days} is out of range: 1 to {certificates.DAYS}")
     return days
-
-
-def _pem(made: x509.Certificate | ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey) -> bytes:
-    if isinstance(made, x509.Certificate):
-        return made.public_bytes(serialization.Encoding.PEM)
-    form, none = serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-    return made.private_bytes(serialization.Encoding.PEM, form, none)

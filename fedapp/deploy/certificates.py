@@ -1,0 +1,113 @@
+"""X.509: a CA of one's own, and the certificates of servers, on NIST curves."""
+
+import ipaddress
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec, rsa
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+from fedapp.errors import FedappError
+
+DAYS = 3650  # that a CA holds
+_LOCAL = "localhost", "127.0.0.1"  # the server's own machine reaches it by these
+_CLOCKS = timedelta(hours=1)  # a certificate holds from so long ago: clocks differ
+
+
+@dataclass(frozen=True)
+class Authority:
+    """A CA: its certificate and the key that signs with it."""
+
+    certificate: x509.Certificate
+    key: ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey
+
+
+def authority() -> Authority:
+    """A new CA, for servers alone: no other CA may follow it in a chain."""
+    key = ec.generate_private_key(ec.SECP384R1())
+    begins = datetime.now(UTC) - _CLOCKS
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "fedapp CA")])
+    builder = _builder("fedapp CA", name, key, begins, begins + timedelta(days=DAYS))
+    builder = builder.add_extension(x509.BasicConstraints(True, 0), critical=True).add_extension(
+        _usage(key_cert_sign=True, crl_sign=True), critical=True
+    )
+    return Authority(builder.sign(key, hashes.SHA384()), key)
+
+
+def issue(
+    authority: Authority, hosts: Iterable[str], lasts: timedelta, begins: datetime | None = None
+) -> tuple[x509.Certificate, ec.EllipticCurvePrivateKey]:
+    """A certificate for a server under `hosts`, 127.0.0.1 and localhost, and its key."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    names = [_name(host) for host in dict.fromkeys([*hosts, *_LOCAL])]
+    now = begins or datetime.now(UTC) - _CLOCKS
+    builder = _builder("fedapp server", authority.certificate.subject, key, now, now + _CLOCKS + lasts)
+    builder = (
+        builder.add_extension(x509.BasicConstraints(False, None), critical=True)
+        .add_extension(x509.SubjectAlternativeName(names), critical=False)
+        .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
+        .add_extension(_usage(digital_signature=True), critical=True)
+        .add_extension(
+            x509.AuthorityKeyIdentifier.from_issuer_public_key(authority.key.public_key()), critical=False
+        )
+    )
+    return builder.sign(authority.key, hashes.SHA256()), key
+
+
+def hosts(certificate: x509.Certificate) -> list[str]:
+    """The names and addresses that a certificate is for."""
+    names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    return [*names.get_values_for_type(x509.DNSName), *map(str, names.get_values_for_type(x509.IPAddress))]
+
+
+def pem(made: x509.Certificate | ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey) -> bytes:
+    """A certificate, or a private key without a password, in PEM."""
+    if isinstance(made, x509.Certificate):
+        return made.public_bytes(serialization.Encoding.PEM)
+    form, none = serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    return made.private_bytes(serialization.Encoding.PEM, form, none)
+
+
+def _builder(
+    name: str, issuer: x509.Name, key: ec.EllipticCurvePrivateKey, begins: datetime, ends: datetime
+) -> x509.CertificateBuilder:
+    return (
+        x509.CertificateBuilder()
+        .subject_name(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)]))
+        .issuer_name(issuer)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(begins)
+        .not_valid_after(ends)
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
+    )
+
+
+def _usage(
+    digital_signature: bool = False, key_cert_sign: bool = False, crl_sign: bool = False
+) -> x509.KeyUsage:
+    return x509.KeyUsage(
+        digital_signature=digital_signature,
+        content_commitment=False,
+        key_encipherment=False,
+        data_encipherment=False,
+        key_agreement=False,
+        key_cert_sign=key_cert_sign,
+        crl_sign=crl_sign,
+        encipher_only=False,
+        decipher_only=False,
+    )
+
+
+def _name(host: str) -> x509.GeneralName:
+    try:
+        return x509.IPAddress(ipaddress.ip_address(host.strip("[]")))
+    except ValueError:
+        pass
+    try:
+        return x509.DNSName(host.encode("idna").decode())
+    except (ValueError, UnicodeError) as error:
+        raise FedappError(f"--host {host} is neither a name nor an address: no port, no https://") from error
