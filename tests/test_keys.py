@@ -1,11 +1,225 @@
-"""The server's certificate and key: replaced as a pair, whatever ends that."""
+"""The server's certificate and key: given ones, and how others take their place, whatever ends that."""
 
+import argparse
 import os
+import socket
+import ssl
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec, rsa
+from flwr.proto.control_pb2 import ListNodesRequest
+from test_deploy_server import Running, running
 
-from fedapp.deploy import keys
+from fedapp.deploy import certificates, control, keys
+from fedapp.deploy.certificates import Authority
+from fedapp.errors import FedappError
+
+pytestmark = pytest.mark.filterwarnings(  # what flwr's own dependencies say of it
+    "ignore:No path_separator found:DeprecationWarning"
+)
+NOW = datetime.now(UTC)
+
+
+def authority(name: str, by: Authority | None = None, usage: bool = True) -> Authority:
+    """A CA: a root, or one that another CA vouches for."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    subject = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, name)])
+    issuer, signs = (subject, key) if by is None else (by.certificate.subject, by.key)
+    times = NOW - timedelta(hours=1), NOW + timedelta(days=30)
+    builder = certificates._builder(name, issuer, key, *times)
+    builder = builder.add_extension(x509.BasicConstraints(True, None), critical=True).add_extension(
+        x509.AuthorityKeyIdentifier.from_issuer_public_key(signs.public_key()), critical=False
+    )
+    if usage:
+        builder = builder.add_extension(certificates._usage(key_cert_sign=True), critical=True)
+    return Authority(builder.sign(signs, hashes.SHA256()), key)
+
+
+def pem(path: Path, *made: x509.Certificate | ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey) -> Path:
+    path.write_bytes(b"".join(map(certificates.pem, made)))
+    path.chmod(0o600)
+    return path
+
+
+class Company:
+    """A root CA, one that it vouches for, and the certificates that this one issues; their files."""
+
+    def __init__(self, folder: Path, usage: bool = True) -> None:
+        self._folder = folder
+        root = authority("root", usage=usage)
+        self.between = authority("between", root)
+        self.ca = pem(folder / "root.pem", root.certificate)
+
+    def issue(self, *hosts: str, begins: datetime | None = None) -> tuple[Path, Path]:
+        """A certificate for these alone, with the one between, and its key."""
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(certificates, "_LOCAL", ())
+            made, key = certificates.issue(self.between, hosts, timedelta(days=9), begins)
+        chain = pem(self._folder / "chain.pem", made, self.between.certificate)
+        return chain, pem(self._folder / "key.pem", key)
+
+
+@pytest.fixture
+def company(tmp_path: Path) -> Company:
+    return Company(tmp_path)
+
+
+def run(*words: object) -> None:
+    keys.main([str(word) for word in words])
+
+
+def seen(server: Running, host: str) -> int:
+    """The serial number of the certificate that a participant meets, who has ca.pem and this name."""
+    trust = ssl.create_default_context(cadata=(server.folder / keys.CA).read_text())
+    trust.verify_flags |= ssl.VERIFY_X509_STRICT
+    with (
+        socket.create_connection(("127.0.0.1", server.listening.public)) as plain,
+        trust.wrap_socket(plain, server_hostname=host) as secure,
+    ):
+        return int(str(dict(secure.getpeercert() or {})["serialNumber"]), 16)
+
+
+def serial(certificate: Path) -> int:
+    return x509.load_pem_x509_certificate(certificate.read_bytes()).serial_number
+
+
+def test_a_given_certificate_serves_and_another_takes_its_place(tmp_path: Path, company: Company) -> None:
+    folder, host = tmp_path / "server", "fed.example.org"
+    chain, key = company.issue(host, "*.example.org")
+    run("init", "--folder", folder, "--certificate", chain, "--key", key, "--ca", company.ca)
+    assert {path.name: path.stat().st_mode & 0o777 for path in folder.iterdir()} == {
+        "ca.pem": 0o644, "server.pem": 0o644, "server.key": 0o600, "operator.token": 0o600
+    }  # fmt: skip
+    assert keys.check(folder)[1] == [host, "*.example.org"]
+    with running(folder) as server:
+        assert seen(server, host) == seen(server, "other.example.org") == serial(chain)
+        here = argparse.Namespace(folder=folder, server=None, ca=None, token_file=None)
+        with control.of(here) as client:  # at 127.0.0.1, which the certificate does not name
+            assert list(client.ListNodes(ListNodesRequest()).nodes_info) == []
+        with pytest.raises(FedappError, match="has no folder"):
+            control.access(here).fetch(1, tmp_path / "none")
+        company.issue(host)
+        run("renew", "--folder", folder, "--certificate", chain, "--key", key)
+        assert seen(server, host) != serial(chain)
+        server.listening.renew()
+        assert seen(server, host) == serial(chain)
+
+
+def test_one_of_several_cas_is_enough(tmp_path: Path, company: Company) -> None:
+    (ca,) = x509.load_pem_x509_certificates(company.ca.read_bytes())
+    pem(company.ca, authority("other").certificate, ca)
+    keys.take(tmp_path / "server", *company.issue("a"), company.ca)
+    keys.check(tmp_path / "server")
+
+
+def test_a_private_key_in_the_file_of_the_certificate_stays_private(tmp_path: Path, company: Company) -> None:
+    chain, key = company.issue("*.example.org")  # any name of many is one of the server's
+    chain.write_bytes(key.read_bytes() + chain.read_bytes())
+    keys.take(tmp_path / "server", chain, chain, chain.with_name("root.pem"))
+    assert keys.check(tmp_path / "server")[1] == ["*.example.org"]
+    for name in (keys.CA, keys.CERTIFICATE):
+        assert "PRIVATE" not in (tmp_path / "server" / name).read_text()
+
+
+def alone(company: Company) -> tuple[Path, Path, Path]:
+    chain, key = company.issue("a")
+    pem(chain, x509.load_pem_x509_certificate(chain.read_bytes()))
+    return chain, key, company.ca
+
+
+def of_another_key(company: Company) -> tuple[Path, Path, Path]:
+    chain, key = company.issue("a")
+    return chain, pem(key, ec.generate_private_key(ec.SECP256R1())), company.ca
+
+
+def readable(company: Company) -> tuple[Path, Path, Path]:
+    chain, key = company.issue("a")
+    key.chmod(0o640)
+    return chain, key, company.ca
+
+
+def nameless(company: Company) -> tuple[Path, Path, Path]:
+    chain, key = company.issue("a")
+    return pem(chain, company.between.certificate), pem(key, company.between.key), company.ca
+
+
+def careless(company: Company) -> tuple[Path, Path, Path]:
+    """As `openssl req -x509` makes a CA."""
+    other = Company(company.ca.parent, usage=False)
+    return *other.issue("a"), other.ca
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (of_another_key, "are no pair .*: give those that belong together"),
+        (lambda own: (*own.issue("a"), pem(own.ca, authority("root").certificate)), "who trusts .* does not"),
+        (lambda own: (*own.issue("a"), pem(own.ca, own.between.certificate)), "unable to get issuer"),
+        (lambda own: (*own.issue("a", begins=NOW - timedelta(days=10)), own.ca), "expired on"),
+        (lambda own: (*own.issue("a", begins=NOW + timedelta(days=1)), own.ca), "holds only from"),
+        (alone, "unable to get local issuer"),
+        (nameless, "is for no host"),
+        (careless, "does not include key usage"),
+        (readable, "chmod 600"),
+        (lambda own: (*own.issue("a"), own.ca.with_name("none")), "cannot read .*none"),
+    ],
+)
+def test_what_clients_would_not_trust_is_not_taken(
+    tmp_path: Path, company: Company, given: Callable[[Company], tuple[Path, Path, Path]], said: str
+) -> None:
+    chain, key, ca = given(company)
+    with pytest.raises(FedappError, match=said):
+        keys.take(tmp_path / "server", chain, key, ca)
+    assert not (tmp_path / "server").exists()
+
+
+def test_a_certificate_of_another_ca_does_not_take_the_place_of_one(tmp_path: Path, company: Company) -> None:
+    keys.init(tmp_path / "server", ["a"])
+    before = {path: path.read_bytes() for path in (tmp_path / "server").iterdir()}
+    with pytest.raises(FedappError, match=r"who trusts .*ca\.pem does not trust .*chain\.pem"):
+        keys.bring(tmp_path / "server", *company.issue("a"))
+    assert {path: path.read_bytes() for path in (tmp_path / "server").iterdir()} == before
+
+
+def test_a_given_certificate_is_renewed_by_who_gave_it(
+    tmp_path: Path, company: Company, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "server"
+    keys.take(folder, *company.issue("a"), company.ca)
+    how = "keys renew --folder .* by --certificate FILE --key FILE"
+    with pytest.raises(FedappError, match=f"not its own: .*{how}"):
+        run("renew", "--folder", folder)
+    pem(folder / keys.KEY, ec.generate_private_key(ec.SECP256R1()))
+    with pytest.raises(FedappError, match=f"are no pair .*{how}"):
+        keys.check(folder)
+    with pytest.raises(FedappError, match="--force"):
+        keys.take(folder, *company.issue("a"), company.ca)
+    keys.take(folder, *company.issue("a"), company.ca, force=True)
+    keys.check(folder)
+
+
+@pytest.mark.parametrize(
+    "words",
+    ["init --certificate c --key k", "init --certificate c --ca a", "init --key k --ca a", "renew --key k",
+     "init --certificate c --key k --ca a --host h", "renew --certificate c --key k --ca-key a"],
+)  # fmt: skip
+def test_a_certificate_is_given_with_all_that_belongs_to_it(tmp_path: Path, words: str) -> None:
+    with pytest.raises(FedappError, match="--certificate, --key and, for init, --ca belong together"):
+        run(*words.split(), "--folder", tmp_path)
+
+
+def test_a_certificate_of_ones_own_is_one_that_the_strictest_client_trusts(tmp_path: Path) -> None:
+    keys.init(tmp_path, ["fed.example.org", "10.0.0.5"])
+    certificate, key, ca = (tmp_path / name for name in (keys.CERTIFICATE, keys.KEY, keys.CA))
+    for host in ("fed.example.org", "10.0.0.5", "localhost", "127.0.0.1"):
+        certificates.meet(certificate, key, ca, host, strict=True)
+    with pytest.raises(ssl.SSLCertVerificationError, match="Hostname mismatch"):
+        certificates.meet(certificate, key, ca, "other.example.org", strict=True)
 
 
 class Killed(BaseException):

@@ -1,9 +1,12 @@
-"""X.509: a CA of one's own, and the certificates of servers, on NIST curves."""
+"""X.509: a CA of one's own, and the certificates of servers, on NIST curves; what clients think of them."""
 
 import ipaddress
+import ssl
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
@@ -59,8 +62,33 @@ def issue(
 
 def hosts(certificate: x509.Certificate) -> list[str]:
     """The names and addresses that a certificate is for."""
-    names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    try:
+        names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    except x509.ExtensionNotFound:
+        return []
     return [*names.get_values_for_type(x509.DNSName), *map(str, names.get_values_for_type(x509.IPAddress))]
+
+
+def pair(certificate: Path, key: Path) -> None:
+    """Raise OSError (ssl.SSLError is one) or ValueError where the two do not belong together."""
+    ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key, lambda: "")
+
+
+def meet(certificate: Path, key: Path, ca: Path, host: str, strict: bool) -> None:
+    """Let a server with these shake hands with a client that trusts the CA; raises ssl.SSLError as it does.
+
+    Python's own clients are `strict` from 3.13 on.
+    """
+    one, other = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT), ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    one.load_verify_locations(ca)
+    if strict:
+        one.verify_flags |= ssl.VERIFY_X509_STRICT
+    other.load_cert_chain(certificate, key)
+    there, back = ssl.MemoryBIO(), ssl.MemoryBIO()
+    client, server = one.wrap_bio(back, there, server_hostname=host), other.wrap_bio(there, back, True)
+    for end in (client, server, client):
+        with suppress(ssl.SSLWantReadError):  # then it is the other one's turn
+            end.do_handshake()
 
 
 def pem(made: x509.Certificate | ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey) -> bytes:

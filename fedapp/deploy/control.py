@@ -23,16 +23,25 @@ ADDRESS = "address"  # file in the server's folder, while it runs: its URL on th
 
 @dataclass(frozen=True)
 class Access:
-    """A server, `host:port`, the CA that proves it (None: the system's), and the operator's token."""
+    """A server, `host:port`, the CA that proves it (None: the system's), and the operator's token.
+
+    `called`: what its certificate calls it, where that may be another name.
+    """
 
     server: str
     ca: Path | None
     token: str
+    called: str | None = None
 
     @property
     def plain(self) -> bool:
         """Whether it is spoken to without TLS: `fedapp server --insecure`, on this machine only."""
         return self.ca is None and is_loopback(self.server.rpartition(":")[0])
+
+    @property
+    def proven_by(self) -> dict[str, str]:
+        """What a request of httpx takes to have the certificate checked for another name than the URL's."""
+        return {} if self.called is None else {"sni_hostname": self.called}
 
     def control(self) -> ControlHttpClient:
         """A client of Flower's Control API."""
@@ -49,7 +58,7 @@ class Access:
         with (
             _told(self),
             httpx.Client(verify=self._trust(), timeout=30) as client,
-            client.stream("GET", url, headers=headers) as response,
+            client.stream("GET", url, headers=headers, extensions=self.proven_by) as response,
             tempfile.TemporaryFile() as file,
         ):
             if response.is_error:
@@ -106,9 +115,10 @@ def access(options: argparse.Namespace) -> Access:
         raise FedappError(
             f"no server runs from {options.folder}: start `fedapp server`, or name one by --server HOST:PORT"
         ) from error
-    return Access(
-        _address(address), None if scheme == "http" else options.ca or options.folder / keys.CA, token
-    )
+    if scheme == "http":
+        return Access(_address(address), None, token)
+    ca = options.ca or options.folder / keys.CA
+    return Access(_address(address), ca, token, keys.called(options.folder))
 
 
 def of(options: argparse.Namespace) -> ControlHttpClient:
@@ -133,6 +143,7 @@ class _Bearer:
     def intercept(self, context: ProtobufRequestContext, call_next: ProtobufCall) -> httpx.Response:
         """Send with the token; FedappError where the server cannot be reached or refuses."""
         context.request.headers["Authorization"] = f"Bearer {self._access.token}"
+        context.request.extensions |= self._access.proven_by
         with _told(self._access):
             response = call_next(context)
         if response.is_error:

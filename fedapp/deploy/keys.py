@@ -43,17 +43,25 @@ def main(arguments: Sequence[str]) -> None:
         command.add_argument("--folder", type=Path, default=FOLDER, help="server's folder (%(default)s)")
         command.add_argument("--days", type=int, default=365, help="the certificate holds (%(default)s)")
         command.add_argument("--ca-key", type=Path, help="the key of a CA that exists already")
+        command.add_argument("--certificate", type=Path, help="one that exists already, and its chain")
+        command.add_argument("--key", type=Path, help="its key")
     first.add_argument("--ca", type=Path, help="a CA that exists already: its certificate")
     first.add_argument("--force", action="store_true", help="replace what is there: all must join anew")
     own.add_argument("--out", type=Path, default=Path("node.key"), help="its file (%(default)s)")
     own.add_argument("--force", action="store_true", help="replace the key that is there")
     given = parser.parse_args(arguments)
     if given.command == "init":
-        init(given.folder, given.host, given.days, given.ca, given.ca_key, given.force)
+        if _is_given(given, given.ca):
+            take(given.folder, given.certificate, given.key, given.ca, given.force)
+        else:
+            init(given.folder, given.host, given.days, given.ca, given.ca_key, given.force)
         print(f"{given.folder}: give {CA} to all participants, and {CA} with {TOKEN} to who submits runs")
         print("next: fedapp server" + ("" if given.folder == FOLDER else f" --folder {given.folder}"))
     elif given.command == "renew":
-        hosts = renew(given.folder, given.host, given.days, given.ca_key)
+        if _is_given(given, given.folder / CA):
+            hosts = bring(given.folder, given.certificate, given.key)
+        else:
+            hosts = renew(given.folder, given.host, given.days, given.ca_key)
         print(f"{given.folder / CERTIFICATE} is new, for {', '.join(hosts)}")
         print("a running server takes it on SIGHUP: systemctl reload, or kill -HUP with its process id")
     else:
@@ -77,32 +85,43 @@ def init(
         raise FedappError("keys init needs the server's name or address: --host fed.example.org")
     if (ca is None) != (ca_key is None):
         raise FedappError("--ca and --ca-key belong together: give both, or neither")
-    there = [name for name in (CA, CA_KEY, CERTIFICATE, KEY, TOKEN) if (folder / name).exists()]
-    if there and not force:
-        raise FedappError(
-            f"{folder} holds {', '.join(there)}: `fedapp keys renew` makes a new certificate of the same CA; "
-            "--force replaces all, and then every participant needs the new ca.pem"
-        )
+    _vacant(folder, force)
     authority = certificates.authority() if ca is None or ca_key is None else _read_authority(ca, ca_key)
     certificate, key = certificates.issue(authority, hosts, timedelta(days=_days(days)))
-    private_folder(folder)
-    write(folder / CA, certificates.pem(authority.certificate))
-    if ca is None:
-        write(folder / CA_KEY, certificates.pem(authority.key), secret=True)
+    _furnish(folder, [authority.certificate], None if ca else certificates.pem(authority.key))
     _put(folder, certificates.pem(certificate), certificates.pem(key))
-    new_token(folder)
+
+
+def take(folder: Path, certificate: Path, key: Path, ca: Path, force: bool = False) -> None:
+    """Do what `init` does, with a server certificate that there is, its key, and the certificate of its CA.
+
+    Intermediate certificates come after it, in the same file. The CA's key is not needed.
+    """
+    _vacant(folder, force)
+    pair, trusted = _given(certificate, key, ca), _certificates(ca)
+    _furnish(folder, trusted)
+    _put(folder, *pair)
 
 
 def renew(folder: Path, hosts: Sequence[str] = (), days: int = 365, ca_key: Path | None = None) -> list[str]:
     """Make a new server certificate and key of the folder's CA; returns its hosts (default: as before).
 
     Broken off at any moment, it leaves the old pair or the new one, for `check` ends what was begun. Not
-    covered: a backup that reads one before and the other after; `renew` mends what it restores.
+    covered: who reads between the two files. A server that starts then is to be started again; a backup that
+    is made then holds no pair, and `renew` mends what it restores.
     """
+    if ca_key is None and (folder / CA).exists() and not (folder / CA_KEY).exists():
+        raise FedappError(f"{folder} has no {CA_KEY}, so its certificate is not its own: {_again(folder)}")
     authority = _read_authority(folder / CA, ca_key or folder / CA_KEY)
-    names = list(hosts) or certificates.hosts(_certificate(folder / CERTIFICATE))
+    names = list(hosts) or certificates.hosts(_certificates(folder / CERTIFICATE)[0])
     certificate, key = certificates.issue(authority, names, timedelta(days=_days(days)))
     _put(folder, certificates.pem(certificate), certificates.pem(key))
+    return check(folder)[1]
+
+
+def bring(folder: Path, certificate: Path, key: Path) -> list[str]:
+    """Do what `renew` does, with a certificate that there is, and that leads to the folder's ca.pem."""
+    _put(folder, *_given(certificate, key, folder / CA))
     return check(folder)[1]
 
 
@@ -152,38 +171,27 @@ def private(path: Path) -> bytes:
         mode = path.stat().st_mode
         content = path.read_bytes()
     except OSError as error:
-        raise FedappError(f"cannot read {path} ({error.strerror}): `fedapp keys` makes it") from error
+        raise FedappError(
+            f"cannot read {path} ({error.strerror}): correct the path, or let `fedapp keys` make it"
+        ) from error
     if mode & 0o077:
         raise FedappError(f"{path} can be read by others (mode {mode & 0o777:o}): chmod 600 {path}")
     return content
 
 
 def check(folder: Path) -> tuple[datetime, list[str]]:
-    """Check the server's certificate and key: there, private, a pair, of ca.pem, in their time.
+    """Check the server's certificate and key: there, private, a pair, in their time, trusted with ca.pem.
 
     Returns when it ends, and the hosts it is for. Raises FedappError, which names the repair. Where replacing
     them was broken off between the two, it is ended first.
     """
     _complete(folder)
-    file, again = folder / CERTIFICATE, f"`fedapp keys renew --folder {folder}` makes a new one"
-    certificate, authority = _certificate(file), _certificate(folder / CA)
-    private(folder / KEY)
-    try:
-        _pair(file, folder / KEY)
-    except (ssl.SSLError, ValueError) as error:
-        raise FedappError(f"{file} and {folder / KEY} are no pair ({error}): {again}") from error
-    begins, ends, now = certificate.not_valid_before_utc, certificate.not_valid_after_utc, datetime.now(UTC)
-    if now >= ends:
-        raise FedappError(f"{file} expired on {ends:%Y-%m-%d %H:%M} UTC: {again}")
-    if now < begins:
-        raise FedappError(f"{file} holds only from {begins:%Y-%m-%d %H:%M} UTC: set this machine's clock")
-    try:
-        certificate.verify_directly_issued_by(authority)
-    except Exception as error:
-        raise FedappError(f"{file} was not issued by {folder / CA}: {again}") from error
-    if now >= authority.not_valid_after_utc:
-        raise FedappError(f"{folder / CA} expired: `fedapp keys init --force`, and all take the new ca.pem")
-    return ends, certificates.hosts(certificate)
+    return _check(folder / CERTIFICATE, folder / KEY, folder / CA, _again(folder))
+
+
+def called(folder: Path) -> str:
+    """What the server's certificate calls it, which need not be 127.0.0.1."""
+    return certificates.hosts(_certificates(folder / CERTIFICATE)[0])[0]
 
 
 def write(path: Path, content: bytes, secret: bool = False) -> None:
@@ -231,6 +239,76 @@ def alone(folder: Path) -> Iterator[None]:
         yield
 
 
+def _is_given(given: argparse.Namespace, ca: Path | None) -> bool:
+    """Whether the certificate is given, and not to be made. Raises FedappError where it is so by half."""
+    if given.certificate is None and given.key is None:
+        return False
+    if None in (given.certificate, given.key, ca) or given.host or given.ca_key:
+        raise FedappError(
+            "--certificate, --key and, for init, --ca belong together: give all of them, without --ca-key, "
+            "and without --host, for the certificate says the names"
+        )
+    return True
+
+
+def _vacant(folder: Path, force: bool) -> None:
+    """Raise FedappError where there are keys already, unless `force`."""
+    there = [name for name in (CA, CA_KEY, CERTIFICATE, KEY, TOKEN) if (folder / name).exists()]
+    if there and not force:
+        raise FedappError(
+            f"{folder} holds {', '.join(there)}: `fedapp keys renew` makes a new certificate of the same CA; "
+            "--force replaces all, and then every participant needs the new ca.pem"
+        )
+
+
+def _furnish(folder: Path, ca: Sequence[x509.Certificate], ca_key: bytes | None = None) -> None:
+    """Put all into a server's folder but its certificate and key; of the CA's key only one made for it."""
+    private_folder(folder)
+    write(folder / CA, b"".join(map(certificates.pem, ca)))
+    if ca_key is not None:
+        write(folder / CA_KEY, ca_key, secret=True)
+    new_token(folder)
+
+
+def _given(certificate: Path, key: Path, ca: Path) -> tuple[bytes, bytes]:
+    """The certificates, no more, and the key in given files. Raises FedappError for what does not fit."""
+    _check(certificate, key, ca, "give those that belong together", strict=True)
+    return b"".join(map(certificates.pem, _certificates(certificate))), private(key)
+
+
+def _check(file: Path, key: Path, ca: Path, again: str, strict: bool = False) -> tuple[datetime, list[str]]:
+    certificate, trusted = _certificates(file)[0], _certificates(ca)
+    private(key)
+    try:
+        certificates.pair(file, key)
+    except (ssl.SSLError, ValueError) as error:
+        raise FedappError(f"{file} and {key} are no pair ({error}): {again}") from error
+    begins, ends, now = certificate.not_valid_before_utc, certificate.not_valid_after_utc, datetime.now(UTC)
+    if now >= ends:
+        raise FedappError(f"{file} expired on {ends:%Y-%m-%d %H:%M} UTC: {again}")
+    if now < begins:
+        raise FedappError(f"{file} holds only from {begins:%Y-%m-%d %H:%M} UTC: set this machine's clock")
+    if all(now >= one.not_valid_after_utc for one in trusted):
+        raise FedappError(f"{ca} expired: `fedapp keys init --force`, and all take the new ca.pem")
+    hosts = certificates.hosts(certificate)
+    if not hosts:
+        raise FedappError(f"{file} is for no host (subjectAltName): {again}")
+    try:
+        certificates.meet(file, key, ca, hosts[0], strict)
+    except (ssl.SSLError, ValueError) as error:
+        said = getattr(error, "verify_message", error)
+        raise FedappError(f"who trusts {ca} does not trust {file} ({said}): {again}") from error
+    return ends, hosts
+
+
+def _again(folder: Path) -> str:
+    """How a new certificate comes into a server's folder."""
+    command = f"`fedapp keys renew --folder {folder}`"
+    if (folder / CA_KEY).exists():
+        return f"{command} makes a new one"
+    return f"{command} takes a new one by --certificate FILE --key FILE, or makes one by --ca-key FILE"
+
+
 def _put(folder: Path, certificate: bytes, key: bytes) -> None:
     """Replace the server's certificate and key: two files, of which only one can come first."""
     write(folder / _NEW_KEY, key, secret=True)
@@ -241,17 +319,12 @@ def _put(folder: Path, certificate: bytes, key: bytes) -> None:
 def _complete(folder: Path) -> None:
     """Bring the new key to its place, if its certificate came to its own."""
     with suppress(OSError, ValueError):  # there is none, it is of a certificate that never came
-        _pair(folder / CERTIFICATE, folder / _NEW_KEY)
+        certificates.pair(folder / CERTIFICATE, folder / _NEW_KEY)
         os.replace(folder / _NEW_KEY, folder / KEY)
 
 
-def _pair(certificate: Path, key: Path) -> None:
-    """Raise OSError (ssl.SSLError is one) or ValueError where the two do not belong together."""
-    ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key, lambda: "")
-
-
 def _read_authority(file: Path, key_file: Path) -> certificates.Authority:
-    certificate = _certificate(file)
+    certificate = _certificates(file)[0]
     try:
         key = serialization.load_pem_private_key(private(key_file), None)
     except (ValueError, TypeError, UnsupportedAlgorithm) as error:
@@ -265,11 +338,13 @@ def _read_authority(file: Path, key_file: Path) -> certificates.Authority:
     return certificates.Authority(certificate, key)
 
 
-def _certificate(file: Path) -> x509.Certificate:
+def _certificates(file: Path) -> list[x509.Certificate]:
     try:
-        return x509.load_pem_x509_certificate(file.read_bytes())
+        return x509.load_pem_x509_certificates(file.read_bytes())
     except OSError as error:
-        raise FedappError(f"cannot read {file} ({error.strerror}): `fedapp keys init` makes it") from error
+        raise FedappError(
+            f"cannot read {file} ({error.strerror}): correct the path, or let `fedapp keys init` make it"
+        ) from error
     except ValueError as error:
         raise FedappError(f"{file} is no certificate in PEM: `fedapp keys init` makes one") from error
 
