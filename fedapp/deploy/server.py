@@ -47,15 +47,7 @@ def main(arguments: Sequence[str]) -> None:
     if arguments and arguments[0] in ("backup", "restore"):
         backup_cli.server(arguments)
         return
-    kept = "fedapp server backup FILE writes all that it must not lose; fedapp server restore FILE takes it"
-    parser = argparse.ArgumentParser("fedapp server", description=__doc__, epilog=kept)
-    parser.add_argument("--folder", type=Path, default=keys.FOLDER, help="keys, state, runs (%(default)s)")
-    parser.add_argument("--host", help="the address to listen on (0.0.0.0; 127.0.0.1 with --insecure)")
-    parser.add_argument("--port", type=int, default=8443)
-    parser.add_argument("--max-body", type=int, default=100 << 20, metavar="BYTES", help="(%(default)s)")
-    parser.add_argument("--insecure", action="store_true", help="no TLS, no node keys: on this machine only")
-    parser.add_argument("--log-json", action="store_true", help="log files have a JSON object a line")
-    given = parser.parse_args(arguments)
+    given = _parser().parse_args(arguments)
     host = given.host or ("127.0.0.1" if given.insecure else "0.0.0.0")
     folder = given.folder.expanduser().absolute()
     server = Server(folder, host, given.port, given.max_body, given.insecure, given.log_json)
@@ -284,6 +276,18 @@ class Listening:
             _log.error("the certificate stays as it was: %s", error)
         else:
             _log.info("a new certificate, until %s", f"{ends:%Y-%m-%d}")
+
+
+def _parser() -> argparse.ArgumentParser:
+    kept = "fedapp server backup FILE writes all that it must not lose; fedapp server restore FILE takes it"
+    parser = argparse.ArgumentParser("fedapp server", description=__doc__, epilog=kept)
+    parser.add_argument("--folder", type=Path, default=keys.FOLDER, help="keys, state, runs (%(default)s)")
+    parser.add_argument("--host", help="the address to listen on (0.0.0.0; 127.0.0.1 with --insecure)")
+    parser.add_argument("--port", type=int, default=8443)
+    parser.add_argument("--max-body", type=int, default=100 << 20, metavar="BYTES", help="(%(default)s)")
+    parser.add_argument("--insecure", action="store_true", help="no TLS, no node keys: on this machine only")
+    parser.add_argument("--log-json", action="store_true", help="log files have a JSON object a line")
+    return parser
 
 
 def _superexec() -> str:
