@@ -25,7 +25,7 @@ from fedapp.errors import ConfigError, FedappError
 from fedapp.privacy import accounting, filter
 from fedapp.privacy.accounting import ORDERS, Curve, Gaussian, Release, SharedGaussian
 from fedapp.privacy.filter import FILTER, Unit, as_text, cost
-from fedapp.privacy.ledger import BudgetSpent, Ledger, TwiceInRun, fingerprint
+from fedapp.privacy.ledger import BudgetSpent, Ledger, TwiceInRun, fingerprint, opened
 from fedapp.privacy.ledger_backup import bring_back
 
 PLAIN = Gaussian(2.0, "none", 1.0, 1, "add_remove")
@@ -431,6 +431,18 @@ def test_killed_at_any_time_it_never_counts_too_little(tmp_path: Path) -> None:
         made, written = len(released.read_bytes()), Ledger(path).count("a")
         assert made <= written <= made + len(pauses)
     assert made > 5
+
+
+def test_a_commit_is_on_the_disk_once_it_returns(ledger: Ledger, tmp_path: Path) -> None:
+    """What no kill shows, but a power cut would: SQLite's own settings, also of a file that had others."""
+    with sqlite3.connect(tmp_path / "ledger.db") as db:
+        assert db.execute("PRAGMA journal_mode = WAL").fetchone() == ("wal",)
+    db.close()
+    charge(ledger)
+    for connection in (opened(tmp_path / "ledger.db"), ledger._transaction()):
+        with connection as db:
+            for setting, value in (("synchronous", 3), ("fullfsync", 1), ("journal_mode", "delete")):
+                assert db.execute(f"PRAGMA {setting}").fetchone() == (value,)
 
 
 def test_two_nodes_at_once_pass_no_limit_and_lose_nothing(tmp_path: Path) -> None:
