@@ -8,6 +8,8 @@ import mpmath  # type: ignore[import-untyped]
 import numpy as np
 import pytest
 import second_library
+from dp_accounting import GaussianDpEvent, SelfComposedDpEvent
+from dp_accounting.pld import PLDAccountant
 from dp_accounting.rdp import compute_epsilon
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -173,6 +175,22 @@ def test_unsampled_gaussians_are_one() -> None:
 
 
 # A second library.
+
+
+@pytest.mark.parametrize(
+    ("noise", "count"), [(0.7, 1), (2.0, 1), (2.0, 30), (10.0, 1), (10.0, 30), (10.0, 300), (50.0, 1000)]
+)
+def test_the_analytic_gaussian_is_what_dp_accountings_pld_finds(noise: float, count: int) -> None:
+    """Its accountant discretizes the losses, so it knows nothing of the closed form."""
+    whole = PLDAccountant().compose(SelfComposedDpEvent(GaussianDpEvent(noise), count))
+    for delta in (1e-3, 1e-5, 1e-9):
+        found = whole.get_epsilon(delta)
+        assert gaussian_epsilon(noise / math.sqrt(count), delta) == pytest.approx(found, rel=1e-5)
+        for release in (
+            Gaussian(noise, "none", 1.0, count, "add_remove"),
+            Gaussian(2 * noise, "none", 1.0, count, "replace"),
+        ):
+            assert epsilon((release,), delta).epsilon == pytest.approx(found, rel=1e-5)
 
 
 @pytest.mark.parametrize(
