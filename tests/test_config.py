@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
@@ -63,6 +64,17 @@ def test_every_yaml_composes_and_builds(group: str, choice: str, data: dict[str,
         assert len(job.task.client_data({"partition-id": 0})) > 0
     if group == "model":
         assert sum(p.numel() for p in replace(job, device="cpu").model.parameters()) > 0
+
+
+@pytest.mark.parametrize("choice", [choice for group, choice in CHOICES if group == "privacy"])
+def test_every_privacy_choice_says_what_it_guarantees(choice: str) -> None:
+    """In one paragraph, whose words are those that a reader asks for; or that it is nothing."""
+    chosen = yaml.safe_load((config.CONF / "privacy" / f"{choice}.yaml").read_text())
+    paragraphs = (config.resolve(chosen["_target_"], "privacy").__doc__ or "").lower().split("\n\n")
+    (said,) = (" ".join(part.split()) for part in paragraphs if "*formal guarantees.*" in part)
+    for word in ("adjacency", "sensitivity", "released:", "sampling", "against", "not covered:"):
+        assert word in said
+    assert ("nothing is guaranteed" in said) == (choice == "none") == ("(epsilon, delta)-dp" not in said)
 
 
 def test_every_yaml_is_listed_by_its_target() -> None:

@@ -24,9 +24,9 @@ class CentralGaussian:
 
     *Formal guarantees.* The models of all rounds together are (epsilon, delta)-DP. Adjacency and sampling:
     with sampling=poisson each client joins a round independently with the rate cohort / clients, by the
-    operating system's randomness on the server, and one client is added or removed, which moves the sum by at
-    most the clip norm; with sampling=fixed a cohort of that size is drawn without replacement and one client
-    is replaced, which moves it by twice that. Released: the noised sum of each round, divided by the public
+    operating system's randomness on the server, and one client is added or removed; with sampling=fixed a
+    cohort of that size is drawn without replacement and one client is replaced. Sensitivity of the sum: the
+    clip norm with poisson, twice that with fixed. Released: the noised sum of each round, over the public
     expected cohort size, so every model that follows, but not who was drawn, how many replied, or what came:
     the log, rounds.jsonl and summary.json name such counts and belong to the server. The noise has standard
     deviation noise multiplier times clip norm. Lost and refused replies count as zero, and every client
