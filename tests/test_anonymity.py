@@ -195,6 +195,45 @@ def test_the_hospital_has_the_measures_that_anjana_reaches() -> None:
     assert hidden.distinct_l >= 2
 
 
+PUPILS = """34 82 60 57 56
+76 42 75 30 30 72 55
+73 40 39 58 76
+62 80 77 67 95 87 60
+69 45 91 79 57 59
+87 63 83 83 72
+82 93 65 82 70 53
+52 88 76 53 58 68 64 83
+77 89 93 73 89
+62 61 79 66 52 87
+70 59 63 68 45
+71 59 53 72 94
+56 72 30 73 37 52 71
+78 64 36 38 51
+58 64 65 50 40
+32 69 74 80 50 34 54 59 33
+85 91 48 86 71
+89 79 53 83 61 51 60 95
+47 50 66 74 84
+72 65 80 46 48
+60 51 87 48 87 95 64 84 53 52 53
+89 91 58 64 68
+61 46 85 48 89 56
+51 90 47 79 45 75 79
+57 67 57 81 91 57"""
+
+
+def test_pupils_have_the_measures_that_pycanon_publishes() -> None:
+    """pycanon's data/processed/StudentsMath_Score_k5.csv, and what its tests/test_reports.py expects of it.
+
+    A class a line, by teacher, gender, ethnicity, lunch and school; its scores are sensitive, and numbers.
+    """
+    classes = enumerate(PUPILS.splitlines())
+    found = measured("\n".join(f"{i} {score}" for i, line in classes for score in line.split()), ordered)
+    assert (found.k, found.distinct_l, found.alpha) == (5, 4, 0.5)
+    assert int(found.entropy_l) == 3  # which pycanon rounds down
+    assert found.t == pytest.approx(0.31023287057769827, rel=1e-12)
+
+
 PATIENTS = Schema("disease", ("aids", "arm", "bronchitis", "flu", "hepatitis", "nail"),
                   (("sex", ("female", "male")), ("age", None), ("zip", None)))  # fmt: skip
 PATIENT_ROWS = np.array(
