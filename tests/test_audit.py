@@ -178,7 +178,9 @@ def test_clients_are_canaries(monkeypatch: pytest.MonkeyPatch, settings: str, re
 
 # --- mechanisms whose noise clients share ---------------------------------------------------------------
 
-SHARED = "task=digits clients=600 rounds=2 privacy=distributed_gaussian privacy.epsilon=2 privacy.test_seed=1"
+SHARED = (
+    "task=digits clients=1112 rounds=2 privacy=distributed_gaussian privacy.epsilon=2 privacy.test_seed=1"
+)
 SHARED_EXAMPLES = (
     "task=digits clients=5 rounds=4 partition=iid model=mlp privacy=distributed_example privacy.epsilon=2 "
     "privacy.tolerated=0.2 privacy.test_seed=1"
@@ -210,7 +212,7 @@ def test_shared_noise_of_clients_is_audited(monkeypatch: pytest.MonkeyPatch, rem
         monkeypatch.setattr(Terms, "encode", longer(Terms.encode))
     release = distributed(SHARED)
     found = audit(release, release.claim(), release.canaries, 0.95, np.random.default_rng(3))
-    assert found.canaries == 540  # a tenth is tolerated to be gone
+    assert found.canaries == 1000  # a tenth is tolerated to be gone
     assert 1.9 < found.claim.epsilon <= 2 < found.most
     assert found.passed == (removed is None)
     assert removed is not None or found.bound < 1
@@ -221,8 +223,8 @@ def test_a_canary_client_adds_the_clip_norm_and_the_sum_has_the_least_noise() ->
     included = np.arange(release.canaries) % 2 == 0
     signed = release(included)[0] * np.where(included, 1, -1)
     noise = release.claim().noise_multiplier
-    assert signed.mean() == pytest.approx(1, abs=4 * noise / np.sqrt(540))
-    assert signed.std() == pytest.approx(noise, rel=0.12)  # four deviations
+    assert signed.mean() == pytest.approx(1, abs=4 * noise / np.sqrt(1000))
+    assert signed.std() == pytest.approx(noise, rel=0.09)  # four deviations
 
 
 def shared_examples(more: str = "", canaries: int = 1500) -> tuple[SharedExamples, np.random.Generator]:
@@ -332,7 +334,8 @@ def test_nothing_else_changes() -> None:
 @pytest.mark.parametrize(
     ("settings", "canaries", "said"),
     [
-        (SMALL, 10**6, "each canary needs a weight of its own: set canaries=8970"),
+        (SMALL, 10**6, "needs a weight of its own, the model has 8970: set canaries=8970 or choose a larger"),
+        (f"{SMALL} model=logistic", 1000, "each of 1000 canaries .* the model has 650: choose a larger"),
         (
             f"{SMALL} trainer.ghost_above=100",
             1000,
@@ -366,7 +369,24 @@ def test_command_prints_and_exits(
     assert "passed, as it must" in command.told(replace(found, most=1.0))
 
 
-@pytest.mark.parametrize("bad", ["canaries=many", "canaries=10", "confidence=1", "nothing=1"])
+@pytest.mark.parametrize("bad", ["canaries=many", "canaries=999", "confidence=1", "nothing=1"])
 def test_bad_settings_are_named(bad: str) -> None:
     with pytest.raises(ConfigError, match=bad.split("=")[0]):
         command.run([bad])
+
+
+def test_an_audit_takes_a_thousand_canaries_at_least() -> None:
+    with pytest.raises(ConfigError, match=r"canaries must be .* at least 1000, got 100: set canaries=1000"):
+        command.run(["canaries=100"])
+
+
+@pytest.mark.parametrize("tolerated", [0.0, 0.1, 0.3])
+def test_as_many_are_left_of_a_shared_noise_as_are_asked_for(
+    monkeypatch: pytest.MonkeyPatch, tolerated: float
+) -> None:
+    """Where some are tolerated to be gone, who is left is a canary."""
+    audited: list[int] = []
+    monkeypatch.setattr(command, "told", lambda _: "")
+    monkeypatch.setattr(command, "audit", lambda release, claim, canaries, *_: audited.append(canaries))
+    command.run(["privacy=distributed_gaussian", "canaries=1000", f"privacy.tolerated={tolerated}"])
+    assert audited == [1000]

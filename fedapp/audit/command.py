@@ -1,6 +1,7 @@
 """`fedapp audit`: from overrides to a printed finding."""
 
 import json
+import math
 import shlex
 from typing import Any
 
@@ -10,7 +11,8 @@ import torch
 from fedapp import check, config
 from fedapp.audit.client import Central, Distributed, Local
 from fedapp.audit.example import Examples, SharedExamples, examples
-from fedapp.audit.one_run import Finding, audit
+from fedapp.audit.one_run import LEAST, Finding, audit
+from fedapp.job import Job
 from fedapp.privacy.central import CentralGaussian
 from fedapp.privacy.distributed import DistributedGaussian
 from fedapp.privacy.local import LocalGaussian
@@ -21,19 +23,22 @@ DEFAULTS = {"task": "digits", "privacy": "example", "privacy.epsilon": "2", "rou
 def run(overrides: list[str]) -> Finding:
     """Audit the job of these overrides, print what was found, and return it. Raises ConfigError.
 
-    Beside the job's own settings: confidence (0.95) of the lower bound, and canaries (5000). Of client-level
-    privacy every client is a canary, so `clients` is as many.
+    Beside the job's own settings: confidence (0.95) of the lower bound, and canaries (5000, at least 1000).
+    Of client-level privacy every client is a canary, so `clients` is as many; where some are tolerated to be
+    gone, so many more that as many are left.
     """
     torch.set_num_threads(1)
     given = dict(part.partition("=")[::2] for part in overrides)
     canaries, confidence = _number(given.pop("canaries", "5000")), _number(given.pop("confidence", "0.95"))
-    check.whole("canaries", canaries, 100)
+    check.whole("canaries", canaries, LEAST)
     check.real("confidence", confidence, low=0.5, high=0.9999)
     if given.get("privacy") in ("central_gaussian", "local_gaussian", "distributed_gaussian"):
         given["clients"] = str(canaries)
     if given.get("privacy") == "central_gaussian":
         given = {"cohort": str(canaries // 10)} | given
-    job = config.job(config.compose(shlex.join(f"{k}={v}" for k, v in (DEFAULTS | given).items())))
+    job = _job(given)
+    if isinstance(job.privacy, DistributedGaussian):
+        job = _job(given | {"clients": str(math.ceil(canaries / (1 - job.privacy.tolerated)))})
     job.prepare()
     rng = np.random.default_rng()
     release: Central | Local | Distributed | Examples | SharedExamples
@@ -73,6 +78,10 @@ def told(finding: Finding) -> str:
         f"at most      epsilon {finding.most:.3f}, if every guess were right",
         verdict,
     ))  # fmt: skip
+
+
+def _job(given: dict[str, str]) -> Job:
+    return config.job(config.compose(shlex.join(f"{k}={v}" for k, v in (DEFAULTS | given).items())))
 
 
 def _number(text: str) -> Any:

@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from fedapp.audit.one_run import SIZE, Claim
+from fedapp.audit.one_run import LEAST, SIZE, Claim
 from fedapp.dp_step import DpStep, Step
 from fedapp.errors import ConfigError
 from fedapp.job import Job
@@ -121,7 +121,11 @@ def examples(job: Job, canaries: int, rng: np.random.Generator) -> Examples | Sh
         raise ConfigError(f"privacy={job.choices['privacy']} has no audit: set privacy=example, for example")
     size = sum(p.numel() for p in job.task.model(job.seed).parameters() if p.requires_grad)
     if canaries > size:
-        raise ConfigError(f"each canary needs a weight of its own: set canaries={size} or a larger model")
+        fewer = f"set canaries={size} or " if size >= LEAST else ""
+        raise ConfigError(
+            f"each of {canaries} canaries needs a weight of its own, the model has {size}: "
+            f"{fewer}choose a larger model"
+        )
     if size > job.trainer.ghost_above:
         raise ConfigError(
             f"ghost clipping stores no gradients where canaries could be: the model has {size} weights, "

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from fedapp.audit.bound import lower_bound
 
 SIZE = 10.0  # norm of a canary over the clip norm: a clip that is missing shows tenfold
+LEAST = 1000  # canaries that an audit takes: the bound of fewer is low whatever is broken
 Release = Callable[[NDArray[np.bool_]], NDArray[Any]]
 """One run with the canaries that a mask (m,) includes: what came out along each of them, (steps, m).
 
