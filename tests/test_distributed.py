@@ -243,6 +243,27 @@ def test_no_sum_wraps_and_three_bits_fewer_would(cohort: int, noise: float, keep
     assert fewer > 10
 
 
+@pytest.mark.parametrize(
+    ("size", "cohort", "noise", "keep"),
+    [
+        (26_146, 10, 1.0, 1.0), (3000, 100, 0.1, 1.0), (650, 3, 5.0, 1.0), (30, 4, 0.3, 1.0),
+        (5000, 50, 0.3, 0.2), (1_200_000, 1000, 1.0, 0.1),
+    ],
+)  # fmt: skip
+def test_a_sum_wraps_with_the_stated_chance_at_most(
+    size: int, cohort: int, noise: float, keep: float
+) -> None:
+    """With the noise counted: over rotation and noise of the worst updates; of that chance little is wasted.
+
+    Each value is sub-Gaussian around 0, next to which each client's rounding is less than one.
+    """
+    agreed = terms(size, cohort, noise, keep=keep)
+    norm = cohort * agreed.clip / agreed.step
+    variance = norm**2 / 2 ** int(math.log2(agreed.kept)) + cohort * agreed.share
+    chance = 2 * agreed.kept * math.exp(-((agreed.modulus / 2 - cohort) ** 2) / (2 * variance))
+    assert 9e-7 < chance <= 1e-6
+
+
 def test_too_few_or_too_many_replies_are_refused() -> None:
     agreed = terms(100, 10, tolerated=0.25)
     assert agreed.honest == 7

@@ -285,13 +285,58 @@ def test_the_sum_decodes_to_a_step_against_the_mean_gradient_with_the_stated_noi
 def test_no_sum_wraps_and_three_bits_fewer_would(cohort: int) -> None:
     """The worst batches: as large as they get, and every gradient the same."""
     agreed, fewer = terms(3000, cohort, examples=1000), 0
-    longest = agreed.batch + 6 * math.sqrt(agreed.batch)
+    longest = distributed_example._most(agreed.batch)
     for round_, spiked in ((0, False), (1, True), (2, False), (3, True)):
         one = gradient(3000, 0.1, 5, spiked) * longest / cohort
         sums = agreed._rounded(one * cohort, bytes([round_] * 4))
         assert np.abs(sums).max() < agreed.modulus // 2
         fewer += int(np.count_nonzero(np.abs(sums) >= agreed.modulus // 16))
     assert fewer > 5
+
+
+@pytest.mark.parametrize("cohort", [1, 3, 100])
+@pytest.mark.parametrize("rate", [1e-5, 1e-3, 0.12, 1.0])
+def test_no_more_examples_join_than_the_modulus_is_made_for(cohort: int, rate: float) -> None:
+    """By the law of examples that join each by itself, of 1000 a client."""
+    most = distributed_example._most(rate * cohort * 1000)
+    assert binom.sf(most, cohort * 1000, rate) <= 1e-9
+
+
+@pytest.mark.parametrize("mean", [1e-3, 0.1, 1.0, 2.5, 40.0])
+def test_the_count_of_a_small_batch_has_a_long_tail(mean: float) -> None:
+    """Summed here. Six deviations above a mean of 1, for example, are exceeded once in 100,000 rounds."""
+
+    def exceeds(count: float) -> float:
+        logs = [k * math.log(mean) - mean - math.lgamma(k + 1) for k in range(math.floor(count) + 1, 200)]
+        return math.fsum(map(math.exp, logs))
+
+    most = distributed_example._most(mean)
+    assert exceeds(most) <= 1e-9 < exceeds(most - 1)
+    assert exceeds(mean + 6 * math.sqrt(mean)) > 1e-9
+    assert mean != 1 or exceeds(mean + 6 * math.sqrt(mean)) == pytest.approx(1.02e-5, rel=0.01)
+
+
+def wraps(agreed: StepTerms, examples: int) -> float:
+    """At most the chance that a value of a sum leaves the modulus, over who joins, rotation and noise.
+
+    Each value is sub-Gaussian around 0, next to which each client's rounding is less than one.
+    """
+    counts = np.arange(agreed.cohort * examples + 1)
+    norms = counts * 0.1 / agreed.step
+    variances = norms**2 / 2 ** int(math.log2(agreed.size)) + agreed.cohort * float(agreed.share)
+    values = 2 * agreed.size * np.exp(-((agreed.modulus / 2 - agreed.cohort) ** 2) / (2 * variances))
+    return float(binom.pmf(counts, agreed.cohort * examples, agreed.rate) @ np.minimum(values, 1))
+
+
+@pytest.mark.parametrize("size", [30, 650, 39_700])
+@pytest.mark.parametrize("cohort", [3, 10])
+def test_a_sum_wraps_with_the_stated_chance_at_most(size: int, cohort: int) -> None:
+    """With the noise counted; and one bit fewer would be too few, where batches vary little."""
+    for noise in (0.01, 4.0, 100.0):
+        for rate, examples in ((1.0, 6000), (0.1, 6000), (0.02, 100)):
+            agreed = terms(size, cohort, noise, rate=rate, examples=examples)
+            assert wraps(agreed, examples) <= 1e-6
+            assert wraps(replace(agreed, bits=agreed.bits - 1), examples) > 1e-6 or agreed.batch < 100
 
 
 def test_too_few_or_wrong_sums_are_refused() -> None:

@@ -13,7 +13,7 @@ from fedapp.codec import seed
 from fedapp.errors import ConfigError
 from fedapp.privacy.accounting import Gaussian, noise_for
 from fedapp.privacy.discrete import discrete_gaussian, sampled_variance
-from fedapp.privacy.integer_sum import honest_of, lifted, reach, rotated, rotated_back
+from fedapp.privacy.integer_sum import WRAPS, honest_of, lifted, reach, rotated, rotated_back
 from fedapp.privacy.mechanism import require_budget
 from fedapp.privacy.secret import Secret
 
@@ -22,6 +22,7 @@ _FINE = 50  # steps of the grid in the clip norm, over the root of the size: rou
 _SLACK = 1.001  # what floating-point numbers add to a step of rounding
 _ROUNDED = 8  # variance that makes whole numbers of a continuous Gaussian, see `DistributedExample`
 _LEAST_SHARE = 16.0  # variance from which sums of discrete Gaussians are as good as one
+_CROWDED = 1e-9  # of `WRAPS`: the chance that more examples join a round than its bits are made for
 
 
 @dataclass(frozen=True)
@@ -102,8 +103,8 @@ class DistributedExample:
         least = ((noise * _sensitivity(size)) ** 2 + _ROUNDED) / honest
         share = sampled_variance(max(_LEAST_SHARE, least))
         batch = rate * cohort * examples
-        longest = (batch + 6 * math.sqrt(batch)) * clip / step
-        bits = 1 + math.ceil(math.log2(reach(longest, cohort * float(share), size) + cohort))
+        longest, chance = _most(batch) * clip / step, WRAPS - _CROWDED
+        bits = 1 + math.ceil(math.log2(reach(longest, cohort * float(share), size, chance) + cohort))
         if bits > MOST_BITS:
             raise ConfigError(
                 f"a sum over {batch:.3g} examples of {size} values takes {bits} bits, and there are "
@@ -174,6 +175,17 @@ class StepTerms:
     def _rounded(self, total: NDArray[np.float64], turn: bytes) -> NDArray[np.int64]:
         """To the nearest steps; by no secret coin, so that neighbouring batches differ by whole numbers."""
         return np.rint(rotated(total / self.step, turn)).astype(np.int64)
+
+
+def _most(batch: float) -> int:
+    """So many examples join a round at most, but with chance `_CROWDED`, where `batch` do on average.
+
+    Their count is binomial, and above its mean a Poisson count is the likelier to be as large. Source:
+    Anderson and Samuels 1967, "Some inequalities among binomial and Poisson probabilities".
+    """
+    from scipy.stats import poisson  # takes half a second to import
+
+    return int(poisson.isf(_CROWDED, batch))
 
 
 def _sensitivity(size: int) -> float:

@@ -18,13 +18,13 @@ def honest_of(cohort: int, tolerated: float) -> int:
     return min(cohort, max(1, math.floor((1 - tolerated) * cohort + 1e-9)))
 
 
-def reach(norm: float, variance: float, size: int) -> float:
-    """What no value of a rotated sum with noise exceeds, but with chance `WRAPS`; rounding comes on top.
+def reach(norm: float, variance: float, size: int, chance: float = WRAPS) -> float:
+    """What no value of a rotated sum with noise exceeds, but with this chance; rounding comes on top.
 
     Behind random signs a value of a rotated vector is sub-Gaussian with proxy norm^2 / width; a discrete
     Gaussian with its variance (Canonne et al. 2020, section 2). `norm` and `variance` are those of the sum.
     """
-    return math.sqrt(2 * math.log(2 * size / WRAPS) * (norm**2 / width(size) + variance))
+    return math.sqrt(2 * math.log(2 * size / chance) * (norm**2 / width(size) + variance))
 
 
 def lifted(
