@@ -42,6 +42,8 @@ from fedapp.engine.local import LocalGrid
 from fedapp.errors import DecodeError
 from fedapp.exact_sum import ExactSum
 from fedapp.nodes import Cohort
+from fedapp.privacy.central import CentralGaussian
+from fedapp.privacy.mechanism import Plan
 from fedapp.records import ARRAYS, METRICS, STYPE, UPDATE, WEIGHT
 from fedapp.wire import Wire, compress
 
@@ -463,7 +465,12 @@ def asked(strategy: Strategy, weights: ArrayRecord, server_round: int = 1, clien
 
 
 def answer(
-    message: Message, arrays: ArrayRecord, weight: Any = 10, codec: Codec | None = None, **metrics: Any
+    message: Message,
+    arrays: ArrayRecord,
+    weight: Any = 10,
+    codec: Codec | None = None,
+    mechanism: Any = None,
+    **metrics: Any,
 ) -> Message:
     """A client's reply to a train message: plain, or through the mod."""
     context = Context(1, message.metadata.dst_node_id, {}, RecordDict(), {})
@@ -474,7 +481,7 @@ def answer(
 
     if codec is None:
         return train(message, context)
-    return compress(codec, np.random.default_rng(0))(message, context, train)
+    return compress(codec, np.random.default_rng(0), mechanism)(message, context, train)
 
 
 def replying(content: RecordDict) -> Callable[[Message, Context], Message]:
@@ -850,6 +857,44 @@ def test_the_mod_sends_one_array_and_the_buffers() -> None:
     assert arrays[UPDATE].stype == STYPE
     assert arrays["counter"].numpy() == 103
     assert reply.content.metric_records[METRICS][WEIGHT] == 10
+
+
+CENTRAL = CentralGaussian(
+    epsilon=None, noise_multiplier=0.01, clip=1.0, test_seed=1, plan=Plan("fixed", 8, 8, 1, 1)
+)
+
+
+@pytest.mark.parametrize("far", [0.0, 0.125, 5.0])
+def test_a_mechanism_clips_a_0_d_parameter_with_the_others(far: float) -> None:
+    """The update is one vector, all zeros too; what counts batches is no part of it and stays as it is."""
+    start = {
+        "matrix": np.zeros((2, 2), np.float32),
+        "scalar": np.zeros((), np.float32),
+        "counter": np.array(7),
+    }
+    weights, private = vector.record_of(start), Wire(built("fedavg"), Identity(), CENTRAL)
+    end = start | {"matrix": np.diag([0.6 * far, 0]).astype(np.float32), "counter": np.array(9)}
+    trained = vector.record_of(end | {"scalar": np.array(-0.8 * far, np.float32)})
+    message = asked(private, weights)[0]
+    arrays = _arrays(answer(message, trained, codec=Identity(), mechanism=CENTRAL))
+    assert list(arrays) == [UPDATE]
+    sent = decode_update(arrays[UPDATE].data, Identity(), vector.layout_of(weights))
+    assert np.linalg.norm(sent.astype(np.float64)) <= 1
+    assert sent == pytest.approx(np.array([0.6, 0, 0, 0, -0.8]) * min(far, 1), rel=1e-6)
+    assert message.content.array_records[ARRAYS]["counter"].numpy() == 7
+
+
+def test_a_server_under_a_mechanism_steps_a_0_d_parameter() -> None:
+    weights = vector.record_of({"scalar": np.array(3, np.float32), "vector": np.zeros(3, np.float32)})
+    trained = vector.record_of({"scalar": np.array(9, np.float32), "vector": np.zeros(3, np.float32)})
+    private = Wire(built("fedavg"), Identity(), CENTRAL)
+    replies = [answer(m, trained, codec=Identity(), mechanism=CENTRAL) for m in asked(private, weights)]
+    stepped, _ = private.aggregate_train(1, replies)
+    assert private.failures == 0
+    assert stepped is not None
+    assert stepped["scalar"].numpy().shape == ()
+    assert stepped["scalar"].numpy() == pytest.approx(3 + 1, abs=0.01)  # eight deviations of the noise
+    assert np.abs(stepped["vector"].numpy()).max() < 0.01
 
 
 def test_the_mod_passes_errors_on() -> None:
