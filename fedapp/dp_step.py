@@ -80,16 +80,20 @@ class Step:
         self._task, self._chunk = task, dp.physical_batch_size
         self._parameters: list[Any] = [p for p in model.parameters() if p.requires_grad]
         self._ghost = sum(p.numel() for p in self._parameters) > dp.ghost_above
+        # A norm that Opacus measures too short lets a gradient pass that is longer than the clip norm. Torch
+        # adds up squares in eight sums, in the parameters' precision: it lacks eps / 32 a value at most.
+        largest = max(p.numel() for p in self._parameters)
+        kept = 1 - torch.finfo(self._parameters[0].dtype).eps * (8 + largest / 32)
         optimizer: type[optimizers.DPOptimizer] = optimizers.DPOptimizer
         if self._ghost:
             optimizer = optimizers.DPOptimizerFastGradientClipping
-            self._model = GradSampleModuleFastGradientClipping(model, max_grad_norm=dp.max_grad_norm)
+            self._model = GradSampleModuleFastGradientClipping(model, max_grad_norm=kept * dp.max_grad_norm)
         else:
             self._model = GradSampleModule(model)
         self._optimizer = optimizer(
             torch.optim.SGD(self._parameters, lr=lr, momentum=dp.momentum),
-            noise_multiplier=dp.noise_multiplier,
-            max_grad_norm=dp.max_grad_norm,
+            noise_multiplier=dp.noise_multiplier / kept,  # of what it clips to
+            max_grad_norm=kept * dp.max_grad_norm,
             expected_batch_size=dp.sampling_rate * dp.examples_per_client,
             generator=noise,
         )

@@ -1,6 +1,7 @@
 """Trainers: the laws that every one keeps, then what DP-SGD promises, checked by numbers."""
 
 from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import nn
 
 from fedapp.dp_step import Step
 from fedapp.errors import ConfigError
-from fedapp.models import Cnn, Logistic, Mlp, Resnet18
+from fedapp.models import Cnn, Logistic, Mlp, Resnet18, SmallCnn
 from fedapp.privacy.example import ExamplePrivacy
 from fedapp.tasks import Data
 from fedapp.tasks.images import Digits
@@ -170,6 +171,46 @@ def test_one_example_moves_an_update_by_the_clip_norm_at_most(ghost_above: int) 
     more = Data(torch.cat([few.x, outlier.x]), torch.cat([few.y, outlier.y]))
     moved = float(np.linalg.norm(update(more) - update(few)))
     assert 0.99 * 0.5 * 0.5 / 300 < moved < 1.001 * 0.5 * 0.5 / 300
+
+
+def clipped(dp: DpSgd, model: nn.Module, x: torch.Tensor) -> float:
+    """How long one example's gradient is once it is clipped, measured in float64; its label is 0."""
+    with closing(Step(TASK, model, dp, None, 0.0)) as step:
+        return float(step.total(Data(x[None], torch.tensor([0])), torch.tensor([0])).double().norm())
+
+
+@pytest.mark.parametrize("ghost_above", [0, 10**9])
+@pytest.mark.parametrize("build", [Logistic(), Mlp(), SmallCnn()], ids=lambda build: type(build).__name__)
+def test_no_gradient_is_longer_than_the_clip_norm(build: Any, ghost_above: int) -> None:
+    """Not by a bit, for sensitivity is a bound; and long ones are little shorter."""
+    task = replace(TASK, build=build)
+    for norm in (0.1, 0.3, 0.5):
+        dp = replace(PRIVATE, max_grad_norm=norm, ghost_above=ghost_above)
+        for number, x in enumerate(data(12).x):
+            assert clipped(dp, task.model(0), x * 10.0 ** (number % 4)) <= norm
+        assert clipped(dp, task.model(0), 1e3 * torch.ones(1, 8, 8)) > 0.999 * norm
+
+
+@pytest.mark.parametrize("ghost_above", [0, 10**9])
+def test_no_gradient_of_many_equal_values_is_longer_either(ghost_above: int) -> None:
+    """Its squares are rounded the same way each time they are added: float32 norms of 100,000 lack 1e-4."""
+    dp = replace(PRIVATE, max_grad_norm=0.5, ghost_above=ghost_above)
+    found = []
+    for square in (1.1, 1.2, 1.6):
+        model = Logistic()((1, 100, 100), 10)
+        for p in model.parameters():
+            nn.init.zeros_(p)
+        found.append(clipped(dp, model, torch.full((1, 100, 100), square**0.5)))
+    assert 0.499 < max(found) <= 0.5
+
+
+def test_what_clipping_leaves_out_is_no_less_noise() -> None:
+    """Gradients are clipped a little short of the clip norm; the noise is that of the whole."""
+    for build in (Logistic(), Mlp(hidden=(512, 512))):
+        with closing(Step(TASK, build((1, 8, 8), 10), PRIVATE, None, 0.0)) as step:
+            clip, multiplier = step._optimizer.max_grad_norm, step._optimizer.noise_multiplier
+        assert clip < PRIVATE.max_grad_norm
+        assert multiplier * clip == pytest.approx(PRIVATE.noise_multiplier * PRIVATE.max_grad_norm, rel=1e-12)
 
 
 @pytest.mark.parametrize(
