@@ -26,7 +26,7 @@ commands:
   ledger     what a client's data has spent, and may spend: fedapp ledger show|set-limit|overlap
 
 on real machines (each tells more with --help):
-  keys       make keys: fedapp keys init|renew (the operator's), fedapp keys node (a participant's)
+  keys       make keys: fedapp keys init|renew|sign (the operator's), fedapp keys node (a participant's)
   server     what nodes join and runs are sent to: fedapp server [--folder DIR] [--port 8443];
              fedapp server backup|restore FILE keeps, and brings back, its keys, nodes and runs
   nodes      which nodes may join: fedapp nodes list|register|unregister
@@ -39,7 +39,7 @@ Settings are Hydra overrides of the YAML in conf/.
 """
 PROGRAMS = {
     "ledger": "fedapp.privacy.ledger_cli",
-    "keys": "fedapp.deploy.keys",
+    "keys": "fedapp.deploy.keys_cli",
     "server": "fedapp.deploy.server",
     "nodes": "fedapp.deploy.registry",
     "client": "fedapp.deploy.client",

@@ -71,7 +71,7 @@ from flwr.superlink.grid import HttpGrid
 from omegaconf import OmegaConf
 
 from fedapp import server_app
-from fedapp.deploy import backup_cli, bounded, certificates, holding, keys, objects, quota, registry
+from fedapp.deploy import backup_cli, bounded, certificates, holding, keys, keys_cli, objects, quota, registry
 from fedapp.deploy.control import Access
 from fedapp.deploy.objects import deliver
 from fedapp.deploy.runs import tar
@@ -197,7 +197,7 @@ def server(tmp_path_factory: pytest.TempPathFactory, database: Path) -> Iterator
 
 def test_keys_are_private_and_stay(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "server"
-    keys.main(["init", "--host", "fed.example.org", "--host", "10.0.0.5", "--folder", str(folder)])
+    keys_cli.main(["init", "--host", "fed.example.org", "--host", "10.0.0.5", "--folder", str(folder)])
     modes = {path.name: path.stat().st_mode & 0o777 for path in folder.iterdir()}
     assert modes == {
         "ca.pem": 0o644, "ca.key": 0o600, "server.pem": 0o644, "server.key": 0o600, "operator.token": 0o600
@@ -239,7 +239,7 @@ def test_a_given_ca_signs_and_its_key_is_not_copied(tmp_path: Path) -> None:
 
 def test_a_nodes_key_is_what_flower_takes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "node.key"
-    keys.main(["node", "--out", str(path)])
+    keys_cli.main(["node", "--out", str(path)])
     line = capsys.readouterr().out.splitlines()[-1]
     key = load_ssh_private_key(path.read_bytes(), None)
     assert isinstance(key, ec.EllipticCurvePrivateKey)

@@ -15,7 +15,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from flwr.proto.control_pb2 import ListNodesRequest
 from test_deploy_server import Running, running
 
-from fedapp.deploy import certificates, control, keys
+from fedapp.deploy import certificates, control, keys, keys_cli
 from fedapp.deploy.certificates import Authority
 from fedapp.errors import FedappError
 
@@ -70,7 +70,7 @@ def company(tmp_path: Path) -> Company:
 
 
 def run(*words: object) -> None:
-    keys.main([str(word) for word in words])
+    keys_cli.main([str(word) for word in words])
 
 
 def seen(server: Running, host: str) -> int:

@@ -1,9 +1,8 @@
-"""`fedapp keys`: the server's certificate and its CA, the operator's token, a node's key.
+"""The server's certificate and its CA, the operator's token, a node's key.
 
 A node's key is ECDSA P-384 in OpenSSH's format, as flwr 1.41 wants it.
 """
 
-import argparse
 import fcntl
 import os
 import re
@@ -29,44 +28,6 @@ from fedapp.errors import FedappError
 FOLDER = Path("~/.fedapp/server").expanduser()
 CA, CA_KEY, CERTIFICATE, KEY, TOKEN = "ca.pem", "ca.key", "server.pem", "server.key", "operator.token"
 _NEW_KEY = "server.key.new"  # until its certificate is there
-
-
-def main(arguments: Sequence[str]) -> None:
-    """Run one subcommand; exits 2 on a wrong one. Raises FedappError for what does not fit."""
-    parser = argparse.ArgumentParser("fedapp keys", description=__doc__.splitlines()[0])
-    commands = parser.add_subparsers(dest="command", required=True)
-    first = commands.add_parser("init", help="operator: a CA, a server certificate, an operator's token")
-    again = commands.add_parser("renew", help="operator: a new server certificate of the same CA")
-    own = commands.add_parser("node", help="participant: a node's key; prints the half for the operator")
-    for command in (first, again):
-        command.add_argument("--host", action="append", default=[], help="a name or address of the server")
-        command.add_argument("--folder", type=Path, default=FOLDER, help="server's folder (%(default)s)")
-        command.add_argument("--days", type=int, default=365, help="the certificate holds (%(default)s)")
-        command.add_argument("--ca-key", type=Path, help="the key of a CA that exists already")
-        command.add_argument("--certificate", type=Path, help="one that exists already, and its chain")
-        command.add_argument("--key", type=Path, help="its key")
-    first.add_argument("--ca", type=Path, help="a CA that exists already: its certificate")
-    first.add_argument("--force", action="store_true", help="replace what is there: all must join anew")
-    own.add_argument("--out", type=Path, default=Path("node.key"), help="its file (%(default)s)")
-    own.add_argument("--force", action="store_true", help="replace the key that is there")
-    given = parser.parse_args(arguments)
-    if given.command == "init":
-        if _is_given(given, given.ca):
-            take(given.folder, given.certificate, given.key, given.ca, given.force)
-        else:
-            init(given.folder, given.host, given.days, given.ca, given.ca_key, given.force)
-        print(f"{given.folder}: give {CA} to all participants, and {CA} with {TOKEN} to who submits runs")
-        print("next: fedapp server" + ("" if given.folder == FOLDER else f" --folder {given.folder}"))
-    elif given.command == "renew":
-        if _is_given(given, given.folder / CA):
-            hosts = bring(given.folder, given.certificate, given.key)
-        else:
-            hosts = renew(given.folder, given.host, given.days, given.ca_key)
-        print(f"{given.folder / CERTIFICATE} is new, for {', '.join(hosts)}")
-        print("a running server takes it on SIGHUP: systemctl reload, or kill -HUP with its process id")
-    else:
-        print(f"send this line to the operator; {given.out} stays here:", flush=True)
-        print(node(given.out, given.force))
 
 
 def init(
@@ -237,18 +198,6 @@ def alone(folder: Path) -> Iterator[None]:
         except OSError as error:
             raise FedappError(f"another server runs from {folder}: end it first") from error
         yield
-
-
-def _is_given(given: argparse.Namespace, ca: Path | None) -> bool:
-    """Whether the certificate is given, and not to be made. Raises FedappError where it is so by half."""
-    if given.certificate is None and given.key is None:
-        return False
-    if None in (given.certificate, given.key, ca) or given.host or given.ca_key:
-        raise FedappError(
-            "--certificate, --key and, for init, --ca belong together: give all of them, without --ca-key, "
-            "and without --host, for the certificate says the names"
-        )
-    return True
 
 
 def _vacant(folder: Path, force: bool) -> None:
