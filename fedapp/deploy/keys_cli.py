@@ -35,9 +35,8 @@ def main(arguments: Sequence[str]) -> None:
             keys.take(given.folder, given.certificate, given.key, given.ca, given.force)
         else:
             keys.init(given.folder, given.host, given.days, given.ca, given.ca_key, given.force)
-        print(
-            f"{given.folder}: give {keys.CA} to all participants, and {keys.CA} with {keys.TOKEN} to who submits runs"
-        )
+        both = f"{keys.CA} with {keys.TOKEN}"
+        print(f"{given.folder}: give {keys.CA} to all participants, and {both} to who submits runs")
         print("next: fedapp server" + ("" if given.folder == keys.FOLDER else f" --folder {given.folder}"))
     elif given.command == "renew":
         if _is_given(given, given.folder / keys.CA):
