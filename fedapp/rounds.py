@@ -34,6 +34,7 @@ from fedapp.stages import AGGREGATE, CLOCK, ENCODE, EVALUATE
 from fedapp.tasks.stream import Stream
 from fedapp.vector import arrays_in, layout_of, record_of
 
+LOST = 3  # rounds in a row that end a run if all fail: one may be an accident, three are not, and cost hours
 _NAMED = 8  # nodes that a line of the log names
 
 
@@ -62,6 +63,7 @@ class Federation:
         self._facts = [told.get(node, Facts()) for node in self.nodes]
         self._wire.weigh_at_least(self.job.selection.least_weight(self._facts, self.job.at_once))
         self._late, self._lost = 0, False
+        self._failed = 0  # rounds in a row in which all failed
         self._streamed = isinstance(self.job.task, Stream) and self.job.privacy.unit is None
         self._asynchronous: Asynchronous | None = None
         if isinstance(self.job.strategy, FedBuff):
@@ -80,6 +82,7 @@ class Federation:
             "downlink": self._downlink and self._downlink.state(self._partitions, self.arrays),
             "asynchronous": self._asynchronous and self._asynchronous.state(),
             "clock": self.clock,
+            "failed": self._failed,
             "counts": [self.traffic.uplink, self.traffic.downlink, self.messages, self.accepted],
         }
 
@@ -99,13 +102,17 @@ class Federation:
             self.grid.timeline.now = state["clock"]
         if self._asynchronous is not None:
             self._asynchronous.restore(state["asynchronous"])
+        self._failed = state.get("failed", 0)  # older checkpoints do not say
         self.traffic.uplink, self.traffic.downlink, self.messages, self.accepted = state["counts"]
 
     def run(self, progress: Progress) -> Iterator[Round]:
-        """The rounds that are left, one record each. Raises FedappError when a cohort returned no update.
+        """The rounds that are left, one record each; that of a round which left no update has no replies.
 
-        Of a round that left too few clients for a sum that may be opened there is a record, without replies,
-        and the weights stay: it is lost. It costs what others do, as was written down before it began.
+        The weights then stay, but where noise on the sum must hide that it is one of nobody
+        (privacy=central_gaussian), and the round costs what others do, as was written down before it began.
+        Raises FedappError where whole cohorts failed in `LOST` rounds in a row, or in all of a shorter run;
+        one that is resumed then ends at the first round that fails again. A sum that may not be opened, since
+        too few are left, is lost, and ends nothing.
         Stops before a round that would pass the budget: rounds that a crash made it repeat have cost some.
         """
         for number in range(self.finished + 1, self.job.rounds + 1):
@@ -116,6 +123,11 @@ class Federation:
             answers = self._train(number, progress)
             evaluated = self._evaluate(number)
             spent, self.finished = self.spent, number
+            replies = self.accepted - accepted
+            failed = answers > 0 and not replies and not self._lost
+            self._failed = self._failed + 1 if failed else 0
+            if failed:
+                log(WARNING, "round %s is skipped: %s", number, self._why(answers))
             yield Round(
                 round=number,
                 **evaluated._asdict(),
@@ -123,17 +135,20 @@ class Federation:
                 downlink_bytes=self.traffic.downlink - before.downlink,
                 epsilon=None if spent is None else spent.epsilon,
                 seconds=time.perf_counter() - started,
-                replies=self.accepted - accepted,
-                failures=answers - (self.accepted - accepted),
+                replies=replies,
+                failures=answers - replies,
                 stages=CLOCK.end_round(self.grid.workers if isinstance(self.grid, LocalGrid) else None),
                 clock=self.clock if self.job.timed else None,
                 drift=self.traffic.drifted - before.drifted if self._streamed else None,
             )
-            if answers and self.accepted == accepted and not self._lost:
-                early = "" if self.job.deadline is None else f", or deadline={self.job.deadline:g} is early"
-                raise FedappError(
-                    f"round {number}: none of {answers} clients returned an update; the log says why{early}"
-                )
+            if self._failed >= min(LOST, self.job.rounds):
+                ends = f"the run ends after {self._failed} such rounds in a row: mend that, and resume it"
+                raise FedappError(f"round {number}: {self._why(answers)}, and {ends}")
+
+    def _why(self, answers: int) -> str:
+        """What is known of a round in which all failed."""
+        early = "" if self.job.deadline is None else f", or deadline={self.job.deadline:g} is early"
+        return f"none of {answers} clients returned an update; the log says why{early}"
 
     @property
     def clock(self) -> float | None:

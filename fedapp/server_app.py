@@ -28,6 +28,7 @@ from fedapp.errors import ConfigError, FedappError
 from fedapp.job import Job
 from fedapp.nodes import checks
 from fedapp.privacy.begun import Begun
+from fedapp.privacy.central import CentralGaussian
 from fedapp.report.folder import Round, RunFolder, alone
 from fedapp.report.page import write_page
 from fedapp.report.progress import Progress
@@ -250,10 +251,11 @@ def _charged(repeated: int) -> str:
     return f"{many} begun and not finished, and what had left by then is charged"
 
 
-def _lost(records: list[Round]) -> str:
+def _lost(job: Job, records: list[Round]) -> str:
     """Which rounds left no update."""
     lost = [str(record.round) for record in records if record.failures and not record.replies]
-    return f"no update came of round {', '.join(lost)}, which changed nothing" if lost else ""
+    did = "added noise alone" if isinstance(job.privacy, CentralGaussian) else "changed nothing"
+    return f"no update came of round {', '.join(lost)}, which {did}" if lost else ""
 
 
 def _note(federation: Federation, records: list[Round]) -> str | None:
@@ -262,7 +264,7 @@ def _note(federation: Federation, records: list[Round]) -> str | None:
     ended = f"the budget ends after round {federation.finished} of {job.rounds}"
     said = [
         job.note,
-        _lost(records) or None,
+        _lost(job, records) or None,
         _charged(repeated) if repeated else None,
         ended if federation.spent_out else None,
     ]

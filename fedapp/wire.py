@@ -194,6 +194,8 @@ class Wire(Strategy):
             secret = source(self.mechanism.test_seed, SERVER, server_round)
             mean, kept = self.mechanism.on_server(exact.total(), sides, exact.weight, self._kept, secret)
             self._kept = dict(kept)
+            if not exact.weight and not mean.any():  # nor noise, which must hide that there is no update
+                return None, None
         elif not exact.weight:
             return None, None
         elif self.controls:

@@ -1,7 +1,9 @@
 """Whole rounds on the local engine: the same bits however executed, and faults that cost one reply."""
 
+import io
 import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -18,12 +20,14 @@ import pytest
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.common.constant import ErrorCode
-from grids import Elsewhere, Forgetful, bits, model_of, rounds_on
+from grids import Elsewhere, Forgetful, bits, local, model_of, rounds_on
 from grids import rounds_here as run
+from rich.console import Console
+from safetensors.numpy import load_file
 from torch import nn
 
-from fedapp import config
-from fedapp.client_app import FAILED, client_app
+from fedapp import config, server_app
+from fedapp.client_app import FAILED, client_app, local_app
 from fedapp.downlink import HOLDS
 from fedapp.engine.grid import stream
 from fedapp.engine.local import Local, LocalGrid
@@ -31,6 +35,8 @@ from fedapp.errors import ConfigError, FedappError
 from fedapp.evaluation import Evaluated
 from fedapp.job import Job
 from fedapp.records import CONFIG, METRICS, WEIGHT
+from fedapp.report.folder import Round, RunFolder
+from fedapp.report.progress import Progress
 from fedapp.rounds import Federation
 from fedapp.tasks import Data, Task
 
@@ -283,9 +289,98 @@ def test_clients_all_without_examples_keep_the_model() -> None:
 
 @pytest.mark.parametrize("codec", ["default", "identity"])
 @pytest.mark.parametrize("trouble", ["raises", "dies"])
-def test_a_whole_cohort_in_trouble_stops_the_run(trouble: str, codec: str) -> None:
-    with pytest.raises(FedappError, match="round 1: none of 5 clients returned an update"):
-        run(troubled(trouble, -1, f"codec={codec}"))
+def test_whole_cohorts_in_trouble_stop_the_run(trouble: str, codec: str) -> None:
+    """After three rounds, or all of a run of fewer."""
+    for rounds, last in ((2, 2), (5, 3)):
+        job, ended = (
+            troubled(trouble, -1, f"codec={codec} rounds={rounds}"),
+            rf"after {last} such rounds in a row",
+        )
+        with pytest.raises(
+            FedappError, match=f"round {last}: none of 5 clients returned an update; .* {ended}"
+        ):
+            run(job)
+
+
+def failing_in(job: Job, *rounds: int) -> Any:
+    """The clients of a run, which all fail in these rounds."""
+    app = local_app(job)
+
+    def answer(message: Message, context: Context) -> Message:
+        number = message.content.config_records[CONFIG].get("server-round")
+        if message.metadata.message_type == "train" and number in rounds:
+            raise ValueError("patient Morgan has a secret")
+        return app(message, context)
+
+    return answer
+
+
+def round_by_round(job: Job, app: Any) -> tuple[list[Round], list[bytes]]:
+    """Each round, and the model after it."""
+    job.prepare()
+    sizes = [len(part) for part in job.task.partitions()]
+    with local(job).grid(app, sizes, job.at_once, job.fold, seconds=job.seconds) as grid:
+        federation = Federation(job, grid)
+        rounds = federation.run(Progress(Console(file=io.StringIO()), job.rounds))
+        found = [(record, bits(federation.arrays)) for record in rounds]
+    return [record for record, _ in found], [model for _, model in found]
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "codec=default",
+        "codec=identity downlink=plain",
+        "strategy=fedmedian",
+        "strategy=fedavgm",
+        "strategy=fedbuff strategy.buffer=5",
+        "strategy=fedavgm privacy=local_gaussian privacy.test_seed=1",
+        "cohort=4 over_selection=1.25 deadline=1000 speeds=stragglers",
+    ],
+)
+def test_a_round_in_which_all_fail_is_skipped_and_said(
+    setting: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    job = job_of(f"cohort=null rounds=4 {setting}")
+    records, models = round_by_round(job, failing_in(job, 2))
+    assert [r.replies for r in records] == [job.in_round, 0, job.in_round, job.in_round]
+    assert [r.failures for r in records] == [0, 5, 0, 0]
+    assert models[0] == models[1]
+    assert len(set(models)) == 3
+    assert records[0].accuracy == records[1].accuracy
+    early = ", or deadline=1000 is early" if "deadline" in setting else ""
+    said = f"round 2 is skipped: none of 5 clients returned an update; the log says why{early}"
+    assert [text for text in caplog.messages if "skipped" in text] == [said]
+
+
+def test_a_skipped_round_is_in_the_run_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server_app, "local_app", lambda job: failing_in(job, 2))
+    console = Console(file=io.StringIO(), width=200)
+    tree = config.compose(f"{FAST} cohort=null rounds=4 run_dir={tmp_path}")
+    summary = server_app.simulate(tree, tmp_path, console, time.perf_counter())
+    assert (summary.rounds, summary.interrupted) == (4, False)
+    assert summary.note == "no update came of round 2, which changed nothing"
+    rounds = RunFolder(tmp_path, again=True).rounds()
+    assert [(r.replies, r.failures) for r in rounds] == [(5, 0), (0, 5), (5, 0), (5, 0)]
+    assert summary.uplink_bytes == sum(r.uplink_bytes for r in rounds)
+    assert rounds[1].uplink_bytes == 0
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    assert re.findall(r"^round (.)/4 .*  5 failed ", shown, re.MULTILINE) == ["2"]
+    assert load_file(tmp_path / "model.safetensors").keys() == {"linear.weight", "linear.bias"}
+    assert summary.note in (tmp_path / "report.html").read_text()
+
+
+def test_accidents_apart_do_not_add_up() -> None:
+    job = job_of("cohort=null rounds=9")
+    _, records = run(job, failing_in(job, 1, 2, 4, 5, 7, 8))
+    assert [r.replies for r in records] == [0, 0, 5] * 3
+
+
+def test_under_central_privacy_noise_hides_that_all_failed() -> None:
+    job = job_of("privacy=central_gaussian privacy.test_seed=1 sampling=fixed rounds=4 cohort=null")
+    records, models = round_by_round(job, failing_in(job, 2))
+    assert [r.replies for r in records] == [5, 0, 5, 5]
+    assert len(set(models)) == 4
 
 
 def test_the_text_of_a_clients_error_stays_on_the_client() -> None:

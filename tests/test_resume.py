@@ -30,7 +30,7 @@ from fedapp import checkpoint, config, server_app
 from fedapp.checkpoint import Checkpoints, read, write
 from fedapp.client_app import client_app
 from fedapp.engine.states import States
-from fedapp.errors import ConfigError, DecodeError
+from fedapp.errors import ConfigError, DecodeError, FedappError
 from fedapp.job import Job
 from fedapp.privacy.begun import Begun
 from fedapp.report import folder as report_folder
@@ -178,6 +178,28 @@ def test_private_asynchronous_rounds_go_on_within_their_budget(tmp_path: Path) -
     assert summary.epsilon <= 8
     assert summary.note is not None
     assert "1 round was begun and not finished" in summary.note
+
+
+def test_rounds_in_which_all_failed_are_counted_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed after two of them, the run ends after the third, and after a fourth; mended, it goes on."""
+
+    def fails(message: Message, context: Context) -> Message:
+        raise ValueError("no")
+
+    def run() -> None:
+        Federation._train = at_call(3, Federation._train)  # type: ignore[method-assign]
+        simulate(tmp_path, SETTINGS["feedback"])
+
+    with monkeypatch.context() as patch:
+        patch.setattr(server_app, "local_app", lambda job: fails)
+        assert killed(run, never) == -9
+        for number in (3, 4):
+            with pytest.raises(FedappError, match=f"round {number}: .* after {number} such rounds in a row"):
+                resume(tmp_path)
+    summary = resume(tmp_path)
+    assert (summary.rounds, summary.interrupted) == (6, False)
+    assert summary.note == "no update came of round 1, 2, 3, 4, which changed nothing"
+    assert [r["replies"] for r in left(tmp_path)[1]] == [0, 0, 0, 0, 3, 3]
 
 
 MOMENTS: dict[str, tuple[Any, str, int]] = {  # who calls what, at which call the process dies
