@@ -72,7 +72,8 @@ _KEYS = (
 _SOURCE = "task@task.source"  # which task a stream reads
 _WITHOUT_EFFECT = (
     "run_dir", "resume", "checkpoint", "profile",
-    "engine.workers", "engine.state_mb", "engine.address", "engine.cpus", "engine.gpus",
+    "engine.workers", "engine.state_mb", "engine.client_timeout",
+    "engine.address", "engine.cpus", "engine.gpus",
 )  # fmt: skip
 _GROUPS = (
     "task", "partition", "model", "trainer", "codec", "downlink", "strategy", "aggregation", "engine",

@@ -10,7 +10,7 @@ from flwr.serverapp import Grid
 
 from fedapp.client_app import load
 from fedapp.engine.grid import stream
-from fedapp.engine.local import LocalGrid
+from fedapp.engine.local import TEST, LocalGrid
 from fedapp.errors import DataError, FedappError
 from fedapp.fedbuff import FedBuff
 from fedapp.job import Job
@@ -76,7 +76,7 @@ class ServerTest:
             left = {first: end for first, end in self._ends.items() if first not in found}
             configs = [ConfigRecord({"first": first, "end": end}) for first, end in left.items()]
             contents = [RecordDict({ARRAYS: arrays, CONFIG: config}) for config in configs]
-            messages = [Message(content, node, "query.test") for content in contents]
+            messages = [Message(content, node, TEST) for content in contents]
             for reply in stream(self._grid, messages, self._job.round_timeout):
                 if reply.has_content():
                     told = cast(Mapping[str, Any], reply.content.metric_records[METRICS])

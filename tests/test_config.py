@@ -156,6 +156,8 @@ SAID = [
     ("codec.feedback=maybe", r"codec.feedback must be true or false, .*auto.*, got 'maybe'"),
     ("codec=topk codec.feedback=auto", r"codec.feedback must be true or false, .*, got 'auto'"),
     ("engine.workers=0", r"engine.workers .* from 1 to 1024, got 0"),
+    ("engine.client_timeout=0", r"engine.client_timeout must be a number above 0, got 0: set"),
+    ("engine.client_timeout=-1", r"engine.client_timeout must be a number above 0, got -1"),
     ("engine.workers=many", r"engine.workers .* got 'many'"),
     ("model.activation=gelu", r"model.activation must be .*tanh.*relu.*, got '?gelu"),
     ("model=mlp model.hidden=[]", r"model.hidden .* got"),

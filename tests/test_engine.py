@@ -30,7 +30,7 @@ from fedapp import config, server_app
 from fedapp.client_app import FAILED, client_app, local_app
 from fedapp.downlink import HOLDS
 from fedapp.engine.grid import stream
-from fedapp.engine.local import Local, LocalGrid
+from fedapp.engine.local import TEST, Local, LocalGrid
 from fedapp.errors import ConfigError, FedappError
 from fedapp.evaluation import Evaluated
 from fedapp.job import Job
@@ -550,6 +550,37 @@ def test_a_round_that_times_out_counts_the_silent_as_failures() -> None:
     with Local(workers=2).grid(slow, [1] * 5, 5) as grid:  # type: ignore[arg-type]
         _, records = rounds_on(job, grid)
     assert (records[0].replies, records[0].failures) == (4, 1)
+
+
+@pytest.mark.parametrize("simulated", [None, lambda which, examples: 1000.0])
+def test_a_client_that_takes_too_long_is_ended_and_others_go_on(
+    simulated: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """By seconds that pass in fact."""
+    engine, began = Local(workers=1, client_timeout=1.5), time.monotonic()
+    with engine.grid(echo(), [10, 40, 20, 30], 4, seconds=simulated) as grid:
+        replies = list(stream(grid, orders(grid.partitions, n3="60"), 60))
+        (failed,) = [reply for reply in replies if reply.has_error()]
+        assert failed.metadata.src_node_id == 3
+        assert failed.error.code == ErrorCode.CLIENT_APP_CRASHED
+        assert failed.error.reason == "engine.client_timeout=1.5 is over"
+        assert sorted(told(replies, "node")) == [2, 4, 5]
+        assert told(stream(grid, orders([3]), 60), WEIGHT) == [1]  # what it did before it was ended is lost
+    assert time.monotonic() - began < 20
+    said = r"the client of partition 1 was ended after 1\.\d s of a train message: .*_timeout above 1\.5"
+    assert re.search(said, caplog.text)
+
+
+def test_the_servers_test_may_take_longer_than_a_client() -> None:
+    app = ClientApp()
+
+    @app.query("test")
+    def test(message: Message, context: Context) -> Message:
+        time.sleep(0.6)
+        return Message(RecordDict(), reply_to=message)
+
+    with Local(workers=1, client_timeout=0.2).grid(app, [1], 1) as grid:
+        assert next(stream(grid, [Message(RecordDict(), 2, TEST)], 60)).has_content()
 
 
 # Nothing is left behind

@@ -207,8 +207,11 @@ def test_an_update_that_does_not_decode_costs_its_client(monkeypatch: pytest.Mon
     assert any(r.failures for r in rounds)
 
 
-def test_who_is_late_is_ended_and_not_in_a_later_sum() -> None:
-    setting = "engine.workers=2 rounds=2 round_timeout=2"
+@pytest.mark.parametrize(
+    "setting",
+    ["engine.workers=2 rounds=2 round_timeout=2", "engine.workers=1 rounds=2 engine.client_timeout=2"],
+)
+def test_who_is_late_is_ended_and_not_in_a_later_sum(setting: str) -> None:
     job = job_of(setting)
     app, began = client_app(lambda _: job), time.monotonic()
 

@@ -433,8 +433,12 @@ def test_a_deployed_run_goes_on_with_nodes_that_remember_nothing(
 
 def test_in_a_deployment_all_settings_are_compared() -> None:
     """Clients are sent them, and know no folder."""
-    was, now = (config.compose(f"{FAST} {more}") for more in ("codec.rate=0.5", "engine.workers=2 resume=x"))
+    was, now = (
+        config.compose(f"{FAST} {more}")
+        for more in ("codec.rate=0.5", "engine.workers=2 engine.client_timeout=9 resume=x")
+    )
     assert config.differences(was, now) == {"codec.rate": (0.5, 1)}
+    assert config.follow(was, now).engine.client_timeout == 9
     assert config.follow(was, now).engine.workers == 2
     assert config.follow(was, now).resume is None
 

@@ -3,6 +3,7 @@
 import multiprocessing.connection
 import os
 import pickle
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from copy import copy
@@ -30,6 +31,7 @@ from fedapp.fold import Fold, Folded
 from fedapp.records import size_of
 from fedapp.stages import CLOCK, TRANSFER
 
+TEST = "query.test"  # asks a worker to test for the server: no client's work, though in the name of a node
 _WAIT = 0.05  # seconds that a pull waits for a reply before it returns with none
 
 
@@ -39,11 +41,14 @@ class Local:
 
     workers: int | None = None
     state_mb: float = 128.0
+    client_timeout: float | None = None
 
     def __post_init__(self) -> None:
         if self.workers is not None:
             check.whole("engine.workers", self.workers, 1, 1024)
         check.real("engine.state_mb", self.state_mb, low=0.0)
+        if self.client_timeout is not None:
+            check.real("engine.client_timeout", self.client_timeout, above=0.0)
 
     @contextmanager
     def grid(
@@ -65,7 +70,8 @@ class Local:
         sends so many bytes.
         """
         workers = min(self.workers or len(os.sched_getaffinity(0)), at_once)
-        grid = LocalGrid(app, sizes, workers, fold and fold(workers), seconds, sending)
+        of_time = seconds, sending, self.client_timeout
+        grid = LocalGrid(app, sizes, workers, fold and fold(workers), *of_time)
         try:
             grid._contexts = States(grid.partitions, grid._context, self.state_mb * 1e6, file, finished)
             yield grid
@@ -86,12 +92,13 @@ class LocalGrid(Grid):
         fold: Fold | None = None,
         seconds: Callable[[int, int], float] | None = None,
         sending: Callable[[int, int], float] | None = None,
+        client_timeout: float | None = None,
     ) -> None:
         # Message() reads the run from here, process-wide, outside Flower's own runtimes.
         TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, SUPERLINK_NODE_ID, 1
         self.partitions = {SUPERLINK_NODE_ID + 1 + i: i for i in range(len(sizes))}
         self._app, self._sizes, self._fold = app, sizes, fold
-        self._seconds, self._sending = seconds, sending
+        self._seconds, self._sending, self._client_timeout = seconds, sending, client_timeout
         self.timeline = None if seconds is None else Timeline(self._seconds_of)
         self._contexts = States(self.partitions, self._context)
         self._queue: list[Message] = []
@@ -163,7 +170,32 @@ class LocalGrid(Grid):
         self._dispatch()
         busy = {worker.channel.pipe: worker for worker in self._workers if worker.message is not None}
         ready = multiprocessing.connection.wait(list(busy), pause)
-        return [self._receive(worker) for pipe, worker in busy.items() if pipe in ready]
+        done = [self._receive(worker) for pipe, worker in busy.items() if pipe in ready]
+        return done + [self._give_up(worker) for worker in busy.values() if self._overdue(worker)]
+
+    def _overdue(self, worker: Worker) -> bool:
+        """Whether the client that a worker works for has had its time, which passes in fact."""
+        if self._client_timeout is None or worker.message is None:
+            return False
+        since, kind = time.monotonic() - worker.began, worker.message.metadata.message_type
+        return since > self._client_timeout and kind != TEST
+
+    def _give_up(self, worker: Worker) -> Answer:
+        """The answer of a client whose time is over, in its place; it keeps what it had."""
+        asked = worker.message
+        assert asked is not None
+        self._replace(worker)
+        log(
+            ERROR,
+            "the client of partition %s was ended after %.1f s of a %s message: "
+            "where clients may take longer, set engine.client_timeout above %g",
+            self.partitions[asked.metadata.dst_node_id],
+            time.monotonic() - worker.began,
+            asked.metadata.message_type,
+            self._client_timeout,
+        )
+        error = Error(ErrorCode.CLIENT_APP_CRASHED, f"engine.client_timeout={self._client_timeout:g} is over")
+        return Message(error, reply_to=asked), None
 
     def _delivered(self, answer: Answer) -> Message:
         """The reply, now that its node has sent it."""
@@ -184,7 +216,7 @@ class LocalGrid(Grid):
             if worker.message is None and self._queue:
                 if not worker.process.is_alive():
                     worker = self._replace(worker)
-                worker.message = self._queue.pop(0)
+                worker.message, worker.began = self._queue.pop(0), time.monotonic()
                 content = worker.message.content
                 known = content is worker.content
                 worker.content = content
@@ -204,7 +236,9 @@ class LocalGrid(Grid):
             told = pickle.loads(worker.channel.pipe.recv_bytes())
         except (EOFError, OSError):  # killed, for memory perhaps; the next dispatch replaces it
             worker.process.join()
-            log(ERROR, "a worker process died with exit code %s", worker.process.exitcode)
+            partition = self.partitions[asked.metadata.dst_node_id]
+            died = "a worker process died with exit code %s at the client of partition %s"
+            log(ERROR, died, worker.process.exitcode, partition)
             error = Error(ErrorCode.CLIENT_APP_CRASHED, "its worker process died")
             return Message(error, reply_to=asked), None
         CLOCK.hear(told, worker.slot + 1, self.partitions[asked.metadata.dst_node_id])

@@ -31,6 +31,7 @@ class Worker:
         theirs.close()
         self.slot, self.channel = slot, Channel(ours)
         self.message: Message | None = None
+        self.began = 0.0  # when it was given that, by `time.monotonic`
         self.content: RecordDict | None = None  # what this worker received last, so that it is sent once
 
     def end(self) -> None:
