@@ -31,6 +31,7 @@ from fedapp.client_app import FAILED, client_app, local_app
 from fedapp.downlink import HOLDS
 from fedapp.engine.grid import stream
 from fedapp.engine.local import TEST, Local, LocalGrid
+from fedapp.engine.worker import _end_with
 from fedapp.errors import ConfigError, FedappError
 from fedapp.evaluation import Evaluated
 from fedapp.job import Job
@@ -606,19 +607,37 @@ def test_no_process_and_no_pipe_outlives_the_grid(how: str) -> None:
 
 
 ORPHANS = """
-import os, signal
-from fedapp.engine.local import LocalGrid
+import os, time
+import numpy as np
+from flwr.app import Array, ArrayRecord, Message, RecordDict
 from flwr.clientapp import ClientApp
-grid = LocalGrid(ClientApp(), [1] * 3, 3)
-print(*(worker.process.pid for worker in grid._workers), flush=True)
-os.kill(os.getpid(), signal.SIGKILL)
+from fedapp import config
+from fedapp.engine.grid import stream
+from fedapp.engine.local import Local
+app = ClientApp()
+@app.train()
+def train(message, context):
+    if "kept" in context.state:
+        os.write(1, b"%d\\n" % os.getpid())
+        time.sleep(60)
+    context.state["kept"] = ArrayRecord({"a": Array(np.zeros(9999))})
+    return Message(RecordDict(), reply_to=message)
+fold = config.job(config.compose("task=digits privacy=none model=logistic")).fold
+with Local(workers=3, state_mb=0).grid(app, [1] * 3, 3, fold) as grid:
+    for _ in range(2):
+        list(stream(grid, [Message(RecordDict(), node, "train") for node in grid.partitions], 60))
 """
 
 
-def test_workers_end_when_their_parent_is_killed() -> None:
-    with subprocess.Popen([sys.executable, "-c", ORPHANS], stdout=subprocess.PIPE, text=True) as parent:
+def test_workers_end_when_their_parent_is_killed(tmp_path: Path) -> None:
+    """Though clients are at work; and nothing else is left."""
+    surroundings = {**os.environ, "TMPDIR": str(tmp_path), "SQLITE_TMPDIR": str(tmp_path)}
+    command = [sys.executable, "-c", ORPHANS]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=surroundings) as parent:
         assert parent.stdout is not None
-        workers = [int(pid) for pid in parent.stdout.readline().split()]
+        workers = [int(parent.stdout.readline()) for _ in range(3)]
+        used = {path for pid in (parent.pid, *workers) for path in _files_of(pid)}
+        parent.kill()
         parent.wait(60)
         deadline = time.monotonic() + 20
         while any(map(_lives, workers)) and time.monotonic() < deadline:
@@ -626,8 +645,29 @@ def test_workers_end_when_their_parent_is_killed() -> None:
         left = [pid for pid in workers if _lives(pid)]
         for pid in left:
             os.kill(pid, signal.SIGKILL)
-    assert len(workers) == 3
+    assert len(set(workers)) == 3
     assert not left
+    assert any(
+        path.startswith(f"{tmp_path}/") for path in used
+    )  # what clients keep, in a file without a name
+    assert not [path for path in used if path.startswith("/dev/shm/") and Path(path).exists()]
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_worker_ends_whose_parent_was_dead_before_it_asked() -> None:
+    for known, status in ((os.getpid(), 0), (os.getppid(), 1)):
+        child = os.fork()
+        if not child:
+            _end_with(known)
+            os._exit(0)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == status
+
+
+def _files_of(pid: int) -> set[str]:
+    """What a process has mapped or opened."""
+    maps = Path(f"/proc/{pid}/maps").read_text().splitlines()
+    opened = [os.readlink(each) for each in Path(f"/proc/{pid}/fd").iterdir()]
+    return {*opened, *(line.split(maxsplit=5)[5] for line in maps if "/" in line)}
 
 
 def _lives(pid: int) -> bool:

@@ -80,7 +80,10 @@ class Local:
 
 
 class LocalGrid(Grid):
-    """Pushes messages to idle workers, largest client first; each node's Context lives here."""
+    """Pushes messages to idle workers, largest client first; each node's Context lives here.
+
+    The thread that makes it also pulls from it: workers, which it forks in both, end with their thread.
+    """
 
     longest_pause = 0.0  # a pull waits for replies itself; a pause after it would leave workers idle
 

@@ -1,6 +1,8 @@
 """A resident worker process of the local engine: it takes a message, lets the app answer it, and waits."""
 
+import ctypes
 import multiprocessing
+import os
 import pickle
 import signal
 import traceback
@@ -16,16 +18,22 @@ from fedapp.engine.channel import Channel
 from fedapp.fold import Fold, as_it_is
 from fedapp.stages import CLOCK, OTHER
 
+_PRCTL = getattr(ctypes.CDLL(None), "prctl", None)  # looked up before any fork; Linux has it
+_PDEATHSIG = 1  # PR_SET_PDEATHSIG of linux/prctl.h
+
 
 class Worker:
-    """One resident process and the message it works on."""
+    """One resident process and the message it works on.
+
+    To be made in a thread that lives as long as the run: on Linux the worker ends with it (`_end_with`).
+    """
 
     def __init__(self, app: ClientApp, fold: Fold | None, slot: int) -> None:
         # Forked, so that modules and data are shared pages. CUDA does not survive a fork, and workers are
         # replaced at any time: the parent never touches it.
         context = multiprocessing.get_context("fork")
         ours, theirs = context.Pipe()
-        arguments = (theirs, ours, app, fold, slot)
+        arguments = (theirs, ours, app, fold, slot, os.getpid())
         self.process: BaseProcess = context.Process(target=_work, args=arguments, daemon=True)
         self.process.start()
         theirs.close()
@@ -41,11 +49,25 @@ class Worker:
         self.channel.pipe.close()
 
 
-def _work(pipe: Connection, parents: Connection, app: ClientApp, fold: Fold | None, slot: int) -> None:
+def _end_with(parent: int) -> None:
+    """On Linux this process ends with the thread that forked it, also in the middle of a client's work.
+
+    Elsewhere it ends where it next looks for a message.
+    """
+    if _PRCTL is not None:
+        _PRCTL(_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent:  # it was dead before this process asked to be told
+        os._exit(1)
+
+
+def _work(
+    pipe: Connection, parents: Connection, app: ClientApp, fold: Fold | None, slot: int, parent: int
+) -> None:
     """A worker's life: take a message, let the app answer it, send the reply with the node's Context.
 
     What its stages took follows each answer.
     """
+    _end_with(parent)
     parents.close()  # this process has a copy, which would keep the pipe open after the parent's death
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends us
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
