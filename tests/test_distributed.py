@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from scipy.special import logsumexp
+from test_mechanisms import WRONG, is_noise_of
 
 from fedapp.errors import ConfigError, DecodeError, FedappError
 from fedapp.privacy import accounting, distributed
@@ -174,32 +175,26 @@ def test_kept_places_are_scaled_to_an_unbiased_mean() -> None:
     assert float(np.mean(got, axis=0) @ x / (x @ x)) == pytest.approx(1, abs=0.06)
 
 
-def deviation(agreed: Terms, sums: NDArray[np.int64], replies: int, mean: Vector) -> float:
-    """Of what the server reads from its mean, times the cohort."""
-    error = agreed.decode(sums, replies, public()).astype(np.float64) - mean
-    return float(np.sqrt(np.mean(error**2))) * agreed.cohort
-
-
-def is_stated(measured: float, stated: float) -> bool:
-    """Whether a standard deviation is the stated one, within 2 % in variance."""
-    return abs((measured / stated) ** 2 - 1) < 0.02
+def noise_in(agreed: Terms, sums: NDArray[np.int64], replies: int, mean: Vector) -> NDArray[np.float64]:
+    """What the server reads beside its mean, times the cohort."""
+    return (agreed.decode(sums, replies, public()).astype(np.float64) - mean) * agreed.cohort
 
 
 @pytest.mark.parametrize("norm", [0.0, 0.9, 1000.0])
 def test_noise_of_the_sum_is_the_stated_one(norm: float) -> None:
     """In units of the update, whatever its size; only tolerated losses bring it down to that."""
-    size, cohort, sigma = 120_000, 5, 1.3
+    size, cohort, sigma = 250_000, 5, 1.3
     agreed, x = terms(size, cohort, sigma, tolerated=0.2), gaussian(size, norm, 0)
     mean = clipped(x, 1.0) * (4 / 5) if norm else x
     sums = total(agreed, [x] * 4)
-    measured = deviation(agreed, sums, 4, mean)
-    assert is_stated(measured, agreed.noise)
+    found = noise_in(agreed, sums, 4, mean)
+    assert is_noise_of(found, agreed.noise)
     assert sigma <= agreed.noise <= 1.05 * sigma * 1.002
-    for wrong in (2 / 3, 3 / 2, 1 / math.sqrt(2), 4 / 5, 5 / 4):
-        assert not is_stated(measured, wrong * agreed.noise)
-    whole_cohort = deviation(agreed, total(agreed, [x] * 5), 5, mean * (5 / 4))
-    assert is_stated(whole_cohort, agreed.noise * math.sqrt(5 / 4))
-    assert whole_cohort > measured
+    assert not any(is_noise_of(found, wrong * agreed.noise) for wrong in (*WRONG, 4 / 5, 5 / 4))
+    fifth = whole(agreed, x, client=4)
+    whole_cohort = noise_in(agreed, (sums + fifth) % agreed.modulus, 5, mean * (5 / 4))
+    assert is_noise_of(whole_cohort, agreed.noise * math.sqrt(5 / 4))
+    assert whole_cohort.std() > found.std()
 
 
 def noise_first(terms: Terms, x: Vector, client: int) -> NDArray[np.int64]:
@@ -223,10 +218,10 @@ def no_rounding_bound(terms: Terms, x: Vector, client: int) -> NDArray[np.int64]
 
 @pytest.mark.parametrize("wrong", [noise_first, halved, no_rounding_bound])
 def test_wrong_clients_do_not_pass(wrong: Callable[[Terms, Vector, int], NDArray[np.int64]]) -> None:
-    agreed, x = terms(60_000, 4, tolerated=0.0), gaussian(60_000, 0.9, 0)
-    sums = np.sum([wrong(agreed, x, client) for client in range(4)], axis=0)
-    assert not is_stated(deviation(agreed, sums, 4, x), agreed.noise)
-    assert is_stated(deviation(agreed, total(agreed, [x] * 4), 4, x), agreed.noise)
+    agreed, x = terms(250_000, 3, tolerated=0.0), gaussian(250_000, 0.9, 0)
+    sums = np.sum([wrong(agreed, x, client) for client in range(3)], axis=0)
+    assert not is_noise_of(noise_in(agreed, sums, 3, x), agreed.noise)
+    assert is_noise_of(noise_in(agreed, total(agreed, [x] * 3), 3, x), agreed.noise)
 
 
 @pytest.mark.parametrize(("cohort", "noise", "keep"), [(10, 1.0, 1.0), (100, 0.1, 1.0), (50, 0.3, 0.2)])

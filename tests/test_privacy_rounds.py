@@ -1,6 +1,7 @@
 """Whole private runs: noise that never comes twice, and what ledgers and policies see of them."""
 
 import io
+import math
 import sqlite3
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -12,6 +13,7 @@ from grids import Elsewhere, local
 from grids import rounds_on as run
 from numpy.typing import NDArray
 from rich.console import Console
+from test_mechanisms import WIDE, WRONG, is_noise_of
 
 import fedapp
 from fedapp import client_app as app
@@ -144,6 +146,27 @@ def test_noise_that_comes_twice_is_told_apart(
 def test_masks_do_not_come_twice_either() -> None:
     """What the server sees of the same noise, in two runs whose sessions have the same numbers."""
     assert echo(noises("distributed_gaussian", [1, 2], "privacy.test_seed=1")) < 0.25
+
+
+# Noise of DP-SGD: the other mechanisms' is in test_mechanisms.py, test_secure_rounds.py and so on
+
+
+@pytest.mark.parametrize("codec", ["identity", "dither codec.stage.step=0.05"])
+def test_noise_arrives_in_the_mean_as_it_was_set(codec: str) -> None:
+    """Packed and unpacked, over public constants, whoever drew what; next to it gradients are nothing."""
+    job = job_of(
+        "example",
+        f"codec={codec} downlink=fine strategy=fedavg {WIDE} rounds=1 engine.workers=1 privacy.test_seed=1 "
+        "trainer.max_grad_norm=0.3 trainer.steps=2 trainer.lr=0.5 trainer.examples_per_client=240",
+    )
+    assert job.wire_codec is not None
+    federation, (record,) = run(job, Elsewhere(client_app(lambda _: job), list(range(2, 8))))
+    assert (record.replies, record.failures) == (6, 0)
+    noise = ravel(federation.arrays, layout := layout_of(job.initial)).astype(np.float64)
+    noise -= ravel(job.initial, layout)
+    deviation = 1000 * 0.3 * 0.5 / (0.12 * 240) * math.sqrt(2 / 6)
+    assert is_noise_of(noise, deviation)
+    assert not any(is_noise_of(noise, wrong * deviation) for wrong in WRONG)
 
 
 # What participants' ledgers and policies see
