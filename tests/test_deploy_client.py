@@ -9,6 +9,7 @@ import sys
 import time
 import zipfile
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -29,9 +30,9 @@ from flwr.common.constant import ErrorCode
 from flwr.supercore.task_identity import TaskIdentity
 
 import fedapp
-from fedapp.deploy import preflight
+from fedapp.deploy import client, preflight
 from fedapp.deploy.activity import Activity
-from fedapp.deploy.bundle import bundle, difference, sign, signer
+from fedapp.deploy.bundle import bundle, difference, files, sign, signer
 from fedapp.deploy.frames import message_of, of_message
 from fedapp.deploy.link import Over
 from fedapp.deploy.memory import Kept, Memory
@@ -120,6 +121,22 @@ def used(package: Path, do: Callable[[], Any]) -> Any:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fedapp, "__file__", str(package / "__init__.py"))
         return do()
+
+
+def test_a_bundle_holds_code_and_settings_and_nothing_that_lies_among_them(other: Path) -> None:
+    secret = b"what nobody else may see"
+    for place in (other, other / "deploy", other.parent, other.parent / "conf"):
+        for name in ("node.key", "operator.token", "table.csv", "ledger.db", "policy.yml", ".env"):
+            (place / name).write_bytes(secret)
+    (other / "data.yaml").write_bytes(secret)
+    with zipfile.ZipFile(io.BytesIO(used(other, bundle))) as archive:
+        sent = {name: archive.read(name) for name in archive.namelist()}
+    root = Path(fedapp.__file__).parents[1]
+    found = [*(root / "fedapp").rglob("*.py"), *(root / "conf").rglob("*.yaml")]
+    named = {str(path.relative_to(root)) for path in found}
+    assert files(other).keys() == named  # Flower, to whom these are given, chooses once more
+    assert sent.keys() == named | {"pyproject.toml", "LICENSE", ".info/CONTENT"}
+    assert not [name for name, content in sent.items() if secret in content]
 
 
 class TestSignatures:
@@ -344,6 +361,28 @@ class TestPreflight:
     def test_a_server_is_host_and_port(self, text: str) -> None:
         with pytest.raises(ConfigError, match="HOST:PORT"):
             preflight.Server.of(text)
+
+    def test_without_tls_a_node_speaks_to_its_own_machine_only(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(client, "_begin_log", Mock())
+        monkeypatch.setattr(preflight, "reach", Mock())
+        for there in ("other.host:8443", "10.0.0.5:8443", "127.0.0.1.other.host:8443", "[::]:8443"):
+            with pytest.raises(ConfigError, match="--insecure encrypts nothing"):
+                client.main(["--insecure", "--server", there, "--folder", str(tmp_path)])
+        with pytest.raises(ConfigError, match="node's key"):  # the next thing that is missing
+            client.main(["--insecure", "--server", "127.0.0.1:8443", "--folder", str(tmp_path)])
+        preflight.reach.assert_not_called()  # type: ignore[attr-defined]
+
+    @pytest.mark.parametrize(("free", "enough"), [(200_000_000, True), (199_000_000, False)])
+    def test_a_disk_that_is_nearly_full(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free: int, enough: bool
+    ) -> None:
+        asked = Mock(return_value=SimpleNamespace(free=free))
+        monkeypatch.setattr(shutil, "disk_usage", asked)
+        with nullcontext() if enough else pytest.raises(ConfigError, match=r"has 199 MB left, and .* 200"):
+            preflight.room(tmp_path)
+        asked.assert_called_once_with(tmp_path)
 
     def test_servers(self) -> None:
         assert str(preflight.Server.of("[::1]:8443")) == "[::1]:8443"

@@ -2,13 +2,13 @@
 
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 
-from fedapp.deploy import client, server
+from fedapp.deploy import client, logs, server
 from fedapp.deploy.logs import to_file
 
 
@@ -75,6 +75,32 @@ def test_a_client_writes_what_was_asked(
     client._begin_log(tmp_path, as_json)
     logging.getLogger("fedapp.client").warning("no --policy")
     check(logging.getLogger(), tmp_path / "node.log", as_json, "no --policy", " WARNING no --policy\n")
+
+
+@pytest.mark.parametrize(
+    ("begin", "name", "logger"),
+    [(server._logs, "server.log", "fedapp.server"), (client._begin_log, "node.log", "fedapp.client")],
+)
+def test_what_is_too_much_begins_a_new_file_and_the_oldest_goes(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    begin: Callable[[Path, bool], None],
+    name: str,
+    logger: str,
+) -> None:
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])  # pytest's own
+    monkeypatch.setattr(logs, "BYTES", 1000)
+    monkeypatch.setattr(logs, "FILES", 2)
+    begin(tmp_path, False)
+    for number in range(100):
+        logging.getLogger(logger).info("line %d", number)
+    for handler in logging.getLogger("fedapp").handlers + logging.getLogger().handlers:
+        handler.close()
+    files = [tmp_path / f"{name}.2", tmp_path / f"{name}.1", tmp_path / name]
+    assert sorted(tmp_path.iterdir()) == sorted(files)
+    assert all(500 < path.stat().st_size <= 1000 for path in files[:2])
+    kept = [int(line.rpartition(" ")[2]) for path in files for line in path.read_text().splitlines()]
+    assert kept == [*range(100 - len(kept), 100)]
 
 
 def test_what_no_file_can_hold_costs_no_line(tmp_path: Path) -> None:
