@@ -241,7 +241,7 @@ def test_the_readmes_page_from_nothing_to_a_finished_run(shell: Shell) -> None:
         (home / "block.sh").write_text(text.replace("fed.example.org", "localhost"))
         return f"env HOME={home} bash -e {home}/block.sh"
 
-    serves = f"fedapp server --host 127.0.0.1 --port {port}"
+    serves = f"exec fedapp server --host 127.0.0.1 --port {port}"
     server = shell.start(at("operator", operator, "fedapp server ", f"{serves} "))
     wait(lambda: (there / "address").exists() or server.poll() is not None, server)
     clients = []
@@ -254,7 +254,8 @@ def test_the_readmes_page_from_nothing_to_a_finished_run(shell: Shell) -> None:
         table.write_text(
             "age,dose,outcome\n" + "".join(f"{a},{d},{'yes' if a / 20 + d > 5 else 'no'}\n" for a, d in rows)
         )
-        clients.append(shell.start(at(name, participant, "/path/table.csv", str(table))))
+        block = participant.replace("fedapp client ", "exec fedapp client ")  # so that it is what we end
+        clients.append(shell.start(at(name, block, "/path/table.csv", str(table))))
         public = folder / "node.key.pub"
         wait(public.exists, clients[-1])
         shell.run(at("operator", lets_in, "ecdsa-sha2-nistp384 AAAA...", public.read_text().strip()))
