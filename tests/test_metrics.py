@@ -136,8 +136,14 @@ def test_metrics_of_a_node(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
     ledger.overlap("ward 3", "ward 4")
     ledger.charge("ward 3", "example", [NOISED], 1, 1, mechanism=MECHANISM, adversary=ADVERSARY)
     requested(activity, httpx.Response(200, content=b"12"))
-    for kind in ("train", "train", "query.facts", "query.nonsense", "unheard of"):
-        with activity.work(kind):
+    for kind, at in (
+        ("train", 3),
+        ("train", 4),
+        ("query.facts", 0),
+        ("query.nonsense", 0),
+        ("unheard of", 0),
+    ):
+        with activity.work(kind, at):
             pass
     with watched(0, activity, Books(tmp_path / "ledger.db", "ward 3")) as port:
         status, said = get(port, "/metrics")
@@ -145,6 +151,7 @@ def test_metrics_of_a_node(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
     found = values(said)
     expected: dict[tuple[str, frozenset[tuple[str, str]]], float] = {
         ("fedapp_client_connected", frozenset()): 1,
+        ("fedapp_client_round", frozenset()): 4,
         ("fedapp_client_last_contact_timestamp_seconds", frozenset()): 1000,
         ("fedapp_client_sent_bytes_total", frozenset()): 4,
         ("fedapp_client_received_bytes_total", frozenset()): 2,

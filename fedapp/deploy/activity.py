@@ -27,6 +27,7 @@ class Activity:
 
     reached: bool = False
     working: bool = False
+    round: int = 0  # of the message worked on last
     contact: float = 0.0  # when the server answered last, by time.time; 0 before the first time
     sent: int = 0  # bytes of requests, without what HTTP and TLS add
     received: int = 0
@@ -53,11 +54,12 @@ class Activity:
         return response
 
     @contextmanager
-    def work(self, message_type: str) -> Iterator[None]:
-        """Count a message, and the time that it takes."""
+    def work(self, message_type: str, at: int = 0) -> Iterator[None]:
+        """Count a message, of round `at` (0: of none), and the time that it takes."""
         kind = message_type.partition(".")[0]
         kind = kind if kind in _KINDS else "other"  # it comes from outside, and labels stay few
         self.messages[kind] += 1
+        self.round = at or self.round
         begun, self.working = time.monotonic(), True
         try:
             yield
@@ -86,6 +88,7 @@ class Activity:
         name = "fedapp_client_connected", "fedapp_client_last_contact_timestamp_seconds"
         yield metric(name[0], "gauge", "Whether the server answers.", int(self.reached))
         yield metric(name[1], "gauge", "When the server answered last; 0 before that.", self.contact)
+        yield metric("fedapp_client_round", "gauge", "Round of the last message; 0 before that.", self.round)
         messages, replies, seconds = dict(self.messages), dict(self.replies), dict(self.seconds)
         yield counted("fedapp_client_messages_total", "Messages worked on.", "kind", messages)
         yield counted("fedapp_client_replies_total", "What came of messages.", "outcome", replies)

@@ -99,8 +99,9 @@ class Node:
     def _work(self, message: Message, data: bytes) -> None:
         number, begun = message.metadata.run_id, time.monotonic()
         try:
-            with self._activity.work(message.metadata.message_type):
-                run = self._runs.get(number) or self._join(number, round_of(message))
+            at = round_of(message)
+            with self._activity.work(message.metadata.message_type, at):
+                run = self._runs.get(number) or self._join(number, at)
                 found = run.work(data, lambda: self._goes_on(number))
         except Over:
             _log.info("run %d is over: its message is left", number)
@@ -112,10 +113,10 @@ class Node:
         if isinstance(found, Error):
             reply, after = of_message(Message(found, reply_to=message)), None
         else:
-            reply, after = found[0], Kept(run.experiment, number, round_of(message), found[1])
+            reply, after = found[0], Kept(run.experiment, number, at, found[1])
         self._memory.answer(reply, after)
         sent = self._send(message_of(reply), took)
-        at, what = round_of(message), message.metadata.message_type
+        what = message.metadata.message_type
         _log.info("run %d%s: %s took %.2f s, %s", number, f" round {at}" if at else "", what, took, sent)
 
     def _send(self, reply: Message, seconds: float) -> str:
