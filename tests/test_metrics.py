@@ -143,7 +143,7 @@ def test_metrics_of_a_node(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
         ("query.nonsense", 0),
         ("unheard of", 0),
     ):
-        with activity.work(kind, at):
+        with activity.work(kind, number):
             pass
     with watched(0, activity, Books(tmp_path / "ledger.db", "ward 3")) as port:
         status, said = get(port, "/metrics")
