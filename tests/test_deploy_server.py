@@ -71,7 +71,19 @@ from flwr.superlink.grid import HttpGrid
 from omegaconf import OmegaConf
 
 from fedapp import server_app
-from fedapp.deploy import backup_cli, bounded, certificates, holding, keys, keys_cli, objects, quota, registry
+from fedapp.deploy import (
+    backup_cli,
+    bounded,
+    certificates,
+    following,
+    holding,
+    keys,
+    keys_cli,
+    objects,
+    quota,
+    registry,
+    starting,
+)
 from fedapp.deploy.control import Access
 from fedapp.deploy.objects import deliver
 from fedapp.deploy.runs import tar
@@ -919,6 +931,59 @@ def test_a_server_comes_up_elsewhere_from_a_backup_of_one_that_runs(server: Runn
         request = ActivateNodeRequest(public_key=pem, heartbeat_interval=30).SerializeToString()
         answer = again.post("/v1/fleet/activate-node", request, signed(key))
         assert ActivateNodeResponse.FromString(answer.content).node_id == node_id
+
+
+# What an operator types
+
+
+def typed(server: Running, main: Callable[[list[str]], None], *words: object) -> None:
+    main([*map(str, words), "--folder", str(server.folder)])
+
+
+def test_a_node_that_was_shut_out_never_comes_back(
+    server: Running, capsys: pytest.CaptureFixture[str]
+) -> None:
+    key, node_id = server.node()
+    typed(server, registry.main, "unregister", node_id)
+    assert capsys.readouterr().out == f"node {node_id} is shut out; its key can never be registered again\n"
+    with pytest.raises(FedappError, match=r"refuses \(412\)"):
+        typed(server, registry.main, "register", keys.openssh(key.public_key()))
+    pem = public_key_to_bytes(key.public_key())
+    activate = ActivateNodeRequest(public_key=pem, heartbeat_interval=30).SerializeToString()
+    pull = PullMessagesRequest(node=Node(node_id=node_id)).SerializeToString()
+    for name, request in (("activate-node", activate), ("pull-messages", pull)):
+        assert server.post(f"/v1/fleet/{name}", request, signed(key)).status_code == 401
+    typed(server, registry.main, "list")
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith(f"{node_id} "))
+    assert line.split() == [str(node_id), "unregistered", keys.fingerprint(pem)]
+
+
+def test_a_run_is_stopped(server: Running, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with grid(server, tmp_path / "app") as running_one:
+        number = running_one.run.run_id
+        typed(server, following.main, "stop", number)
+        assert capsys.readouterr().out == f"run {number} is stopped\n"
+        (run,) = following.of(server.access, number)
+        assert (run.status.status, run.status.sub_status) == ("finished", "stopped")
+        with pytest.raises(FedappError, match="already finished"):
+            typed(server, following.main, "stop", number)
+
+
+def test_a_run_that_was_stopped_goes_on_as_another_one(
+    server: Running, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with server.access.control() as client, ThreadPoolExecutor(1) as thread:
+        first = starting.start(client, ["rounds=3"])
+        client.StopRun(StopRunRequest(run_id=first))
+        words = "resume", first, "--into", tmp_path / "got"
+        watched = thread.submit(typed, server, following.main, *words)
+        while (newest := following.of(server.access)[0]).run_id == first:
+            assert not watched.done(), watched.result()
+        client.StopRun(StopRunRequest(run_id=newest.run_id))
+        with pytest.raises(FedappError, match=f"run {newest.run_id} stopped"):
+            watched.result(20)
+    assert starting.overrides_of(newest) == f"rounds=3 resume={first}"
+    assert f"run {newest.run_id} goes on with it" in capsys.readouterr().err
 
 
 # Run folders

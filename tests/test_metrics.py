@@ -136,13 +136,8 @@ def test_metrics_of_a_node(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
     ledger.overlap("ward 3", "ward 4")
     ledger.charge("ward 3", "example", [NOISED], 1, 1, mechanism=MECHANISM, adversary=ADVERSARY)
     requested(activity, httpx.Response(200, content=b"12"))
-    for kind, at in (
-        ("train", 3),
-        ("train", 4),
-        ("query.facts", 0),
-        ("query.nonsense", 0),
-        ("unheard of", 0),
-    ):
+    others = [(kind, 0) for kind in ("query.facts", "query.nonsense", "unheard of")]
+    for kind, number in (("train", 3), ("train", 4), *others):
         with activity.work(kind, number):
             pass
     with watched(0, activity, Books(tmp_path / "ledger.db", "ward 3")) as port:
