@@ -49,7 +49,7 @@ def has_deviation(x: NDArray[np.int64], sigma: float) -> bool:
 
 @pytest.mark.parametrize("variance", VARIANCES)
 def test_draws_follow_the_exact_probabilities(variance: Fraction) -> None:
-    assert fits(draws(variance), float(variance)) > 1e-3
+    assert fits(draws(variance), float(variance)) > 1e-6
     for wrong in (0.95, 1.05):
         assert fits(draws(variance), float(variance) * wrong**2) < 1e-6
 
@@ -69,8 +69,8 @@ def test_large_draws_are_continuous_gaussians_in_all_but_name(variance: Fraction
     from scipy.stats import kstest, norm
 
     x = draws(variance)
-    assert kstest(x / float(variance) ** 0.5, norm.cdf).pvalue > 1e-3
-    assert chisquare(np.bincount(x % 16)).pvalue > 1e-3
+    assert kstest(x / float(variance) ** 0.5, norm.cdf).pvalue > 1e-6
+    assert chisquare(np.bincount(x % 16)).pvalue > 1e-6
 
 
 def test_far_draws_come_as_often_as_they_must() -> None:

@@ -53,7 +53,7 @@ def is_noise_of(values: NDArray[Any], sigma: float) -> bool:
         raise ValueError("too few to tell 2 % of variance")
     z = values.astype(np.float64) / sigma
     lags = [abs(float(np.mean(z[k:] * z[:-k]))) for k in (1, 2, 64)]
-    shaped = kstest(z[:20_000], "norm").pvalue > 1e-3
+    shaped = kstest(z[:20_000], "norm").pvalue > 1e-6
     return bool(abs(z.var() - 1) < 0.02 and abs(z.mean()) < 0.01 and max(lags) < 0.01 and shaped)
 
 
