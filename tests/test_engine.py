@@ -1,6 +1,7 @@
 """Whole rounds on the local engine: the same bits however executed, and faults that cost one reply."""
 
 import io
+import logging
 import multiprocessing
 import os
 import re
@@ -26,7 +27,7 @@ from rich.console import Console
 from safetensors.numpy import load_file
 from torch import nn
 
-from fedapp import config, server_app
+from fedapp import config, server_app, wire
 from fedapp.client_app import FAILED, client_app, local_app
 from fedapp.downlink import HOLDS
 from fedapp.engine.grid import stream
@@ -236,7 +237,7 @@ def test_small_runs_work(setting: str) -> None:
 
 @dataclass(frozen=True)
 class Troubled:
-    """A task that fails for one partition, or gives it no examples."""
+    """A task that fails for one partition, or gives it no examples, or such as no training survives."""
 
     task: Any
     partition: int
@@ -250,6 +251,8 @@ class Troubled:
             raise ValueError("patient Morgan has a secret")
         if self.trouble == "dies":
             os.kill(os.getpid(), signal.SIGKILL)
+        if self.trouble == "diverges":
+            return Data(data.x * float("nan"), data.y)
         return Data(data.x[:0], data.y[:0])
 
     def __getattr__(self, name: str) -> Any:
@@ -270,6 +273,90 @@ def test_a_client_in_trouble_costs_its_reply_and_the_rounds_go_on(
 ) -> None:
     _, records = run(troubled(trouble, 1, f"codec={codec} engine.workers={workers}"))
     assert [(record.replies, record.failures) for record in records] == [(4, 1), (4, 1)]
+
+
+@pytest.mark.parametrize("codec", ["default", "identity"])
+def test_why_a_client_failed_is_in_the_log(
+    codec: str, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        logging.root, "handlers", []
+    )  # as `fedapp simulate` leaves them, and not as pytest does
+    _, records = run(troubled("raises", 1, f"codec={codec}"))
+    assert [(record.replies, record.failures) for record in records] == [(4, 1), (4, 1)]
+    logged = capfd.readouterr().err
+    assert logged.count("node 3 failed on a train message\nTraceback (most recent call last):\n") == 2
+    assert logged.count("ValueError: patient Morgan has a secret\n") == 2
+
+
+@pytest.mark.parametrize(
+    ("setting", "checks", "said"),
+    [
+        ("codec=default", True, FAILED),
+        ("codec=identity downlink=coded", True, FAILED),
+        ("codec=identity downlink=coded", False, "values times their weight must stay below"),
+        ("codec=identity downlink=plain", True, "linear.weight is not finite"),
+    ],
+    ids=["default", "a client that looks", "one that does not", "plain"],
+)
+def test_weights_that_are_not_finite_cost_their_client(
+    setting: str, checks: bool, said: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever notices: the client, the worker that would add them up, the server."""
+    without, _ = run(troubled("raises", 1, setting))
+    caplog.clear()
+    if not checks:
+        monkeypatch.setattr(wire, "require_finite", lambda update: None)
+    federation, records = run(troubled("diverges", 1, setting))
+    assert [(record.replies, record.failures) for record in records] == [(4, 1), (4, 1)]
+    assert bits(federation.arrays) == bits(without.arrays)
+    refused = [text for text in caplog.messages if "refused" in text]
+    assert len(refused) == 2
+    assert all(text.startswith(f"reply of node 3 refused: {said}") for text in refused)
+
+
+@dataclass(frozen=True)
+class Uneven:
+    """A task whose clients have so many examples, some of them more than once."""
+
+    task: Any
+    sizes: tuple[int, ...]
+
+    def client_data(self, node_config: Mapping[str, bool | int | float | str]) -> Data:
+        everything: Data = self.task.train_data()
+        return everything.at(np.arange(self.sizes[int(node_config["partition-id"])]) % len(everything))
+
+    def partitions(self) -> list[Any]:
+        return [np.arange(size) for size in self.sizes]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.task, name)
+
+
+@pytest.mark.parametrize("setting", ["codec=default", "codec=identity downlink=coded", "codec=identity"])
+def test_clients_of_one_and_of_many_examples_count_by_them(setting: str) -> None:
+    job = job_of(f"clients=2 cohort=null rounds=1 {setting}")
+    task: Task = Uneven(job.task, (1, 20_000))
+    job = replace(job, task=task)
+
+    def alone(partition: int) -> Any:
+        app = local_app(job)
+
+        def answer(message: Message, context: Context) -> Message:
+            if message.metadata.message_type == "train" and context.node_config["partition-id"] != partition:
+                raise ValueError("no")
+            return app(message, context)
+
+        return answer
+
+    federation, (record,) = run(job)
+    assert (record.replies, record.failures) == (2, 0)
+    one, many = (run(job, alone(partition))[0].arrays for partition in (0, 1))
+    for name, array in federation.arrays.items():
+        mean = (one[name].numpy().astype(np.float64) + 20_000 * many[name].numpy()) / 20_001
+        moved = np.abs(one[name].numpy() - many[name].numpy()).max() / 20_001
+        assert moved > 1e-6
+        assert np.abs(array.numpy() - mean).max() < 0.1 * moved
 
 
 @pytest.mark.parametrize("codec", ["default", "identity"])
@@ -523,10 +610,14 @@ def test_a_worker_killed_between_the_look_and_the_send_is_one_failure(
     assert Counter(reply.has_error() for reply in replies) == {True: 1, False: 3}
 
 
-def test_an_app_without_a_guard_does_not_leak_its_error_either(grid: LocalGrid) -> None:
-    (reply,) = stream(grid, orders([2], n2="raise"), 60)
+def test_an_app_without_a_guard_does_not_leak_its_error_either(capfd: pytest.CaptureFixture[str]) -> None:
+    with Local(workers=1).grid(echo(), [1], 1) as grid:
+        (reply,) = stream(grid, orders([2], n2="raise"), 60)
     assert reply.error.code == ErrorCode.CLIENT_APP_RAISED_EXCEPTION
     assert "Morgan" not in repr(reply)
+    logged = capfd.readouterr().err
+    assert logged.startswith("Traceback (most recent call last):\n")
+    assert logged.endswith("ValueError: patient Morgan has a secret\n")
 
 
 def test_late_replies_are_not_counted_in_a_later_round() -> None:
@@ -604,6 +695,30 @@ def test_no_process_and_no_pipe_outlives_the_grid(how: str) -> None:
         pass
     assert not multiprocessing.active_children()
     assert set(os.listdir("/proc/self/fd")) == before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("setting", ["codec.rate=0.5 codec.feedback=true", "codec=identity downlink=plain"])
+def test_memory_does_not_grow_with_the_rounds(setting: str, caplog: pytest.LogCaptureFixture) -> None:
+    """Of the server and of each worker, by /proc, in MB."""
+    caplog.set_level(logging.WARNING, "flwr")  # as in a run: pytest keeps what is logged
+    job, seen = job_of(f"clients=4 cohort=null rounds=300 evaluate=none engine.workers=2 {setting}"), {}
+    job.prepare()
+    sizes = [len(part) for part in job.task.partitions()]
+    with local(job).grid(local_app(job), sizes, job.at_once, job.fold) as grid:
+        for r in Federation(job, grid).run(Progress(Console(file=io.StringIO()), job.rounds)):
+            if r.round in (50, 300):
+                workers = [worker.process.pid for worker in grid._workers]
+                seen[r.round] = [_resident(pid) for pid in (os.getpid(), *workers)]
+    grown = np.subtract(seen[300], seen[50])
+    assert len(grown) == 3
+    assert (grown < 5).all(), grown
+
+
+def _resident(pid: int | None) -> float:
+    found = re.search(r"VmRSS:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
+    assert found is not None
+    return int(found[1]) / 1e3
 
 
 ORPHANS = """
