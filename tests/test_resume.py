@@ -26,18 +26,22 @@ from grids import Elsewhere
 from rich.console import Console
 from safetensors import SafetensorError
 
+import fedapp
 from fedapp import checkpoint, config, server_app
 from fedapp.checkpoint import Checkpoints, read, write
 from fedapp.client_app import client_app
 from fedapp.engine.states import States
 from fedapp.errors import ConfigError, DecodeError, FedappError
 from fedapp.job import Job
+from fedapp.privacy import consent
 from fedapp.privacy.begun import Begun
+from fedapp.privacy.ledger import Ledger
 from fedapp.report import folder as report_folder
 from fedapp.report.folder import RunFolder, alone
 from fedapp.report.progress import Progress
 from fedapp.report.summary import Summary
 from fedapp.rounds import Federation
+from fedapp.training import DpSgd
 
 FAST = "task=digits privacy=none model=logistic clients=5 rounds=6 cohort=3 engine.workers=1 checkpoint=0"
 SETTINGS = {
@@ -399,11 +403,18 @@ def test_other_settings_are_refused_and_shown(tmp_path: Path) -> None:
         resume(tmp_path / "nowhere")
 
 
-def deployed(overrides: str, ids: list[int]) -> None:
-    """As Flower runs the ServerApp, on nodes with these ids that remember nothing yet."""
+def deployed(overrides: str, ids: list[int], run: int = 1, ledger: Path | None = None) -> None:
+    """As Flower runs the ServerApp, on nodes with these ids that remember nothing yet, but for a ledger."""
     job = config.job(config.compose(overrides))
-    context = Context(1, 1, {}, RecordDict(), {"overrides": overrides})
-    server_app.main(Elsewhere(client_app(lambda _: job), ids), context)
+    grid = Elsewhere(client_app(lambda _: job), ids)
+    for context in grid._contexts.values():
+        context.run_id = run
+        if ledger is not None:
+            context.node_config |= {
+                "ledger": str(ledger),
+                "data-id": str(context.node_config["partition-id"]),
+            }
+    server_app.main(grid, Context(run, 1, {}, RecordDict(), {"overrides": overrides}))
 
 
 def test_a_deployed_run_goes_on_with_nodes_that_remember_nothing(
@@ -567,6 +578,37 @@ def test_nodes_that_may_hold_other_data_than_before_do_not_pass_the_budget(tmp_p
     assert summary["rounds"] == 8
     assert 3.9 < summary["epsilon"] <= 4
     assert summary["note"] == "the budget ends after round 8 of 10"
+
+
+def test_ledgers_are_charged_for_repeated_rounds_and_epsilon_counts_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed while the third of five clients trains in round 4: it has been charged, and two have not."""
+    monkeypatch.setattr(
+        consent, "installed", lambda: Path(fedapp.__file__).parent
+    )  # wherever this checkout is
+    settings, file = f"{FAST} {PRIVATE}", tmp_path / "ledger.db"
+    ledger, job = Ledger(file, new=True), config.job(config.compose(settings))
+    job.prepare()  # imports, once for both processes
+
+    def counts() -> list[int]:
+        return sorted(ledger.count(str(partition)) for partition in range(5))
+
+    def run() -> None:
+        DpSgd.fit = at_call(3 * 5 + 3, DpSgd.fit)  # type: ignore[method-assign]
+        deployed(f"{settings} run_dir={tmp_path / 'run'}", [5, 6, 7, 8, 9], 1, file)
+
+    assert killed(run, never) == -9
+    assert counts() == [3, 3, 4, 4, 4]
+    deployed(f"{settings} resume={tmp_path / 'run'}", [50, 60, 70, 80, 90], 2, file)
+    assert counts() == [6, 6, 7, 7, 7]
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    spent = job.spent(7, 7)
+    assert spent is not None
+    assert summary["rounds"] == 6
+    assert summary["epsilon"] == spent.epsilon
+    assert summary["note"] == "1 round was begun and not finished, and what had left by then is charged"
+    assert max(ledger.spent(which)["example"] for which in "01234") >= spent.epsilon
 
 
 def test_rounds_are_on_the_disk_before_they_begin(tmp_path: Path) -> None:
