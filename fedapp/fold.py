@@ -38,7 +38,7 @@ class Fold:
     """One exact sum a worker, in anonymous memory made before the workers are forked: it ends with them.
 
     A slot has room for two. A worker adds to a copy of its sum, and that becomes the sum once the answer is
-    here; so whenever it dies, what it had added before is whole. The copy takes 2 ms for a million values.
+    here; so whenever it dies, what it had added before is whole. A million values are copied in 1 to 3 ms.
     """
 
     def __init__(self, read: Reader, weights: ArrayRecord, slots: int) -> None:
