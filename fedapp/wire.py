@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from logging import WARNING
 from typing import Any, cast
 
 import numpy as np
@@ -20,6 +21,7 @@ from flwr.clientapp.typing import Mod
 from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
+from flwr.supercore import log
 from numpy.typing import NDArray
 
 from fedapp.assignment import WHOLE, Part, Workloads
@@ -218,6 +220,10 @@ class Wire(Strategy):
                 else:
                     tallies.append(total.take(reply, self.reader, self._weights, self._terms))
         for slot, exact in enumerate(collect() if collect else ()):
+            if exact is None:
+                log(WARNING, "%s replies are lost with the worker that died adding", len(folded[slot]))
+                self.failures += len(folded[slot])
+                continue
             exact.weight = sum(tally.weight for tally in folded[slot])
             total.exact.merge(exact)
             tallies += folded[slot]

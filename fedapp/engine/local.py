@@ -207,7 +207,7 @@ class LocalGrid(Grid):
             self._contexts[reply.metadata.src_node_id] = context
         return reply
 
-    def collect(self) -> list[ExactSum]:
+    def collect(self) -> list[ExactSum | None]:
         """What all replies of a round add up to, by slot. Ends whoever is still at it: their time is over."""
         for worker in self._workers:
             if worker.message is not None:
@@ -239,14 +239,17 @@ class LocalGrid(Grid):
             told = pickle.loads(worker.channel.pipe.recv_bytes())
         except (EOFError, OSError):  # killed, for memory perhaps; the next dispatch replaces it
             worker.process.join()
+            if self._fold:
+                self._fold.lost(worker.slot)
             partition = self.partitions[asked.metadata.dst_node_id]
             died = "a worker process died with exit code %s at the client of partition %s"
             log(ERROR, died, worker.process.exitcode, partition)
             error = Error(ErrorCode.CLIENT_APP_CRASHED, "its worker process died")
             return Message(error, reply_to=asked), None
         CLOCK.hear(told, worker.slot + 1, self.partitions[asked.metadata.dst_node_id])
-        if self._fold and isinstance(answer, tuple):
+        if self._fold:
             self._fold.arrived(worker.slot)
+        if isinstance(answer, tuple):
             tally, size = answer
             return Folded(worker.slot, tally, size, asked), context
         reply = Message(answer, reply_to=asked)
@@ -258,6 +261,8 @@ class LocalGrid(Grid):
 
     def _replace(self, worker: Worker) -> Worker:
         worker.end()
+        if self._fold:
+            self._fold.lost(worker.slot)
         self._workers[worker.slot] = Worker(self._app, self._fold, worker.slot)
         return self._workers[worker.slot]
 
