@@ -111,7 +111,7 @@ def bare(name: str, device: str) -> None:
 
 
 def seconds_of(name: str, run: str, device: str, peers: Path | None) -> list[float]:
-    """Seconds of the rounds of one process; none of a peer that is not there."""
+    """Seconds of the rounds of one process; of a peer the least and the median, if it is there."""
     setting = SETTINGS[name]
     if run in PEERS:
         if peers is None:
@@ -179,6 +179,7 @@ def main() -> None:
     if chosen:
         print("| setting | run | s a round, least | median | least, of the bare loop's |")
         print("|---|---|---|---|---|")
+    told: list[str] = []
     for name in chosen:
         found: dict[str, list[float]] = {run: [] for run in (*RUNS, *PEERS)}
         for _ in range(options.repeats):
@@ -187,8 +188,20 @@ def main() -> None:
         floor = min(found["bare loop"])
         for run, seconds in found.items():
             if seconds:
-                least, median = min(seconds), statistics.median(seconds)
+                rounds = seconds[1::2] if run in PEERS else seconds  # of each run its least, its median
+                least, median = min(seconds), statistics.median(rounds)
                 print(f"| {name} | {run} | {least:.4f} | {median:.4f} | {least / floor:.2f} |", flush=True)
+        one, two, coded = (
+            found[f"fedapp, {which}"] for which in ("1 worker", "2 workers", "2 workers, default codec")
+        )
+        ratios = [[of(a) / of(b) for a, b in ((one, two), (coded, two))] for of in (min, statistics.median)]
+        (quick, dear), (usual, slow) = ratios
+        more, median = 100 * dear - 100, 100 * slow - 100
+        told.append(
+            f"{name}: two workers are {quick:.2f} times as quick as one by least, {usual:.2f} by median; "
+            f"the default codec takes {more:.0f} % more by least, {median:.0f} % by median"
+        )
+    print(*told, sep="\n")
     if "start" in options.only:
         start(options.repeats)
     if "memory" in options.only:
