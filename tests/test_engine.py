@@ -32,10 +32,10 @@ from fedapp.client_app import FAILED, client_app, local_app
 from fedapp.downlink import HOLDS
 from fedapp.engine.grid import stream
 from fedapp.engine.local import TEST, Local, LocalGrid
-from fedapp.engine.worker import _end_with
 from fedapp.errors import ConfigError, FedappError
 from fedapp.evaluation import Evaluated
 from fedapp.job import Job
+from fedapp.orphan import end_with
 from fedapp.records import CONFIG, METRICS, WEIGHT
 from fedapp.report.folder import Round, RunFolder
 from fedapp.report.progress import Progress
@@ -773,7 +773,7 @@ def test_a_worker_ends_whose_parent_was_dead_before_it_asked() -> None:
     for known, status in ((os.getpid(), 0), (os.getppid(), 1)):
         child = os.fork()
         if not child:
-            _end_with(known)
+            end_with(known)
             os._exit(0)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == status
 

@@ -7,19 +7,18 @@ gets each reply with the context after it. It knows neither the server nor the n
 import logging
 import os
 import sys
-import threading
-import time
 import traceback
 from multiprocessing.connection import Connection
 from types import TracebackType
 
 from fedapp.deploy.frames import context_of, message_of, of_context, of_message
 from fedapp.errors import DataError, FedappError
+from fedapp.orphan import end_with
 
 
 def main() -> None:
     """Serve one run until the node closes the pipe, or is gone."""
-    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    end_with(os.getppid())
     output = logging.StreamHandler()  # the node's, which adds the time
     output.setFormatter(Discreet("%(levelname)s %(message)s"))
     logging.basicConfig(level=logging.INFO, handlers=[output])
@@ -59,13 +58,6 @@ class Discreet(logging.Formatter):
             return f"{kind.__name__}: {error}"
         frames = "" if isinstance(error, DataError) else "".join(traceback.format_tb(trace))
         return f"{frames}{kind.__name__}, whose words may quote data: see `fedapp check`"
-
-
-def _end_with(parent: int) -> None:
-    """End this process with its parent, in the middle of training too."""
-    while os.getppid() == parent:
-        time.sleep(0.5)
-    os._exit(1)
 
 
 if __name__ == "__main__":

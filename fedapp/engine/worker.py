@@ -1,6 +1,5 @@
 """A resident worker process of the local engine: it takes a message, lets the app answer it, and waits."""
 
-import ctypes
 import multiprocessing
 import os
 import pickle
@@ -16,16 +15,14 @@ from flwr.common.constant import ErrorCode
 
 from fedapp.engine.channel import Channel
 from fedapp.fold import Fold, as_it_is
+from fedapp.orphan import end_with
 from fedapp.stages import CLOCK, OTHER
-
-_PRCTL = getattr(ctypes.CDLL(None), "prctl", None)  # looked up before any fork; Linux has it
-_PDEATHSIG = 1  # PR_SET_PDEATHSIG of linux/prctl.h
 
 
 class Worker:
     """One resident process and the message it works on.
 
-    To be made in a thread that lives as long as the run: on Linux the worker ends with it (`_end_with`).
+    To be made in a thread that lives as long as the run: on Linux the worker ends with it (`end_with`).
     """
 
     def __init__(self, app: ClientApp, fold: Fold | None, slot: int) -> None:
@@ -49,17 +46,6 @@ class Worker:
         self.channel.pipe.close()
 
 
-def _end_with(parent: int) -> None:
-    """On Linux this process ends with the thread that forked it, also in the middle of a client's work.
-
-    Elsewhere it ends where it next looks for a message.
-    """
-    if _PRCTL is not None:
-        _PRCTL(_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != parent:  # it was dead before this process asked to be told
-        os._exit(1)
-
-
 def _work(
     pipe: Connection, parents: Connection, app: ClientApp, fold: Fold | None, slot: int, parent: int
 ) -> None:
@@ -67,7 +53,7 @@ def _work(
 
     What its stages took follows each answer.
     """
-    _end_with(parent)
+    end_with(parent)
     parents.close()  # this process has a copy, which would keep the pipe open after the parent's death
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends us
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
