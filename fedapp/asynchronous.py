@@ -150,7 +150,7 @@ class Asynchronous:
             first = min(self._flights, key=lambda name: self._flights[name].sent)
             timeout = self.job.round_timeout
             until = self._flights[first].sent + timeout
-            came = next_replies(self.grid, set(self._flights), time.monotonic() + timeout, until)
+            came = next_replies(self.grid, self._flights.keys(), time.monotonic() + timeout, until)
             if not came:
                 return self._flights.pop(first), None
             self.traffic.came(came)

@@ -6,7 +6,7 @@ or to another request, is an error instead.
 
 import secrets
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from logging import WARNING
 
 from flwr.app import Error, Message
@@ -46,7 +46,7 @@ def arrivals(
     deadline = time.monotonic() + timeout
     while waiting and time.monotonic() < deadline and now(grid) < until:
         replies = []
-        for reply in next_replies(grid, set(waiting), deadline, until):
+        for reply in next_replies(grid, waiting.keys(), deadline, until):
             asked = waiting.pop(reply.metadata.reply_to_message_id, None)
             if asked is not None:  # each message is answered once
                 replies.append(answer(asked, reply))
@@ -74,7 +74,7 @@ def answer(asked: Message, reply: Message) -> Message:
 
 @WAIT
 def next_replies(
-    grid: Grid, waiting: set[str], deadline: float, until: float = float("inf")
+    grid: Grid, waiting: Collection[str], deadline: float, until: float = float("inf")
 ) -> list[Message]:
     """The replies that come first; none if time is up, by `time.monotonic` or by the grid's clock."""
     pause, longest = _SHORTEST, getattr(grid, "longest_pause", _LONGEST)
