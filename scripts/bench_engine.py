@@ -196,12 +196,12 @@ def main() -> None:
         )
         ratios = [[of(a) / of(b) for a, b in ((one, two), (coded, two))] for of in (min, statistics.median)]
         (quick, dear), (usual, slow) = ratios
-        more, median = 100 * dear - 100, 100 * slow - 100
         told.append(
             f"{name}: two workers are {quick:.2f} times as quick as one by least, {usual:.2f} by median; "
-            f"the default codec takes {more:.0f} % more by least, {median:.0f} % by median"
+            f"the default codec takes {dear - 1:.0%} more by least, {slow - 1:.0%} by median"
         )
-    print(*told, sep="\n")
+    if told:
+        print("", *told, sep="\n")
     if "start" in options.only:
         start(options.repeats)
     if "memory" in options.only:
