@@ -86,7 +86,7 @@ class Asynchronous:
         asked, accepted, failed = set[int](), 0, 0
         drawn = self._drawn(number, asked)
         self.begun.add(number, drawn)  # before anything is sent
-        progress.reply(0, size)
+        progress.reply(number, 0, size)
         while accepted < size:
             failed += self._send(number, arrays, drawn)
             asked.update(drawn)
@@ -100,7 +100,7 @@ class Asynchronous:
                     failed += 1
             elif not drawn:  # all were asked on these weights
                 break
-            progress.reply(accepted, size)
+            progress.reply(number, accepted, size)
             drawn = [] if accepted == size else self._drawn(number, asked)  # the next ones get new weights
             if drawn:
                 self.begun.more(drawn)

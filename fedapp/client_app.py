@@ -12,6 +12,7 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.common.constant import ErrorCode
+from torch import nn
 
 from fedapp import ckks, config
 from fedapp.assignment import SECONDS, WHOLE, Part, part_in
@@ -77,7 +78,7 @@ def client_app(job_of: Callable[[Context], Job], own: Own | None = None) -> Clie
     def train(message: Message, context: Context) -> Message:
         """Load, fit, reply with the trained weights, or a sum; the mod `uplink` then encodes the update."""
         job, started = job_of(context), time.perf_counter()
-        load(job, message.content.array_records[ARRAYS])
+        load(job.model, message.content.array_records[ARRAYS])
         trainer = job.trainer
         mu = message.content.config_records[CONFIG].get("proximal-mu")  # strategy=fedprox sends it
         if isinstance(trainer, Sgd) and isinstance(mu, float):
@@ -115,7 +116,7 @@ def client_app(job_of: Callable[[Context], Job], own: Own | None = None) -> Clie
         job = job_of(context)
         if job.privacy.unit is not None:
             raise PermissionError("metrics of private data do not leave the client")
-        load(job, message.content.array_records[ARRAYS])
+        load(job.model, message.content.array_records[ARRAYS])
         trained, held_out = job.split(data_of(job, message, context), partition_of(context))
         data = _on(job, held_out if job.evaluate == "clients" else trained)
         metrics = job.task.evaluate(job.model, data) if len(data) else {"accuracy": 0.0, "loss": 0.0}
@@ -175,7 +176,7 @@ def local_app(job: Job) -> ClientApp:
         """Test the weights on a part of the server's test set: those batches, by their numbers."""
         data, config = job.task.test_data(), message.content.config_records[CONFIG]
         assert data is not None
-        load(job, message.content.array_records[ARRAYS])
+        load(job.model, message.content.array_records[ARRAYS])
         first, end = (EVALUATION_BATCH * int(str(config[name])) for name in ("first", "end"))
         scores = job.task.scores(job.model, Data(data.x[first:end], data.y[first:end]))
         metrics = MetricRecord({name: [getattr(score, name) for score in scores] for name in Score._fields})
@@ -218,9 +219,9 @@ def guard(message: Message, context: Context, call_next: Next) -> Message:
         return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, FAILED), reply_to=message)
 
 
-def load(job: Job, arrays: ArrayRecord) -> None:
-    """Copy received weights into the resident model, in place."""
-    own = job.model.state_dict()
+def load(model: nn.Module, arrays: ArrayRecord) -> None:
+    """Copy received weights into a resident model, in place."""
+    own = model.state_dict()
     if arrays.keys() != own.keys():
         raise ValueError("received weights are not of this model")
     for name, tensor in own.items():

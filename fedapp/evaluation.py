@@ -1,16 +1,19 @@
 """How well a model does: on the server's test set, or on what clients held out, and how that spreads."""
 
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cached_property
 from itertools import pairwise
 from typing import Any, NamedTuple, cast
 
 import numpy as np
-from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, RecordDict
 from flwr.serverapp import Grid
+from torch import nn
 
 from fedapp.client_app import load
-from fedapp.engine.grid import stream
-from fedapp.engine.local import TEST, LocalGrid
+from fedapp.engine.local import LocalGrid
 from fedapp.errors import DataError, FedappError
 from fedapp.fedbuff import FedBuff
 from fedapp.job import Job
@@ -40,9 +43,10 @@ def over_clients(means: Mapping[str, Any]) -> Evaluated:
 class ServerTest:
     """The test on the server's own test set. Raises DataError where the task has none.
 
-    On the local engine all workers, idle between rounds, test a part each. Batches are the same whoever tests
-    them, so accuracy and loss are, to the bit. On CUDA workers always do: this process does not touch it, or
-    those that are forked later could not.
+    Where it goes on `beside` the next round nobody waits for it: on the local engine workers that have no
+    client to train test a part each; on Flower's grids, whose nodes are elsewhere, a thread of this process
+    does. Batches are the same whoever tests them, so accuracy and loss are, to the bit. On CUDA workers
+    always do: this process does not touch it, or those that are forked later could not.
     """
 
     def __init__(self, job: Job, grid: Grid) -> None:
@@ -51,37 +55,71 @@ class ServerTest:
             raise DataError(
                 "evaluate=server needs a test set and the task has none: set evaluate=clients or none"
             )
-        self._job, self._grid, self._data = job, grid, data
-        workers = grid.workers if isinstance(grid, LocalGrid) else 0
+        self._job, self._data, self._arrays, self._found = job, data, job.initial, dict[int, list[Score]]()
+        self._thread: ThreadPoolExecutor | None = None
+        self._running: Future[Evaluated] | None = None
+        self._workers = grid if isinstance(grid, LocalGrid) else None
         batches = -(-len(data) // EVALUATION_BATCH)
-        parts = max(1, min(batches, workers))
+        parts = max(1, min(batches, self._workers.workers if self._workers else 1))
         self._ends = dict(pairwise(batches * part // parts for part in range(parts + 1)))  # by first batch
-        at_work = isinstance(job.strategy, FedBuff)  # its clients train between rounds too
-        self._aside = workers > 0 and (job.torch_device.type == "cuda" or (parts > 1 and not at_work))
+        if self._workers is None:
+            self._thread = ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,))
+        elif job.torch_device.type != "cuda" and (parts == 1 or isinstance(job.strategy, FedBuff)):
+            self._workers = None  # too little to share, or all of them are always at work
 
-    def __call__(self, arrays: ArrayRecord, node: int) -> Evaluated:
-        """Test these weights; workers do it in the name of this node."""
-        if self._aside:
-            scores = self._by_workers(arrays, node)
-        else:
-            load(self._job, arrays)
-            scores = self._job.task.scores(self._job.model, self._data)
-        found = means(scores)
-        return Evaluated(found["accuracy"], found["loss"])
+    @property
+    def beside(self) -> bool:
+        """Whether a test goes on by itself, until its end is asked for."""
+        return self._workers is not None or self._thread is not None
 
-    def _by_workers(self, arrays: ArrayRecord, node: int) -> list[Score]:
-        """Each worker tests a part, and another one that of one which died; FedappError if it dies too."""
-        found = dict[int, list[Score]]()
-        for _ in range(2):
-            left = {first: end for first, end in self._ends.items() if first not in found}
-            configs = [ConfigRecord({"first": first, "end": end}) for first, end in left.items()]
-            contents = [RecordDict({ARRAYS: arrays, CONFIG: config}) for config in configs]
-            messages = [Message(content, node, TEST) for content in contents]
-            for reply in stream(self._grid, messages, self._job.round_timeout):
+    def begin(self, arrays: ArrayRecord) -> None:
+        """Test these weights."""
+        self._arrays, self._found = arrays, {}
+        if self._thread is not None:
+            self._running = self._thread.submit(self._here)
+        elif self._workers is not None:
+            self._ask(self._workers)
+
+    def end(self) -> Evaluated:
+        """What the test came to that was begun last; waits for it."""
+        return self.rest() if self._workers is None else self._by_workers(self._workers)
+
+    def rest(self) -> Evaluated:
+        """The same without workers."""
+        return self._here() if self._running is None else self._running.result()
+
+    def _here(self) -> Evaluated:
+        load(self._model, self._arrays)
+        return _evaluated(self._job.task.scores(self._model, self._data))
+
+    @cached_property
+    def _model(self) -> nn.Module:
+        """Of nobody else: on a grid in this process clients train the job's, while a thread tests."""
+        if self._thread is None:
+            return self._job.model
+        return self._job.task.model(self._job.seed).to(self._job.torch_device)
+
+    def _ask(self, grid: LocalGrid) -> None:
+        """Have workers test each part that nobody has tested."""
+        left = {first: end for first, end in self._ends.items() if first not in self._found}
+        configs = [ConfigRecord({"first": first, "end": end}) for first, end in left.items()]
+        grid.test([RecordDict({ARRAYS: self._arrays, CONFIG: config}) for config in configs])
+
+    def _by_workers(self, grid: LocalGrid) -> Evaluated:
+        """What each part came to; one whose worker dies is tested again, FedappError if another dies too."""
+        for last in (False, True):
+            for reply in grid.tested(self._job.round_timeout):
                 if reply.has_content():
                     told = cast(Mapping[str, Any], reply.content.metric_records[METRICS])
                     first = cast(int, reply.content.config_records[CONFIG]["first"])
-                    found[first] = list(map(Score, *(told[name] for name in Score._fields)))
-        if len(found) < len(self._ends):
-            raise FedappError("the model could not be tested; the log says why")
-        return [score for first in self._ends for score in found[first]]
+                    self._found[first] = list(map(Score, *(told[name] for name in Score._fields)))
+            if len(self._found) == len(self._ends):
+                return _evaluated([score for first in self._ends for score in self._found[first]])
+            if not last:
+                self._ask(grid)
+        raise FedappError("the model could not be tested; the log says why")
+
+
+def _evaluated(scores: list[Score]) -> Evaluated:
+    found = means(scores)
+    return Evaluated(found["accuracy"], found["loss"])

@@ -3,7 +3,7 @@
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from logging import WARNING
 from typing import Any, cast
 
@@ -70,6 +70,7 @@ class Federation:
             parts = self._wire, self._downlink, self._partitions, self.traffic, self.begun
             self._asynchronous = Asynchronous(self.job, self.grid, *parts)
         self._test = ServerTest(self.job, self.grid) if self.job.evaluate == "server" else None
+        self._untested: Round | None = None  # the record of a round whose test goes on
 
     def state(self) -> dict[str, Any]:
         """All that the next round depends on, for a checkpoint; by partition, since a node's id is random."""
@@ -83,6 +84,7 @@ class Federation:
             "asynchronous": self._asynchronous and self._asynchronous.state(),
             "clock": self.clock,
             "failed": self._failed,
+            "untested": self._untested and asdict(self._untested),
             "counts": [self.traffic.uplink, self.traffic.downlink, self.messages, self.accepted],
         }
 
@@ -103,32 +105,46 @@ class Federation:
         if self._asynchronous is not None:
             self._asynchronous.restore(state["asynchronous"])
         self._failed = state.get("failed", 0)  # older checkpoints do not say
+        untested = state.get("untested")
+        self._untested = Round(**untested) if untested else None
         self.traffic.uplink, self.traffic.downlink, self.messages, self.accepted = state["counts"]
 
-    def run(self, progress: Progress) -> Iterator[Round]:
-        """The rounds that are left, one record each; that of a round which left no update has no replies.
+    def run(self, progress: Progress) -> Iterator[list[Round]]:
+        """The rounds that are left; after each, the records that are whole by then, in their order.
 
-        The weights then stay, but where noise on the sum must hide that it is one of nobody
-        (privacy=central_gaussian), and the round costs what others do, as was written down before it began.
+        A test by the server may go on beside the next round, and the record then comes with that one's; after
+        the last round there is none that waits, unless the run was broken off (`rest`).
+
+        That of a round which left no update has no replies. The weights then stay, but where noise on the sum
+        must hide that it is one of nobody (privacy=central_gaussian), and the round costs what others do, as
+        was written down before it began.
         Raises FedappError where whole cohorts failed in `LOST` rounds in a row, or in all of a shorter run;
         one that is resumed then ends at the first round that fails again. A sum that may not be opened, since
         too few are left, is lost, and ends nothing.
         Stops before a round that would pass the budget: rounds that a crash made it repeat have cost some.
         """
+        if self._untested is not None and self._test is not None:
+            self._test.begin(self.arrays)  # of the run that goes on here
         for number in range(self.finished + 1, self.job.rounds + 1):
             if self.spent_out:
+                yield self._tested()
                 return
             CLOCK.begin_round(number)
             started, before, accepted = time.perf_counter(), replace(self.traffic), self.accepted
             answers = self._train(number, progress)
-            evaluated = self._evaluate(number)
+            records, evaluated = self._tested(), Evaluated()
+            beside = self._test is not None and self._test.beside and number < self.job.rounds
+            if self._test is not None and beside:
+                self._test.begin(self.arrays)
+            else:
+                evaluated = self._evaluate(number)
             spent, self.finished = self.spent, number
             replies = self.accepted - accepted
             failed = answers > 0 and not replies and not self._lost
             self._failed = self._failed + 1 if failed else 0
             if failed:
                 log(WARNING, "round %s is skipped: %s", number, self._why(answers))
-            yield Round(
+            record = Round(
                 round=number,
                 **evaluated._asdict(),
                 uplink_bytes=self.traffic.uplink - before.uplink,
@@ -141,9 +157,31 @@ class Federation:
                 clock=self.clock if self.job.timed else None,
                 drift=self.traffic.drifted - before.drifted if self._streamed else None,
             )
+            self._untested = record if beside else None
+            yield records if beside else [*records, record]
             if self._failed >= min(LOST, self.job.rounds):
                 ends = f"the run ends after {self._failed} such rounds in a row: mend that, and resume it"
                 raise FedappError(f"round {number}: {self._why(answers)}, and {ends}")
+
+    def _tested(self) -> list[Round]:
+        """The record that waits for its test, if one does."""
+        if self._untested is None or self._test is None:
+            return []
+        with EVALUATE:
+            record = replace(self._untested, **self._test.end()._asdict())
+        self._untested = None
+        return [record]
+
+    def rest(self) -> list[Round]:
+        """The same after a run that was broken off: nobody knows in what state its workers are."""
+        if self._untested is None or self._test is None:
+            return []
+        return [replace(self._untested, **self._test.rest()._asdict())]
+
+    @property
+    def recorded(self) -> int:
+        """The last round whose record is whole."""
+        return self.finished - (self._untested is not None)
 
     def _why(self, answers: int) -> str:
         """What is known of a round in which all failed."""
@@ -216,7 +254,7 @@ class Federation:
         in_time = self._in_time(number, messages, until)
         if self._wire.workloads:
             in_time = self._timed(in_time, self._wire.workloads)
-        replies = self._watched(in_time, progress, len(messages))
+        replies = self._watched(number, in_time, progress, len(messages))
         if not self._wire.streams:  # then the order of summation is the order of arrival
             replies = iter(sorted(replies, key=self._partition))
         collect = self.grid.collect if isinstance(self.grid, LocalGrid) else None
@@ -271,7 +309,7 @@ class Federation:
         for message in messages:
             message.content = RecordDict({**message.content, **told[message.metadata.dst_node_id]})
         before = self.accepted
-        for reply in self._watched(self._exchange(messages), progress, len(messages)):
+        for reply in self._watched(number, self._exchange(messages), progress, len(messages)):
             summed.take(reply)
         self.accepted = before  # what came counts only in a sum that was opened
         mean, count = summed.mean()
@@ -314,11 +352,13 @@ class Federation:
             if not (messages := others):
                 return
 
-    def _watched(self, replies: Iterator[Message], progress: Progress, total: int) -> Iterator[Message]:
-        progress.reply(0, total)
+    def _watched(
+        self, number: int, replies: Iterator[Message], progress: Progress, total: int
+    ) -> Iterator[Message]:
+        progress.reply(number, 0, total)
         for done, reply in enumerate(replies, 1):
             self.accepted += 1
-            progress.reply(done, total)
+            progress.reply(number, done, total)
             yield reply
 
     def _partition(self, message: Message) -> int:
@@ -330,7 +370,8 @@ class Federation:
     def _evaluate(self, number: int) -> Evaluated:
         """How well the weights do, on the server's test set or on what clients held out."""
         if self._test is not None:
-            return self._test(self.arrays, next(iter(self._partitions)))
+            self._test.begin(self.arrays)
+            return self._test.end()
         if self.job.evaluate == "none":
             return Evaluated()
         means = self._wire.aggregate_evaluate(number, self._tests(number, list(self._partitions)))

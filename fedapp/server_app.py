@@ -163,17 +163,20 @@ def _run(
     checkpoints = Checkpoints(folder.checkpoint, job.checkpointed)
     startup = time.perf_counter() - started
     try:
-        with Progress(console, job.rounds, federation.traffic.uplink) as progress:
-            for record in federation.run(progress):
+        with Progress(console, job.rounds, sum(r.uplink_bytes for r in folder.rounds())) as progress:
+            for records in federation.run(progress):
                 due = checkpoints.due
-                folder.append(record, lasting=due)
-                progress.round(record)
+                for record in records:
+                    folder.append(record, lasting=due)
+                    progress.round(record)
                 if due:
                     took = asdict(before.plus(startup, started))
                     state = {"config": settings, "took": took, "federation": federation.state()}
-                    checkpoints.save(record.round, state, grid)
+                    checkpoints.save(federation.finished, state, grid)
     except (KeyboardInterrupt, FedappError) as error:
         failure = error
+        for record in federation.rest():
+            folder.append(record)
     summary = _summary(job, federation, folder.rounds(), before.plus(startup, started), failure)
     folder.write_summary(summary)
     folder.write_model(federation.arrays.to_torch_state_dict())
@@ -227,7 +230,7 @@ def _restored(federation: Federation, folder: RunFolder, begin: Start) -> Took:
             )
     if job.privacy.unit is not None and not isinstance(grid, LocalGrid):
         federation.begun.anew(job.clients)
-    folder.cut(federation.finished)
+    folder.cut(federation.recorded)
     return Took() if state is None else Took(**state["took"])
 
 

@@ -107,7 +107,7 @@ def accuracies(overrides: list[str], attack: dict[str, Any] | None) -> list[floa
     sizes, quiet = [len(part) for part in job.task.partitions()], Console(file=io.StringIO())
     assert isinstance(job.engine, Local)
     with job.engine.grid(app, sizes, job.at_once, job.fold) as grid:
-        rounds = list(Federation(job, grid).run(Progress(quiet, job.rounds)))
+        rounds = [r for some in Federation(job, grid).run(Progress(quiet, job.rounds)) for r in some]
     return [r.accuracy for r in rounds if r.accuracy is not None]
 
 

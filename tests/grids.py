@@ -90,7 +90,13 @@ def local(job: Job) -> Local:
 def rounds_on(job: Job, grid: Grid) -> tuple[Federation, list[Round]]:
     """All rounds of a job, told to nobody."""
     federation = Federation(job, grid)
-    return federation, list(federation.run(Progress(Console(file=io.StringIO()), job.rounds)))
+    return federation, all_of(federation)
+
+
+def all_of(federation: Federation) -> list[Round]:
+    """The rounds that are left, told to nobody."""
+    quiet = Progress(Console(file=io.StringIO()), federation.job.rounds)
+    return [record for records in federation.run(quiet) for record in records]
 
 
 def rounds_here(job: Job, app: Any = None, fold: bool = True) -> tuple[Federation, list[Round]]:

@@ -26,6 +26,7 @@ from scipy.stats import chi2
 from fedapp import config, server_app
 from fedapp.client_app import local_app
 from fedapp.dp_step import DpStep
+from fedapp.engine.local import LocalGrid
 from fedapp.evaluation import ServerTest
 from fedapp.job import Job
 from fedapp.models import Cnn, Resnet18, SmallCnn
@@ -61,7 +62,8 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
 
     def aside(self: ServerTest, job: Job, grid: Grid) -> None:
         begin(self, job, grid)
-        self._aside = True
+        assert isinstance(grid, LocalGrid)
+        self._workers = grid
 
     if name == "cpu":
         monkeypatch.setattr(ServerTest, "__init__", aside)
@@ -164,14 +166,14 @@ def test_a_worker_that_is_killed_is_replaced_by_one_that_trains(device: str) -> 
         first = [worker.process.pid for worker in grid._workers]
 
         class Killer:
-            def reply(self, done: int, total: int) -> None:
+            def reply(self, number: int, done: int, total: int) -> None:
                 if done == 0:
                     for worker in grid._workers:
                         os.kill(worker.process.pid, signal.SIGKILL)  # type: ignore[arg-type]
                         worker.process.join()
 
         federation = Federation(job, grid)
-        records = list(federation.run(Killer()))  # type: ignore[arg-type]
+        records = [one for some in federation.run(Killer()) for one in some]  # type: ignore[arg-type]
         last = [worker.process.pid for worker in grid._workers]
     assert [(record.replies, record.failures) for record in records] == [(5, 0)] * 3
     assert not set(first) & set(last)
@@ -204,9 +206,9 @@ def test_a_worker_killed_while_it_trains_costs_a_reply(device: str) -> None:
     sizes = [len(part) for part in job.task.partitions()]
     with local(job).grid(local_app(job), sizes, job.in_round, job.fold) as grid:
         federation, records = Federation(job, grid), []
-        for record in federation.run(Progress(Console(file=io.StringIO()), 3)):
-            records.append((record.replies, record.failures))
-            if record.round == 1:
+        for some in federation.run(Progress(Console(file=io.StringIO()), 3)):
+            records += [(record.replies, record.failures) for record in some]
+            if federation.finished == 1:
                 victim = grid._workers[0].process.pid
                 assert victim is not None
                 threading.Timer(0.1, os.kill, (victim, signal.SIGKILL)).start()
@@ -231,10 +233,10 @@ def test_a_run_that_stopped_goes_on_to_the_same_bits(device: str, tmp_path: Path
         run = Federation.run
 
         def dying(self: Federation, progress: Any) -> Any:
-            for record in run(self, progress):
-                if record.round == 3:
+            for records in run(self, progress):
+                if self.finished == 3:
                     os.kill(os.getpid(), signal.SIGKILL)
-                yield record
+                yield records
 
         Federation.run = dying  # type: ignore[method-assign]
         simulate(stopped, f"{fixed} run_dir={stopped}")

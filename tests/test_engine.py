@@ -31,7 +31,7 @@ from fedapp import config, server_app, wire
 from fedapp.client_app import FAILED, client_app, local_app
 from fedapp.downlink import HOLDS
 from fedapp.engine.grid import stream
-from fedapp.engine.local import TEST, Local, LocalGrid
+from fedapp.engine.local import Local, LocalGrid
 from fedapp.errors import ConfigError, FedappError
 from fedapp.evaluation import Evaluated
 from fedapp.job import Job
@@ -410,7 +410,7 @@ def round_by_round(job: Job, app: Any) -> tuple[list[Round], list[bytes]]:
     with local(job).grid(app, sizes, job.at_once, job.fold, seconds=job.seconds) as grid:
         federation = Federation(job, grid)
         rounds = federation.run(Progress(Console(file=io.StringIO()), job.rounds))
-        found = [(record, bits(federation.arrays)) for record in rounds]
+        found = [(record, bits(federation.arrays)) for records in rounds for record in records]
     return [record for record, _ in found], [model for _, model in found]
 
 
@@ -672,7 +672,9 @@ def test_the_servers_test_may_take_longer_than_a_client() -> None:
         return Message(RecordDict(), reply_to=message)
 
     with Local(workers=1, client_timeout=0.2).grid(app, [1], 1) as grid:
-        assert next(stream(grid, [Message(RecordDict(), 2, TEST)], 60)).has_content()
+        grid.test([RecordDict()])
+        (reply,) = grid.tested(60)
+    assert reply.has_content()
 
 
 # Nothing is left behind
@@ -706,10 +708,11 @@ def test_memory_does_not_grow_with_the_rounds(setting: str, caplog: pytest.LogCa
     job.prepare()
     sizes = [len(part) for part in job.task.partitions()]
     with local(job).grid(local_app(job), sizes, job.at_once, job.fold) as grid:
-        for r in Federation(job, grid).run(Progress(Console(file=io.StringIO()), job.rounds)):
-            if r.round in (50, 300):
+        federation = Federation(job, grid)
+        for _ in federation.run(Progress(Console(file=io.StringIO()), job.rounds)):
+            if federation.finished in (50, 300):
                 workers = [worker.process.pid for worker in grid._workers]
-                seen[r.round] = [_resident(pid) for pid in (os.getpid(), *workers)]
+                seen[federation.finished] = [_resident(pid) for pid in (os.getpid(), *workers)]
     grown = np.subtract(seen[300], seen[50])
     assert len(grown) == 3
     assert (grown < 5).all(), grown

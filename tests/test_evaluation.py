@@ -1,27 +1,35 @@
 """Who tests a model, on what, and how that spreads over clients."""
 
+import io
 import multiprocessing
 import os
 import signal
+import time
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import fields, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from flwr.app import ConfigRecord, Context, Message, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.common.constant import SUPERLINK_NODE_ID
+from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
-from grids import bits, rounds_here
+from grids import Elsewhere, bits, local, rounds_here, rounds_on
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rich.console import Console
 
 from fedapp import config
-from fedapp.client_app import client_app, load
+from fedapp.client_app import client_app, load, local_app
 from fedapp.errors import ConfigError, FedappError
 from fedapp.evaluation import over_clients
 from fedapp.job import Job
+from fedapp.report.progress import Progress
+from fedapp.rounds import Federation
 from fedapp.tasks import Data, Score, means
 from fedapp.tasks.images import Digits
 from fedapp.training import Sgd
@@ -97,7 +105,7 @@ def test_a_client_never_trains_on_what_it_tests_on(monkeypatch: pytest.MonkeyPat
 def test_rounds_tell_how_accuracy_spreads_over_clients() -> None:
     job = job_of("downlink=plain codec=identity")
     federation, records = rounds_here(job)
-    load(job, federation.arrays)
+    load(job.model, federation.arrays)
     held = [test for _, test in parts(job)]
     each = [job.task.evaluate(job.model, test)["accuracy"] for test in held]
     last = records[-1]
@@ -158,7 +166,7 @@ def test_any_number_of_workers_test_to_the_same_bits(strategy: str) -> None:
         federation, records = rounds_here(many(workers, f"strategy={strategy}"))
         told.add((bits(federation.arrays), *((r.accuracy, r.loss) for r in records)))
     assert len(told) == 1
-    load(federation.job, federation.arrays)
+    load(federation.job.model, federation.arrays)
     test = federation.job.task.test_data()
     assert test is not None
     wanted = federation.job.task.evaluate(federation.job.model, test)
@@ -191,6 +199,103 @@ def test_a_model_that_nobody_can_test_ends_the_run() -> None:
     object.__setattr__(job.task, "scores", lambda model, data: os.kill(os.getpid(), signal.SIGKILL))
     with pytest.raises(FedappError, match="the model could not be tested; the log says why"):
         rounds_here(job)
+
+
+def test_workers_test_beside_the_next_round_once_no_client_waits(tmp_path: Path) -> None:
+    """Two workers, and clients of which the last one takes long: the other worker tests meanwhile."""
+    job, log = many(2, "rounds=3 clients=3 trainer.epochs=1"), tmp_path / "log"
+    fit = Sgd.fit
+
+    def written(what: str) -> None:
+        with log.open("a") as file:  # by several processes, each whole
+            file.write(f"{what}\n")
+
+    def fitted(trainer: Any, task: Any, model: Any, data: Data, *rest: Any, **others: Any) -> Any:
+        written("trains")
+        time.sleep(0.3)
+        return fit(trainer, task, model, data, *rest, **others)
+
+    def scores(model: torch.nn.Module, data: Data) -> list[Score]:
+        written("tests")
+        return Many.scores(job.task, model, data)  # type: ignore[arg-type]
+
+    object.__setattr__(job.task, "scores", scores)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Sgd, "fit", fitted)
+        _, records = rounds_here(job)
+    train, test = ["trains"] * 3, ["tests"] * 2
+    assert log.read_text().split() == [*train, *train, *test, *train, *test, *test]
+    assert len({record.accuracy for record in records}) > 1
+    assert records == sorted(records, key=lambda record: record.round)
+    for record in records:  # what workers did is counted once, in the round in which it came
+        assert record.stages is not None
+        assert sum(s for s in record.stages.values() if s) == pytest.approx(3 * record.seconds, rel=0.1)
+    assert [bool(record.stages and record.stages["evaluate"]) for record in records] == [False, True, True]
+
+
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_a_test_beside_the_next_round_is_of_the_weights_before_it(elsewhere: bool) -> None:
+    job = many(2, "rounds=3")
+    job.prepare()
+    models, wanted = list[ArrayRecord](), list[tuple[float, float]]()
+    aggregate = Federation._train
+
+    def trained(self: Federation, number: int, progress: Progress) -> int:
+        due = aggregate(self, number, progress)
+        models.append(self.arrays)
+        return due
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Federation, "_train", trained)
+        if elsewhere:
+            _, records = rounds_on(job, Elsewhere(client_app(lambda _: job), [9, 7, 5, 3]))
+        else:
+            _, records = rounds_here(job)
+    test = job.task.test_data()
+    assert test is not None
+    for arrays in models:
+        load(job.model, arrays)
+        found = job.task.evaluate(job.model, test)
+        wanted.append((found["accuracy"], found["loss"]))
+    assert [(record.accuracy, record.loss) for record in records] == wanted
+    assert len(set(wanted)) == 3
+
+
+def test_a_worker_that_tests_late_is_no_client_that_is_late() -> None:
+    """`collect` ends clients whose time is over, `client_timeout` those that take too long: not a test."""
+    job = many(2, "rounds=3 engine.client_timeout=0.5")
+
+    def scores(model: torch.nn.Module, data: Data) -> list[Score]:
+        time.sleep(0.7)
+        return Many.scores(job.task, model, data)  # type: ignore[arg-type]
+
+    object.__setattr__(job.task, "scores", scores)
+    _, records = rounds_here(job)
+    assert [(record.replies, record.failures) for record in records] == [(4, 0)] * 3
+    assert all(record.accuracy for record in records)
+
+
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_a_run_that_is_broken_off_has_the_test_of_its_last_round(elsewhere: bool) -> None:
+    job = many(2, "rounds=3")
+    job.prepare()
+    wanted = rounds_here(job)[1]
+    grid: Grid
+    with ExitStack() as stack:
+        if elsewhere:
+            grid = Elsewhere(client_app(lambda _: job), [9, 7, 5, 3])
+        else:
+            sizes = [len(part) for part in job.task.partitions()]
+            grid = stack.enter_context(local(job).grid(local_app(job), sizes, job.at_once, job.fold))
+        federation = Federation(job, grid)
+        rounds = federation.run(Progress(Console(file=io.StringIO()), 3))
+        assert next(rounds) == []
+        (first,) = next(rounds)
+        (second,) = federation.rest()
+    assert [(r.round, r.accuracy, r.loss) for r in (first, second)] == [
+        (r.round, r.accuracy, r.loss) for r in wanted[:2]
+    ]
+    assert federation.recorded == 1
 
 
 def test_means_are_over_examples() -> None:

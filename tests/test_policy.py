@@ -1,6 +1,5 @@
 """The client's policy, and policy and ledger around whole messages: what is declined, charged, sent again."""
 
-import io
 import logging
 import math
 import shutil
@@ -17,10 +16,9 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, 
 from flwr.clientapp import ClientApp
 from flwr.common.constant import ErrorCode
 from flwr.common.serde import recorddict_to_proto
-from grids import local
+from grids import all_of, local
 from hypothesis import given
 from hypothesis import strategies as st
-from rich.console import Console
 
 import fedapp
 from fedapp import config
@@ -35,7 +33,6 @@ from fedapp.privacy.consent import releases
 from fedapp.privacy.ledger import Ledger
 from fedapp.privacy.policy import Policy, PolicyRefusal
 from fedapp.records import ARRAYS, CONFIG, METRICS
-from fedapp.report.progress import Progress
 from fedapp.rounds import Federation
 from fedapp.tasks import Data
 from fedapp.training import DpSgd
@@ -510,7 +507,7 @@ def test_a_run_goes_on_without_who_declines(tmp_path: Path) -> None:
     with local(job).grid(client_app(lambda _: job), sizes, 3) as grid:
         grid._contexts[2].node_config["policy"] = str(tmp_path / "policy.yaml")
         grid._contexts[3].node_config |= {"ledger": str(tmp_path / "ledger.db"), "data-id": "a"}
-        records = list(Federation(job, grid).run(Progress(Console(file=io.StringIO()), job.rounds)))
+        records = all_of(Federation(job, grid))
     assert [(record.replies, record.failures) for record in records] == [(2, 1)] * 3
     assert Ledger(tmp_path / "ledger.db").count("a") == 3
 

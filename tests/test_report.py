@@ -407,7 +407,7 @@ def test_no_terminal_one_plain_line_a_round() -> None:
     with Progress(Console(file=out), rounds=2) as progress:
         progress.status("loading data")
         for number in (1, 2):
-            progress.reply(1, 5)
+            progress.reply(number, 1, 5)
             progress.round(one_round(number, epsilon=1.5, failures=number - 1))
     assert out.getvalue().splitlines() == [
         "round 1/2  accuracy 70.00 %  uplink 600 kB  epsilon 1.50  0.900 s",
@@ -424,7 +424,7 @@ def test_a_terminal_is_given_back(error: type[BaseException] | None) -> None:
     def rounds() -> None:
         with Progress(console, rounds=120) as progress:
             progress.round(one_round(12, epsilon=1.5, seconds=1.0))
-            progress.reply(7, 10)
+            progress.reply(13, 7, 10)
             console.print(progress)
             if error:
                 raise error

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
@@ -22,16 +22,16 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
-from grids import Elsewhere
+from grids import Elsewhere, all_of
 from rich.console import Console
 from safetensors import SafetensorError
 
 import fedapp
-from fedapp import checkpoint, config, server_app
+from fedapp import checkpoint, client_app, config, evaluation, server_app
 from fedapp.checkpoint import Checkpoints, read, write
-from fedapp.client_app import client_app
 from fedapp.engine.states import States
 from fedapp.errors import ConfigError, DecodeError, FedappError
+from fedapp.evaluation import ServerTest
 from fedapp.job import Job
 from fedapp.privacy import consent
 from fedapp.privacy.begun import Begun
@@ -39,8 +39,9 @@ from fedapp.privacy.ledger import Ledger
 from fedapp.report import folder as report_folder
 from fedapp.report.folder import RunFolder, alone
 from fedapp.report.progress import Progress
-from fedapp.report.summary import Summary
+from fedapp.report.summary import Summary, read_summary
 from fedapp.rounds import Federation
+from fedapp.tasks import classification
 from fedapp.training import DpSgd
 
 FAST = "task=digits privacy=none model=logistic clients=5 rounds=6 cohort=3 engine.workers=1 checkpoint=0"
@@ -163,6 +164,46 @@ def test_killed_in_a_round_and_resumed_is_the_same_run(setting: str, tmp_path: P
     assert (summary.rounds, summary.interrupted) == (6, False)
     assert summary.uplink_bytes == sum(r["uplink_bytes"] for r in left(tmp_path)[1])
     assert not (tmp_path / "checkpoint").exists()
+
+
+@pytest.fixture
+def shared(monkeypatch: pytest.MonkeyPatch) -> str:
+    """Settings of a run the test set of which has four batches: two workers test beside the rounds."""
+    for module in (evaluation, client_app, classification):
+        monkeypatch.setattr(module, "EVALUATION_BATCH", 100)
+    return f"{SETTINGS['feedback']} engine.workers=2"
+
+
+@pytest.mark.parametrize("step", ["begin", "end"])
+def test_killed_while_a_test_goes_on(step: str, tmp_path: Path, shared: str) -> None:
+    """The record of the round that was being tested is made anew, from the weights in the checkpoint."""
+
+    def run() -> None:
+        setattr(ServerTest, step, at_call(4, getattr(ServerTest, step)))
+        simulate(tmp_path / "run", shared)
+
+    simulate(tmp_path / "whole", f"{shared} checkpoint=null")
+    assert killed(run, never) == -9
+    assert lines(tmp_path / "run") == {"begin": 2, "end": 3}[step]
+    resume(tmp_path / "run")
+    assert left(tmp_path / "run") == left(tmp_path / "whole")
+
+
+def test_interrupted_while_a_test_goes_on(
+    tmp_path: Path, shared: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt() -> NoReturn:
+        raise KeyboardInterrupt
+
+    simulate(tmp_path / "whole", f"{shared} checkpoint=null")
+    with monkeypatch.context() as patch:
+        patch.setattr(Federation, "_train", at_call(4, Federation._train, interrupt))
+        with pytest.raises(KeyboardInterrupt):
+            simulate(tmp_path / "run", shared)
+    summary = read_summary(tmp_path / "run" / "summary.json")
+    assert (summary.rounds, summary.accuracy) == (3, left(tmp_path / "whole")[1][2]["accuracy"])
+    resume(tmp_path / "run")
+    assert left(tmp_path / "run") == left(tmp_path / "whole")
 
 
 def test_private_asynchronous_rounds_go_on_within_their_budget(tmp_path: Path) -> None:
@@ -406,7 +447,7 @@ def test_other_settings_are_refused_and_shown(tmp_path: Path) -> None:
 def deployed(overrides: str, ids: list[int], run: int = 1, ledger: Path | None = None) -> None:
     """As Flower runs the ServerApp, on nodes with these ids that remember nothing yet, but for a ledger."""
     job = config.job(config.compose(overrides))
-    grid = Elsewhere(client_app(lambda _: job), ids)
+    grid = Elsewhere(client_app.client_app(lambda _: job), ids)
     for context in grid._contexts.values():
         context.run_id = run
         if ledger is not None:
@@ -424,7 +465,7 @@ def test_a_deployed_run_goes_on_with_nodes_that_remember_nothing(
     deployed(f"{settings} run_dir={tmp_path / 'whole'}", [5, 6, 7, 8, 9])
 
     def run() -> None:
-        Federation._evaluate = at_call(4, Federation._evaluate)  # type: ignore[method-assign]
+        Federation._train = at_call(4, Federation._train)  # type: ignore[method-assign]
         deployed(f"{settings} run_dir={tmp_path / 'run'}", [5, 6, 7, 8, 9])
 
     assert killed(run, never) == -9
@@ -671,7 +712,7 @@ def test_every_strategy_goes_on_with_what_it_kept(strategy: str, tmp_path: Path)
         job = config.job(
             config.compose(f"{FAST} strategy={strategy} codec=identity clients={many} cohort=null")
         )
-        made = Federation(job, Elsewhere(client_app(lambda _: job), clients))
+        made = Federation(job, Elsewhere(client_app.client_app(lambda _: job), clients))
         made.arrays = start
         return made
 
@@ -819,20 +860,17 @@ def test_a_server_that_resumes_elsewhere_assumes_nothing_of_its_nodes(tmp_path: 
     def job() -> Job:
         return config.job(config.compose(f"{FAST} codec.feedback=false codec.step=2"))
 
-    def rounds(federation: Federation) -> Iterator[Any]:
-        return federation.run(Progress(Console(file=io.StringIO()), 6))
-
-    one = Federation(job(), Elsewhere(client_app(lambda _: job()), [5, 6, 7, 8, 9]))
-    first = rounds(one)
+    one = Federation(job(), Elsewhere(client_app.client_app(lambda _: job()), [5, 6, 7, 8, 9]))
+    first = one.run(Progress(Console(file=io.StringIO()), 6))
     for _ in range(3):
         next(first)
     write(tmp_path / "state", one.state())
     list(first)
-    other = Federation(job(), Elsewhere(client_app(lambda _: job()), [50, 60, 70, 80, 90]))
+    other = Federation(job(), Elsewhere(client_app.client_app(lambda _: job()), [50, 60, 70, 80, 90]))
     other.restore(read(tmp_path / "state"))
     assert other._downlink is not None
     assert other._downlink._held == {}
-    assert [record.replies for record in rounds(other)] == [3, 3, 3]
+    assert [(record.round, record.replies) for record in all_of(other)] == [(3, 3), (4, 3), (5, 3), (6, 3)]
     assert {n: a.data for n, a in one.arrays.items()} == {n: a.data for n, a in other.arrays.items()}
 
 

@@ -25,13 +25,12 @@ from fedapp.assignment import SECONDS, part_in
 from fedapp.engine.grid import stream
 from fedapp.engine.states import States
 from fedapp.engine.timeline import Answer, Timeline
-from fedapp.engine.worker import Worker
+from fedapp.engine.worker import TEST, Worker
 from fedapp.exact_sum import ExactSum
 from fedapp.fold import Fold, Folded
 from fedapp.records import size_of
-from fedapp.stages import CLOCK, TRANSFER
+from fedapp.stages import CLOCK, TRANSFER, WAIT
 
-TEST = "query.test"  # asks a worker to test for the server: no client's work, though in the name of a node
 _WAIT = 0.05  # seconds that a pull waits for a reply before it returns with none
 
 
@@ -105,6 +104,7 @@ class LocalGrid(Grid):
         self.timeline = None if seconds is None else Timeline(self._seconds_of)
         self._contexts = States(self.partitions, self._context)
         self._queue: list[Message] = []
+        self._tests, self._tested = list[Message](), list[Message]()  # not begun; what others came to
         self._workers = [Worker(app, fold, slot) for slot in range(workers)]
 
     def _context(self, node: int) -> Context:
@@ -168,20 +168,36 @@ class LocalGrid(Grid):
                 return [self._delivered(due)]
         return []
 
+    def test(self, contents: Iterable[RecordDict]) -> None:
+        """Have workers that no client needs test the model: each takes one of these after the other."""
+        self._tests += [Message(content, next(iter(self.partitions)), TEST) for content in contents]
+
+    @WAIT
+    def tested(self, timeout: float) -> list[Message]:
+        """What tests came to since this was asked last, those that failed too; waits for all of them."""
+        until = time.monotonic() + timeout
+        while self._tests or any(worker.tests for worker in self._workers):
+            self._work_done(_WAIT)  # what clients still send belongs to a round that is over
+            if time.monotonic() >= until:
+                break
+        done, self._tested = self._tested, []
+        return done
+
     def _work_done(self, pause: float) -> list[Answer]:
         """Give idle workers work, and take what others have done; waits so many seconds for the first one."""
         self._dispatch()
         busy = {worker.channel.pipe: worker for worker in self._workers if worker.message is not None}
         ready = multiprocessing.connection.wait(list(busy), pause)
         done = [self._receive(worker) for pipe, worker in busy.items() if pipe in ready]
-        return done + [self._give_up(worker) for worker in busy.values() if self._overdue(worker)]
+        done += [self._give_up(worker) for worker in busy.values() if self._overdue(worker)]
+        self._tested += [reply for reply, _ in done if reply.metadata.message_type == TEST]
+        return [answer for answer in done if answer[0].metadata.message_type != TEST]
 
     def _overdue(self, worker: Worker) -> bool:
         """Whether the client that a worker works for has had its time, which passes in fact."""
-        if self._client_timeout is None or worker.message is None:
+        if self._client_timeout is None or worker.message is None or worker.tests:
             return False
-        since, kind = time.monotonic() - worker.began, worker.message.metadata.message_type
-        return since > self._client_timeout and kind != TEST
+        return time.monotonic() - worker.began > self._client_timeout
 
     def _give_up(self, worker: Worker) -> Answer:
         """The answer of a client whose time is over, in its place; it keeps what it had."""
@@ -210,23 +226,24 @@ class LocalGrid(Grid):
     def collect(self) -> list[ExactSum | None]:
         """What all replies of a round add up to, by slot. Ends whoever is still at it: their time is over."""
         for worker in self._workers:
-            if worker.message is not None:
+            if worker.message is not None and not worker.tests:
                 self._replace(worker)
         return self._fold.collect() if self._fold else []
 
     def _dispatch(self) -> None:
         for worker in list(self._workers):
-            if worker.message is None and self._queue:
+            if worker.message is None and (waiting := self._queue or self._tests):
                 if not worker.process.is_alive():
                     worker = self._replace(worker)
-                worker.message, worker.began = self._queue.pop(0), time.monotonic()
+                worker.message, worker.began = waiting.pop(0), time.monotonic()
                 content = worker.message.content
                 known = content is worker.content
                 worker.content = content
                 envelope = copy(worker.message)
                 envelope.content = RecordDict()
+                node = worker.message.metadata.dst_node_id
                 with TRANSFER:
-                    context = self._contexts[worker.message.metadata.dst_node_id]
+                    context = self._context(node) if worker.tests else self._contexts[node]
                 with suppress(OSError):  # died this moment: the end of its pipe says so to the next pull
                     worker.channel.send((envelope, None if known else content, context))
 

@@ -18,6 +18,8 @@ from fedapp.fold import Fold, as_it_is
 from fedapp.orphan import end_with
 from fedapp.stages import CLOCK, OTHER
 
+TEST = "query.test"  # asks a worker to test for the server: no client's work, though in the name of a node
+
 
 class Worker:
     """One resident process and the message it works on.
@@ -38,6 +40,11 @@ class Worker:
         self.message: Message | None = None
         self.began = 0.0  # when it was given that, by `time.monotonic`
         self.content: RecordDict | None = None  # what this worker received last, so that it is sent once
+
+    @property
+    def tests(self) -> bool:
+        """Whether it tests the model for the server, and no client works here."""
+        return self.message is not None and self.message.metadata.message_type == TEST
 
     def end(self) -> None:
         self.process.kill()

@@ -26,7 +26,7 @@ class Progress:
         self._console = console
         self._rounds = rounds
         self._status = "starting"
-        self._replies = ""
+        self._current, self._replies = 0, ""
         self._last: Round | None = None
         self._uplink_bytes = uplink_bytes
         self._seconds: list[float] = []
@@ -51,13 +51,15 @@ class Progress:
         """What happens outside the rounds, such as "loading data"; shown on a terminal only."""
         self._status = text
 
-    def reply(self, done: int, total: int) -> None:
-        """`done` of this round's `total` clients have replied; shown on a terminal only."""
-        self._status, self._replies = "", f"clients {done}/{total}"
+    def reply(self, number: int, done: int, total: int) -> None:
+        """`done` of the `total` clients of this round have replied; shown on a terminal only."""
+        self._current, self._status, self._replies = number, "", f"clients {done}/{total}"
 
     def round(self, r: Round) -> None:
-        """A round is finished."""
-        self._last, self._status, self._replies = r, "", ""
+        """A round is finished, and tested; the next one may have been, too, but for its test."""
+        self._last, self._status = r, ""
+        if r.round == self._current:
+            self._replies = ""
         self._uplink_bytes += r.uplink_bytes
         self._seconds.append(r.seconds)
         if not self._live:
@@ -71,7 +73,7 @@ class Progress:
         if self._seconds and finished < self._rounds:
             mean = sum(self._seconds) / len(self._seconds)
             left = f"{_clock(mean * (self._rounds - finished))} left"
-        current = finished + bool(self._replies)  # the round that the replies belong to
+        current = max(finished, self._current)
         cells: list[RenderableType] = [Text(f"round {current}/{self._rounds}", style="bold")]
         words = [self._status, *(self._numbers(self._last) if self._last else []), self._replies]
         if self._console.width < NARROW:
