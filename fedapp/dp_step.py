@@ -5,6 +5,7 @@ from collections.abc import Callable
 from contextlib import closing
 from copy import deepcopy
 from dataclasses import dataclass
+from inspect import unwrap
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -68,6 +69,14 @@ class DpStep:
             return step.total(data, drawn.to(data.x.device)).cpu().numpy()
 
 
+class PlainSgd(torch.optim.SGD):
+    """SGD without what keeps torch's compiler off it: that imports the compiler first, for over a second."""
+
+    add_param_group = unwrap(torch.optim.SGD.add_param_group)
+    zero_grad = unwrap(torch.optim.SGD.zero_grad)
+    step = torch.no_grad()(unwrap(torch.optim.SGD.step))
+
+
 class Step:
     """One noised step on a drawn batch, in physical batches that fit the memory."""
 
@@ -91,7 +100,7 @@ class Step:
         else:
             self._model = GradSampleModule(model)
         self._optimizer = optimizer(
-            torch.optim.SGD(self._parameters, lr=lr, momentum=dp.momentum),
+            PlainSgd(self._parameters, lr=lr, momentum=dp.momentum),
             noise_multiplier=dp.noise_multiplier / kept,  # of what it clips to
             max_grad_norm=kept * dp.max_grad_norm,
             expected_batch_size=dp.sampling_rate * dp.examples_per_client,

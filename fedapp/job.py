@@ -362,9 +362,6 @@ class Job:
 
     def prepare(self) -> None:
         """Do once what every worker would do again, and refuse a model that the trainer cannot train."""
-        if isinstance(self.trainer, DpSgd | DpStep):
-            import torch._dynamo  # noqa: F401  (Opacus' optimizers import it, in every worker)
-
         model = self.task.model(self.seed)
         combinations.check_model(self, model)
         combinations.check_padding(self)

@@ -1,5 +1,7 @@
 """Trainers: the laws that every one keeps, then what DP-SGD promises, checked by numbers."""
 
+import subprocess
+import sys
 from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import replace
@@ -368,3 +370,18 @@ def test_a_fit_that_fails_leaves_the_model_clean(ghost_above: int) -> None:
         dp.fit(TASK, model, wrong, {}, np.random.default_rng(0), 0.0)
     model.load_state_dict(TASK.model(0).state_dict())
     assert np.array_equal(fit(dp, 50, model=model)[0], fit(dp, 50)[0])
+
+
+def test_steps_do_not_bring_the_compiler_in() -> None:
+    """It takes over a second to import, which start-up, or the first step of each worker, would wait for."""
+    script = (
+        "import sys, torch; from fedapp import config; from fedapp.dp_step import Step\n"
+        "job = config.job_of('task=digits model=logistic'); job.prepare()\n"
+        "for ghost_above in (0, 10**9):\n"
+        "    dp = job.trainer.__class__(**{**vars(job.trainer), 'ghost_above': ghost_above})\n"
+        "    step = Step(job.task, job.task.model(0), dp, None, 0.1)\n"
+        "    data = job.task.client_data({'partition-id': 0})\n"
+        "    step(data, torch.arange(3)); step.close()\n"
+        "sys.exit('torch._dynamo' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
