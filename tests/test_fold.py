@@ -21,6 +21,7 @@ from fedapp import config
 from fedapp.client_app import client_app, partition_of
 from fedapp.codec.rate_distortion import RateDistortion
 from fedapp.engine import channel
+from fedapp.engine.arena import Arena
 from fedapp.engine.channel import Channel
 from fedapp.exact_sum import ExactSum
 from fedapp.fold import Folded
@@ -292,3 +293,22 @@ def test_both_ends_remember_and_forget_the_same(turns: list[list[int]]) -> None:
             assert list(here._pieces) == list(there._pieces)
             assert here._size == there._size == sum(map(len, here._pieces.values())) <= 30_000
             assert len(here._names) == len(here._pieces)
+
+
+def test_a_large_piece_of_the_server_lies_in_memory_that_its_workers_read() -> None:
+    arena = Arena()
+    (one, first), (two, second) = (multiprocessing.get_context("fork").Pipe() for _ in range(2))
+    here, there, elsewhere = Channel(one, arena, writes=True), Channel(first, arena), Channel(second, arena)
+    other = Channel(two, arena, writes=True)
+    piece = os.urandom(200_000)
+    for writer, reader in ((here, there), (other, elsewhere)):
+        got, size = passed(writer, reader, {"a": piece})
+        assert got == {"a": piece}
+        assert size < 1000
+    assert os.fstat(arena._file).st_size == len(piece)
+    back, size = passed(there, here, [piece, got["a"]])  # a worker's own crosses the pipe
+    assert back == [piece, piece]
+    assert size > 200_000
+    other.close()
+    assert not arena._told  # neither of them will ask again
+    arena.close()

@@ -6,6 +6,7 @@ from collections import OrderedDict
 from multiprocessing.connection import Connection
 from typing import Any
 
+from fedapp.engine.arena import Arena
 from fedapp.stages import TRANSFER, WAIT
 
 LEAST, MOST = 1 << 12, 1 << 27  # bytes: of a piece that is remembered, and of all pieces together
@@ -16,10 +17,12 @@ class Channel:
 
     A piece that crossed before, in either direction, is named instead. Since they take turns, both ends know
     the same pieces, and forget the same ones: those that were used longest ago.
+
+    Of an `arena`, where large pieces lie that many are to read, one end `writes` and the other reads.
     """
 
-    def __init__(self, pipe: Connection) -> None:
-        self.pipe = pipe
+    def __init__(self, pipe: Connection, arena: Arena | None = None, writes: bool = False) -> None:
+        self.pipe, self._arena, self._writes = pipe, arena, writes
         self._pieces = OrderedDict[int, bytes]()
         self._names = dict[int, int]()  # by id, which is unique while the piece is remembered
         self._size, self._next = 0, 0
@@ -31,24 +34,44 @@ class Channel:
             pickler = pickle.Pickler(body, pickle.HIGHEST_PROTOCOL)
             pickler.persistent_id = lambda piece: self._name(piece, new)  # type: ignore[method-assign]
             pickler.dump(thing)
+            places = {name: self._put(self._pieces[name]) for name in new}
+            told = [(name, place, len(self._pieces[name])) for name, place in places.items()]
         with WAIT:  # for the other end to read it
-            self.pipe.send_bytes(pickle.dumps(new) + body.getbuffer())  # one write wakes the other end once
-            for name in new:
-                self.pipe.send_bytes(self._pieces[name])
+            self.pipe.send_bytes(pickle.dumps(told) + body.getbuffer())  # one write wakes the other end once
+            for name, place in places.items():
+                if place is None:
+                    self.pipe.send_bytes(self._pieces[name])
         self._forget()
 
     def receive(self) -> Any:
         """As Connection.recv; raises EOFError or OSError where the other end is gone."""
         with WAIT:
             body = io.BytesIO(self.pipe.recv_bytes())
+        if self._arena is not None and self._writes:
+            self._arena.read(self)  # who answers has read all that it was sent
         with TRANSFER:
-            for name in pickle.load(body):
-                self._remember(name, self.pipe.recv_bytes())
+            for name, place, size in pickle.load(body):
+                self._remember(name, self._got(place, size))
             unpickler = pickle.Unpickler(body)
             unpickler.persistent_load = self._recall  # type: ignore[method-assign]
             thing = unpickler.load()
         self._forget()
         return thing
+
+    def close(self) -> None:
+        self.pipe.close()
+        if self._arena is not None and self._writes:
+            self._arena.read(self)
+
+    def _put(self, piece: bytes) -> int | None:
+        """Where the other end finds a piece; None if it crosses the pipe."""
+        return self._arena.put(piece, self) if self._arena is not None and self._writes else None
+
+    def _got(self, place: int | None, size: int) -> bytes:
+        if place is None:
+            return self.pipe.recv_bytes()
+        assert self._arena is not None
+        return self._arena.get(place, size)
 
     def _name(self, piece: object, new: list[int]) -> int | None:
         if type(piece) is not bytes or len(piece) < LEAST:

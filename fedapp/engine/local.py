@@ -22,6 +22,7 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from fedapp import check
 from fedapp.assignment import SECONDS, part_in
+from fedapp.engine.arena import Arena
 from fedapp.engine.grid import stream
 from fedapp.engine.states import States
 from fedapp.engine.timeline import Answer, Timeline
@@ -105,7 +106,8 @@ class LocalGrid(Grid):
         self._contexts = States(self.partitions, self._context)
         self._queue: list[Message] = []
         self._tests, self._tested = list[Message](), list[Message]()  # not begun; what others came to
-        self._workers = [Worker(app, fold, slot) for slot in range(workers)]
+        self._arena = Arena() if workers and hasattr(os, "memfd_create") else None  # on Linux
+        self._workers = [Worker(app, fold, slot, self._arena) for slot in range(workers)]
 
     def _context(self, node: int) -> Context:
         config: dict[str, bool | float | int | str] = {
@@ -280,7 +282,7 @@ class LocalGrid(Grid):
         worker.end()
         if self._fold:
             self._fold.lost(worker.slot)
-        self._workers[worker.slot] = Worker(self._app, self._fold, worker.slot)
+        self._workers[worker.slot] = Worker(self._app, self._fold, worker.slot, self._arena)
         return self._workers[worker.slot]
 
     def commit(self, finished: int, oldest: int) -> int:
@@ -302,6 +304,8 @@ class LocalGrid(Grid):
         """End the worker processes, and drop what was not committed of their states."""
         for worker in self._workers:
             worker.end()
+        if self._arena is not None:
+            self._arena.close()
         self._contexts.close()
 
     def send_and_receive(

@@ -13,6 +13,7 @@ from flwr.app import Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.common.constant import ErrorCode
 
+from fedapp.engine.arena import Arena
 from fedapp.engine.channel import Channel
 from fedapp.fold import Fold, as_it_is
 from fedapp.orphan import end_with
@@ -27,16 +28,16 @@ class Worker:
     To be made in a thread that lives as long as the run: on Linux the worker ends with it (`end_with`).
     """
 
-    def __init__(self, app: ClientApp, fold: Fold | None, slot: int) -> None:
+    def __init__(self, app: ClientApp, fold: Fold | None, slot: int, arena: Arena | None = None) -> None:
         # Forked, so that modules and data are shared pages. CUDA does not survive a fork, and workers are
         # replaced at any time: the parent never touches it.
         context = multiprocessing.get_context("fork")
         ours, theirs = context.Pipe()
-        arguments = (theirs, ours, app, fold, slot, os.getpid())
+        arguments = (theirs, ours, app, fold, slot, arena, os.getpid())
         self.process: BaseProcess = context.Process(target=_work, args=arguments, daemon=True)
         self.process.start()
         theirs.close()
-        self.slot, self.channel = slot, Channel(ours)
+        self.slot, self.channel = slot, Channel(ours, arena, writes=True)
         self.message: Message | None = None
         self.began = 0.0  # when it was given that, by `time.monotonic`
         self.content: RecordDict | None = None  # what this worker received last, so that it is sent once
@@ -50,11 +51,17 @@ class Worker:
         self.process.kill()
         self.process.join()
         self.process.close()
-        self.channel.pipe.close()
+        self.channel.close()
 
 
 def _work(
-    pipe: Connection, parents: Connection, app: ClientApp, fold: Fold | None, slot: int, parent: int
+    pipe: Connection,
+    parents: Connection,
+    app: ClientApp,
+    fold: Fold | None,
+    slot: int,
+    arena: Arena | None,
+    parent: int,
 ) -> None:
     """A worker's life: take a message, let the app answer it, send the reply with the node's Context.
 
@@ -65,7 +72,7 @@ def _work(
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends us
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     torch.set_num_threads(1)
-    channel, content = Channel(pipe), RecordDict()
+    channel, content = Channel(pipe, arena), RecordDict()
     CLOCK.begin(CLOCK.traced)
     while True:
         try:
