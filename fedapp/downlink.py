@@ -245,7 +245,7 @@ def receive(initial: ArrayRecord) -> Mod:
     version and are sent the same bytes share what comes out.
     """
     layout = layout_of(initial)
-    like = ravel(initial, layout)
+    like, fresh = ravel(initial, layout), first(layout)
     last: tuple[Array, int, ArrayRecord, dict[str, Array]] | None = None
 
     def mod(message: Message, context: Context, call_next: Callable[[Message, Context], Message]) -> Message:
@@ -254,7 +254,7 @@ def receive(initial: ArrayRecord) -> Mod:
         kept = context.state.array_records.get(DOWNLINK, ArrayRecord())
         if INITIAL in arrays:
             kept = ArrayRecord({INITIAL: arrays[INITIAL]})
-        held = first(layout)
+        held = fresh
         if LEVELS in kept:
             number, exponent = values(kept[AT]).tolist()
             held = Version(number, exponent, values(kept[LEVELS]))
