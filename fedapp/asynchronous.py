@@ -31,6 +31,7 @@ from fedapp.errors import DecodeError
 from fedapp.fedbuff import FedBuff
 from fedapp.job import Job
 from fedapp.nodes import Cohort, Traffic
+from fedapp.places import Places
 from fedapp.privacy.begun import Begun
 from fedapp.records import ARRAYS, CONFIG
 from fedapp.replies import refuse
@@ -70,7 +71,7 @@ class Asynchronous:
     grid: Grid
     wire: Wire
     downlink: Downlink | None
-    partitions: Mapping[int, int]
+    places: Places
     traffic: Traffic
     begun: Begun
     _flights: dict[str, Flight] = field(default_factory=dict)  # by message id
@@ -78,7 +79,6 @@ class Asynchronous:
 
     def __post_init__(self) -> None:
         self._strategy = cast(FedBuff, self.job.strategy)
-        self._nodes = {partition: node for node, partition in self.partitions.items()}
 
     def round(self, number: int, arrays: ArrayRecord, progress: Progress) -> Stepped:
         """Take answers until the buffer is full, and step."""
@@ -113,7 +113,7 @@ class Asynchronous:
     def _drawn(self, number: int, asked: set[int]) -> list[int]:
         """Partitions to be asked next, by the seed: as many as may train, of those free and not yet asked."""
         training = {self._partition(flight) for flight in self._flights.values()}
-        free = sorted(self._nodes.keys() - training - asked)
+        free = sorted(self.places.nodes.keys() - training - asked)
         wanted = self.job.at_once - len(training)
         rng = self.job.public_rng(number, len(asked), use=4)
         return sorted(int(i) for i in rng.permutation(free)[: max(0, wanted)])
@@ -122,9 +122,9 @@ class Asynchronous:
         """Send the weights of now to the clients of these partitions; returns how many the grid refused."""
         if not partitions:
             return 0
-        view = cast(Grid, Cohort([self._nodes[partition] for partition in partitions]))
+        view = cast(Grid, Cohort([self.places.nodes[partition] for partition in partitions]))
         asked = self.wire.configure_train(number, arrays, ConfigRecord(), view)
-        messages = sorted(asked, key=lambda message: self.partitions[message.metadata.dst_node_id])
+        messages = sorted(asked, key=lambda message: self.places.partitions[message.metadata.dst_node_id])
         if self.downlink is not None:
             with ENCODE:
                 messages = self.downlink.send(arrays, messages)
@@ -177,7 +177,7 @@ class Asynchronous:
             return False
 
     def _partition(self, flight: Flight) -> int:
-        return self.partitions[flight.asked.metadata.dst_node_id]
+        return self.places.partitions[flight.asked.metadata.dst_node_id]
 
     def state(self) -> dict[str, Any]:
         """Who trains at the end of a round, and on what: that will be computed again, to the same bits."""
@@ -211,7 +211,7 @@ class Asynchronous:
             timeline.now = flight["sent"]
             config = ConfigRecord(flight["config"])
             content = RecordDict({ARRAYS: records[flight["arrays"]], CONFIG: config})
-            message = Message(content, self._nodes[flight["partition"]], MessageType.TRAIN)
+            message = Message(content, self.places.nodes[flight["partition"]], MessageType.TRAIN)
             self._push([message], flight["round"], flight["tries"])
         timeline.now = present
 

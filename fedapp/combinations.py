@@ -220,6 +220,7 @@ def check_aggregation(job: "Job") -> None:
             type(job.strategy).__name__ not in STREAMED,
             f"strategy={job.choices['strategy']} needs each update by itself: choose strategy=fedavg",
         ),
+        (job.begin_with is not None, "its key holder must be there at once: leave begin_with out"),
         (
             job.aggregation.key_holder >= job.clients,
             f"aggregation.key_holder={job.aggregation.key_holder} is no partition of clients="

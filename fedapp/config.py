@@ -66,8 +66,8 @@ _STRATEGY_BOUNDS = {  # Flower checks few of these itself
 _STRATEGY_COUNTS = {"num_malicious_nodes": 0, "num_nodes_to_select": 1}
 
 _KEYS = (
-    "clients", "cohort", "rounds", "seed", "sampling", "over_selection", "deadline", "norm_bound",
-    "evaluate", "held_out", "device", "round_timeout", "checkpoint", "profile",
+    "clients", "begin_with", "cohort", "rounds", "seed", "sampling", "over_selection", "deadline",
+    "norm_bound", "evaluate", "held_out", "device", "round_timeout", "checkpoint", "profile",
 )  # fmt: skip
 _SOURCE = "task@task.source"  # which task a stream reads
 _WITHOUT_EFFECT = (

@@ -61,6 +61,7 @@ class Job:
     """One run: the same on the server and on every client, since each composes it from the same YAML."""
 
     clients: int
+    begin_with: int | None
     cohort: int | None
     rounds: int
     seed: int
@@ -90,6 +91,8 @@ class Job:
 
     def __post_init__(self) -> None:
         check.whole("clients", self.clients, 1)
+        if self.begin_with is not None:
+            check.whole("begin_with", self.begin_with, 1, self.clients)
         if self.cohort is not None:
             check.whole("cohort", self.cohort, 1, self.clients)
         check.whole("rounds", self.rounds, 0)

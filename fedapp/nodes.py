@@ -1,7 +1,7 @@
 """The nodes of a run: which partition each holds, what it tells; whom a strategy sees; bytes on the wire."""
 
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from logging import WARNING
 
@@ -24,11 +24,14 @@ from fedapp.tasks.quality import COUNTS, of_data
 from fedapp.tasks.stream import Stream
 from fedapp.tasks.tables import Csv
 
+OWN = -1
+"""What a node that brings its own data says for a partition."""
+
 
 class Cohort:
     """What a strategy sees of the grid when it samples: the clients of this round, and no others."""
 
-    def __init__(self, nodes: list[int]) -> None:
+    def __init__(self, nodes: Collection[int]) -> None:
         self._nodes = nodes
 
     def get_node_ids(self) -> Iterable[int]:
@@ -69,32 +72,18 @@ class Traffic:
                 self.drifted += reply.tally.drift if isinstance(reply, Folded) else drifted(reply)
 
 
-def partitions(grid: Grid, clients: int, timeout: float) -> dict[int, int]:
-    """Which partition each node holds; waits until so many nodes are there, then asks them.
+def partitions(grid: Grid, job: Job) -> dict[int, int]:
+    """Which partition each node holds; waits until as many nodes are there as a run begins with, asks them.
 
     Nodes beyond `clients` are left out: noise and cohorts are set for so many.
     """
     if isinstance(grid, LocalGrid):
         return grid.partitions
-    deadline, seen = time.monotonic() + timeout, -1
-    while len(nodes := sorted(grid.get_node_ids())) < clients:
-        if time.monotonic() > deadline:
-            raise FedappError(
-                f"{len(nodes)} of clients={clients} nodes came within round_timeout={timeout:g} s: "
-                f"start more nodes, or set clients={max(1, len(nodes))}"
-            )
-        if len(nodes) != seen:  # at the first look, and at each arrival
-            seen = len(nodes)
-            log(WARNING, "waiting up to %g s for nodes: %s of clients=%s are there", timeout, seen, clients)
-        time.sleep(0.2)
+    clients, nodes = job.clients, _there(grid, job)
     asked = [Message(RecordDict(), node, MessageType.QUERY) for node in nodes]
-    found: dict[int, int] = {}
-    for reply in stream(grid, asked, timeout):
-        config = reply.content.config_records.get(CONFIG) if reply.has_content() else None
-        said = None if config is None else config.get("partition-id")
-        if isinstance(said, int):  # of any other answer, as of none: it brings its own data
-            found[reply.metadata.src_node_id] = said
-    own = sorted(node for node in nodes if found.get(node, -1) < 0)  # they bring their own data
+    replies = stream(grid, asked, job.round_timeout)
+    found = {reply.metadata.src_node_id: held_by(reply) for reply in replies}
+    own = sorted(node for node in nodes if found.get(node, OWN) < 0)
     taken = [p for p in found.values() if p >= 0]
     if len(set(taken)) < len(taken):
         raise FedappError(
@@ -105,15 +94,40 @@ def partitions(grid: Grid, clients: int, timeout: float) -> dict[int, int]:
             f"a node holds partition {max(taken)}, and clients={clients} hold 0 to {clients - 1}: "
             f"set clients={max(taken) + 1}, or start fewer nodes"
         )
-    free = (p for p in range(len(nodes)) if p not in taken)
+    free = (p for p in range(max(clients, len(nodes))) if p not in taken)
     held = {node: next(free) if node in own else found[node] for node in nodes}
     if len(held) > clients:
         log(WARNING, "%s nodes are there, and clients=%s of them take part", len(held), clients)
     return {node: partition for node, partition in held.items() if partition < clients}
 
 
+def _there(grid: Grid, job: Job) -> list[int]:
+    """The nodes that a run begins with; waits for them, and raises FedappError where they do not come."""
+    timeout, wanted = job.round_timeout, job.begin_with or job.clients
+    key = "clients" if job.begin_with is None else "begin_with"
+    deadline, seen = time.monotonic() + timeout, -1
+    while len(nodes := sorted(grid.get_node_ids())) < wanted:
+        if time.monotonic() > deadline:
+            raise FedappError(
+                f"{len(nodes)} of {key}={wanted} nodes came within round_timeout={timeout:g} s: "
+                f"start more nodes, or set {key}={max(1, len(nodes))}"
+            )
+        if len(nodes) != seen:  # at the first look, and at each arrival
+            seen = len(nodes)
+            log(WARNING, "waiting up to %g s for nodes: %s of %s=%s are there", timeout, seen, key, wanted)
+        time.sleep(0.2)
+    return nodes
+
+
+def held_by(reply: Message) -> int:
+    """The partition that a node says it holds; of any other answer: it brings its own data."""
+    config = reply.content.config_records.get(CONFIG) if reply.has_content() else None
+    said = None if config is None else config.get("partition-id")
+    return said if isinstance(said, int) else OWN
+
+
 def facts(grid: Grid, job: Job, partitions: Mapping[int, int]) -> dict[int, Facts]:
-    """What each node tells of what the run's selection asks; nothing of one whose answer is none of ours."""
+    """What each node tells of what the run's selection asks."""
     asked, classes = job.selection.asks, job.task.classes
     if not asked:
         return {}
@@ -122,14 +136,23 @@ def facts(grid: Grid, job: Job, partitions: Mapping[int, int]) -> dict[int, Fact
         given = job.selection.given if isinstance(job.selection, Tags) else ()
         here = simulated(sizes, lambda: job.task.label_counts().tolist(), asked, given)
         return {node: here[partition] for node, partition in partitions.items()}
-    content, told = RecordDict({CONFIG: ConfigRecord({ASKS: list(asked)})}), dict[int, Facts]()
-    messages = [Message(content, node, f"{MessageType.QUERY}.facts") for node in partitions]
-    for reply in stream(grid, messages, job.round_timeout):
-        try:
-            told[reply.metadata.src_node_id] = read(reply.content.config_records[CONFIG], classes)
-        except Exception as error:  # hostile bytes may reach any line
-            refuse(reply, error)
-    return told
+    replies = stream(grid, facts_questions(job, partitions), job.round_timeout)
+    return {reply.metadata.src_node_id: facts_in(reply, classes) for reply in replies}
+
+
+def facts_questions(job: Job, nodes: Iterable[int]) -> list[Message]:
+    """What nodes are asked of themselves."""
+    content = RecordDict({CONFIG: ConfigRecord({ASKS: list(job.selection.asks)})})
+    return [Message(content, node, f"{MessageType.QUERY}.facts") for node in nodes]
+
+
+def facts_in(reply: Message, classes: int) -> Facts:
+    """What a node told; nothing where its answer is none of ours."""
+    try:
+        return read(reply.content.config_records[CONFIG], classes)
+    except Exception as error:  # hostile bytes may reach any line
+        refuse(reply, error)
+        return Facts()
 
 
 def checks(grid: Grid, job: Job, nodes: Iterable[int]) -> list[dict[str, int]]:

@@ -2,7 +2,7 @@
 
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from logging import WARNING
 from typing import Any, cast
@@ -19,10 +19,10 @@ from fedapp.engine.grid import now
 from fedapp.engine.local import LocalGrid
 from fedapp.errors import FedappError, RoundLost
 from fedapp.evaluation import Evaluated, ServerTest, over_clients
-from fedapp.facts import Facts
 from fedapp.fedbuff import FedBuff
 from fedapp.job import Job
-from fedapp.nodes import Cohort, Traffic, facts, partitions
+from fedapp.nodes import Cohort, Traffic
+from fedapp.places import Places
 from fedapp.privacy.accounting import Release, Spent
 from fedapp.privacy.begun import Begun
 from fedapp.report.folder import Round
@@ -57,30 +57,28 @@ class Federation:
         self._wire = self.job.wire()
         coded = self.job.downlink
         self._downlink = Downlink(coded, self.arrays) if isinstance(coded, Coded) else None
-        self._partitions = partitions(self.grid, self.job.clients, self.job.round_timeout)
-        self.nodes = sorted(self._partitions, key=self._partitions.__getitem__)  # a node's id is random
-        told = facts(self.grid, self.job, self._partitions)
-        self._facts = [told.get(node, Facts()) for node in self.nodes]
-        self._wire.weigh_at_least(self.job.selection.least_weight(self._facts, self.job.at_once))
+        self.places = Places(self.job, self.grid)
+        self._weigh()
         self._late, self._lost = 0, False
         self._failed = 0  # rounds in a row in which all failed
         self._streamed = isinstance(self.job.task, Stream) and self.job.privacy.unit is None
         self._asynchronous: Asynchronous | None = None
         if isinstance(self.job.strategy, FedBuff):
-            parts = self._wire, self._downlink, self._partitions, self.traffic, self.begun
+            parts = self._wire, self._downlink, self.places, self.traffic, self.begun
             self._asynchronous = Asynchronous(self.job, self.grid, *parts)
         self._test = ServerTest(self.job, self.grid) if self.job.evaluate == "server" else None
         self._untested: Round | None = None  # the record of a round whose test goes on
 
     def state(self) -> dict[str, Any]:
         """All that the next round depends on, for a checkpoint; by partition, since a node's id is random."""
+        held = self.places.held
         return {
             "finished": self.finished,
             "weights": arrays_in(self.arrays),
             "wire": self._wire.state(),
-            "workloads": self._wire.workloads and self._wire.workloads.state(self._partitions),
-            "controls": self._wire.controls and self._wire.controls.state(self._partitions),
-            "downlink": self._downlink and self._downlink.state(self._partitions, self.arrays),
+            "workloads": self._wire.workloads and self._wire.workloads.state(held),
+            "controls": self._wire.controls and self._wire.controls.state(held),
+            "downlink": self._downlink and self._downlink.state(held, self.arrays),
             "asynchronous": self._asynchronous and self._asynchronous.state(),
             "clock": self.clock,
             "failed": self._failed,
@@ -93,7 +91,7 @@ class Federation:
         self.finished, self.arrays = state["finished"], record_of(state["weights"])
         self._wire.restore(state["wire"])
         local = isinstance(self.grid, LocalGrid)
-        nodes = {partition: node for node, partition in self._partitions.items()} if local else {}
+        nodes = self.places.nodes if local else {}
         if self._wire.workloads is not None:
             self._wire.workloads.restore(state["workloads"], nodes)
         if self._wire.controls is not None:
@@ -126,6 +124,7 @@ class Federation:
         if self._untested is not None and self._test is not None:
             self._test.begin(self.arrays)  # of the run that goes on here
         for number in range(self.finished + 1, self.job.rounds + 1):
+            self._welcome(number)
             if self.spent_out:
                 yield self._tested()
                 return
@@ -223,11 +222,26 @@ class Federation:
         if as_planned or self.job.note or budget is None or self.finished == self.job.rounds:
             return False
         # Of cohorts that are drawn in secret, all cost the same.
-        nodes = len(self._partitions)
-        cohort = range(nodes) if self._asynchronous else self.job.draw(self.finished + 1, nodes)
+        clients = self.job.clients
+        cohort = range(clients) if self._asynchronous else self.job.draw(self.finished + 1, clients)
         most = max((self.begun.took_part + Counter(cohort)).values(), default=0)
         would = self.job.spent(self.begun.rounds + 1, most)
         return would is not None and would.epsilon > budget
+
+    def _welcome(self, number: int) -> None:
+        """Let the nodes that have come since the round before take part."""
+        taken = self.places.look(number)
+        for partition, left, own in taken:
+            if own:
+                self.begun.join(partition)
+            if left is not None and self._wire.controls is not None:
+                self._wire.controls.leave(left)
+        if taken:
+            self._weigh()
+
+    def _weigh(self) -> None:
+        least = self.job.selection.least_weight(self.places.facts, self.job.at_once)
+        self._wire.weigh_at_least(least)
 
     def _train(self, number: int, progress: Progress) -> int:
         """One round of training; returns how many answers were due, those that failed among them."""
@@ -237,10 +251,12 @@ class Federation:
             self.accepted += step.accepted
             return step.accepted + step.failed
         cohort = self._drawn(number)
-        view = cast(Grid, Cohort(cohort or self.nodes))  # strategies wait for nodes, and keep these
+        view = cast(
+            Grid, Cohort(cohort or self.places.nodes.values())
+        )  # strategies wait for nodes, and keep these
         asked = self._wire.configure_train(number, self.arrays, ConfigRecord(), view)
         messages = sorted(asked, key=self._partition) if cohort else []
-        self.begun.add(number, [self._partitions[node] for node in cohort])  # before anything is sent
+        self.begun.add(number, [self.places.partitions[node] for node in cohort])  # before anything is sent
         summed = self._summed(number, [message.metadata.dst_node_id for message in messages])
         if summed is not None:
             try:
@@ -266,8 +282,8 @@ class Federation:
 
     def _drawn(self, number: int) -> list[int]:
         """The nodes that train in a round; where their losses decide, of those drawn the worst."""
-        job, nodes = self.job, self.nodes
-        drawn = [nodes[i] for i in job.draw(number, len(nodes), self._facts)]
+        job, nodes = self.job, self.places.nodes
+        drawn = [nodes[i] for i in job.draw(number, job.clients, self.places.facts) if i in nodes]
         if not isinstance(job.selection, PowerOfChoice):
             return drawn
         losses = self._wire.losses(self._tests(number, drawn))
@@ -275,9 +291,9 @@ class Federation:
             raise FedappError(
                 f"round {number}: none of {len(drawn)} candidates told its loss; the log says why"
             )
-        places = {self._partitions[node]: loss for node, loss in losses.items()}
+        places = {self.places.partitions[node]: loss for node, loss in losses.items()}
         worst = job.selection.worst(places, job.at_once)
-        return [node for node in drawn if self._partitions[node] in worst]
+        return [node for node in drawn if self.places.partitions[node] in worst]
 
     def _timed(self, replies: Iterator[Message], workloads: Workloads) -> Iterator[Message]:
         """The replies; how long each took tells what to ask of its node next."""
@@ -296,7 +312,7 @@ class Federation:
             return SecureSum(server, job.terms, job.public_rng(number, 0, use=3), self._ask)
         if not isinstance(job.aggregation, Ckks):
             return None
-        holder = next(node for node, held in self._partitions.items() if held == job.aggregation.key_holder)
+        holder = self.places.nodes[job.aggregation.key_holder]
         return CkksSum(holder, nodes, self.parameters, job.privacy.unit is not None, self._ask)
 
     @AGGREGATE
@@ -364,7 +380,7 @@ class Federation:
     def _partition(self, message: Message) -> int:
         """The partition that a message goes to or comes from."""
         ends = message.metadata.dst_node_id, message.metadata.src_node_id
-        return next(self._partitions[node] for node in ends if node in self._partitions)
+        return next(self.places.partitions[node] for node in ends if node in self.places.partitions)
 
     @EVALUATE
     def _evaluate(self, number: int) -> Evaluated:
@@ -374,11 +390,11 @@ class Federation:
             return self._test.end()
         if self.job.evaluate == "none":
             return Evaluated()
-        means = self._wire.aggregate_evaluate(number, self._tests(number, list(self._partitions)))
+        means = self._wire.aggregate_evaluate(number, self._tests(number, self.places.nodes.values()))
         return over_clients(means) if means else Evaluated()
 
     @EVALUATE
-    def _tests(self, number: int, nodes: list[int]) -> list[Message]:
+    def _tests(self, number: int, nodes: Collection[int]) -> list[Message]:
         """What these nodes say of the weights, each on its own data, in order of their partitions."""
         view = cast(Grid, Cohort(nodes))
         messages = list(self._wire.configure_evaluate(number, self.arrays, ConfigRecord(), view))

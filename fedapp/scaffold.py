@@ -147,6 +147,10 @@ class Controls:
         """Take note of a node that forgot."""
         self._wrong |= reply.has_error() and reply.error.reason == FORGOTTEN
 
+    def leave(self, node: int) -> None:
+        """Take note of a node that has left; the one that takes its place remembers nothing."""
+        self._wrong |= node in self._counted
+
     def mean(self, server_round: int, news: NDArray[np.float64], weights: Mapping[int, int]) -> Any:
         """The mean update, float64 like `news`, the sum of what came from nodes of these weights.
 

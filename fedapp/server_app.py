@@ -158,7 +158,7 @@ def _run(
     failure: BaseException | None = None
     for said in _told(federation, begin):
         console.print(said, soft_wrap=True, markup=False, highlight=False)
-    if found := checks(grid, job, federation.nodes):
+    if found := checks(grid, job, federation.places.nodes.values()):
         folder.write_checks(found)
     checkpoints = Checkpoints(folder.checkpoint, job.checkpointed)
     startup = time.perf_counter() - started

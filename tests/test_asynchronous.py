@@ -142,7 +142,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int, int]]:
         refused = push(self, messages, number, tries)
         if not tries:
             at_work = len(self._flights)
-            seen.extend((number, self.partitions[m.metadata.dst_node_id], at_work) for m in messages)
+            seen.extend((number, self.places.partitions[m.metadata.dst_node_id], at_work) for m in messages)
         return refused
 
     monkeypatch.setattr(Asynchronous, "_push", watched)

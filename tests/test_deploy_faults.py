@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import re
 import signal
 import socket
 import sqlite3
@@ -455,12 +456,12 @@ class Deployed:
             self.disks.append(folder)
         return folder
 
-    def join(self, partition: int) -> Path:
+    def join(self, partition: int, of: int = 2) -> Path:
         """One more client, which waits for work; returns its folder."""
         folder = self._place(f"client{len(self.clients)}")
         keys.node(folder / "node.key")
         Ledger(folder / "ledger.db", new=True)
-        (folder / "data.yaml").write_text(f"partition-id: {partition}\nnum-partitions: 2\n")
+        (folder / "data.yaml").write_text(f"partition-id: {partition}\nnum-partitions: {of}\n")
         given = f"--folder {folder} --data-config {folder}/data.yaml --ledger {folder}/ledger.db"
         self.logs[folder] = self.shell._log()
         client = self.shell.start(f"fedapp client --server 127.0.0.1:{self.port} --insecure {given}")
@@ -576,3 +577,32 @@ def test_a_missed_deadline_costs_one_reply_and_full_disks_cost_time(deployed: De
     assert sorted(rounds) == [(1, 1)] + [(2, 0)] * 5
     missed = rounds.index((1, 1)) + 1
     assert f"round {missed}: 1 of 2 nodes did not answer in time" in log.read_text()
+
+
+@pytest.mark.slow
+def test_who_starts_late_joins_a_run_and_who_starts_with_a_new_key_has_its_place_again(shell: Shell) -> None:
+    deployed = Deployed(shell)
+    try:
+        folders = [deployed.join(place, of=3) for place in range(2)]
+        log = shell._log()
+        settings = "task=digits model=logistic privacy=none codec.feedback=true trainer.epochs=10"
+        submitted = shell.start(f"fedapp submit {settings} clients=3 begin_with=2 rounds=60 run_dir=late")
+        for place, leaves in ((2, None), (1, deployed.clients[1])):
+            wait(lambda: "round 4: train took" in deployed.logs[folders[0]].read_text(), submitted)
+            with paused(deployed.clients[0]):  # so a round goes on while it starts
+                if leaves is not None:
+                    leaves.send_signal(signal.SIGTERM)
+                    assert leaves.wait(30) == 0
+                folders.append(deployed.join(place, of=3))
+            wait(lambda: "train took" in deployed.logs[folders[-1]].read_text(), submitted)
+        assert submitted.wait(300) == 0
+    finally:
+        deployed.close()
+    replies = [r["replies"] for r in lines(shell.home / "late")]
+    joined = replies.index(3)
+    assert joined >= 5
+    assert replies[:joined] == [2] * joined
+    assert replies[-1] == 3
+    said = log.read_text()
+    assert re.search(rf"round {joined + 1}: node \d+ joins with partition 2", said)
+    assert re.search(r"node \d+ takes over from node \d+, which has left, with partition 1", said)

@@ -120,7 +120,7 @@ def test_a_strange_answer_to_the_first_question_ends_nothing() -> None:
         return app(message, context)
 
     federation = Federation(job, Elsewhere(answers, [5, 6, 7]))  # type: ignore[arg-type]
-    assert federation._partitions == {5: 0, 6: 1, 7: 2}
+    assert federation.places.partitions == {5: 0, 6: 1, 7: 2}
 
 
 def test_nodes_that_do_not_come_are_named() -> None:

@@ -300,7 +300,7 @@ def test_nodes_beyond_those_that_noise_is_set_for_take_no_part() -> None:
     grid = Elsewhere(client_app(lambda _: job), list(range(2, 11)))
     for context in grid._contexts.values():
         del context.node_config["partition-id"]  # they bring their own data
-    assert sorted(partitions(grid, job.clients, 1.0).values()) == list(range(6))
+    assert sorted(partitions(grid, job).values()) == list(range(6))
 
 
 def test_what_counts_batches_does_not_leave_beside_a_private_update() -> None:

@@ -174,7 +174,7 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
 
     def noted(self: Federation, number: int) -> list[int]:
         nodes = draw(self, number)
-        cohorts.append([self._partitions[node] for node in nodes])
+        cohorts.append([self.places.partitions[node] for node in nodes])
         return nodes
 
     monkeypatch.setattr(Federation, "_drawn", noted)

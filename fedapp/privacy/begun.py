@@ -19,7 +19,8 @@ class Begun:
 
     *Formal guarantees.* None of its own: `rounds` and `took_part` are upper bounds of what was released, as
     accountants need them. Where nodes start anew (`anew`), a partition may be other data than before, so
-    each is charged what the one was that took part most often.
+    each is charged what the one was that took part most often; and so is one that a node joins with (`join`)
+    which does not tell whose place its data had before.
     """
 
     def __init__(self, file: Path | None = None) -> None:
@@ -53,6 +54,10 @@ class Begun:
         """From here on each of so many partitions may be any of the data."""
         self._write({"anew": clients})
 
+    def join(self, partition: int) -> None:
+        """From here on this partition may be any of the data."""
+        self._write({"join": partition})
+
     def _write(self, event: dict[str, Any]) -> None:
         if self._file is not None:
             make_folder(self._file.parent)
@@ -64,6 +69,9 @@ class Begun:
             self.moved = True
             most = max(self.took_part.values(), default=0)
             self.took_part = Counter(dict.fromkeys(range(event["anew"]), most))
+        elif "join" in event:
+            self.moved = True
+            self.took_part[event["join"]] = max(self.took_part.values(), default=0)
         elif "more" in event:
             self.took_part.update(event["more"])
         else:
