@@ -84,7 +84,7 @@ from fedapp.deploy import (
     registry,
     starting,
 )
-from fedapp.deploy.control import Access
+from fedapp.deploy.control import Access, from_here
 from fedapp.deploy.objects import deliver
 from fedapp.deploy.runs import tar
 from fedapp.deploy.server import Listening, Server
@@ -934,6 +934,20 @@ def test_a_server_comes_up_elsewhere_from_a_backup_of_one_that_runs(server: Runn
 
 
 # What an operator types
+
+
+@pytest.mark.parametrize(
+    ("listens", "reached"),
+    [
+        ("0.0.0.0", "127.0.0.1"),
+        ("::", "[::1]"),
+        ("10.77.0.1", "10.77.0.1"),  # and on no other address
+        ("[fd00::2]", "[fd00::2]"),
+        ("fed.example.org", "fed.example.org"),
+    ],
+)
+def test_a_server_is_reached_from_its_own_machine_where_it_listens(listens: str, reached: str) -> None:
+    assert from_here(listens) == reached
 
 
 def typed(server: Running, main: Callable[[list[str]], None], *words: object) -> None:

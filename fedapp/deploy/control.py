@@ -134,6 +134,17 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
+def from_here(host: str) -> str:
+    """What this machine reaches a server by that listens on `host`, which may stand for all addresses."""
+    try:
+        address = ip_address(host.strip("[]"))
+    except ValueError:
+        return host
+    if address.is_unspecified:
+        address = ip_address("127.0.0.1" if address.version == 4 else "::1")
+    return f"[{address}]" if address.version == 6 else str(address)
+
+
 class _Bearer:
     """Adds the token to each request, and tells errors in one line."""
 

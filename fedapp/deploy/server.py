@@ -25,7 +25,7 @@ from flwr.superlink.main import create_app
 
 from fedapp.deploy import backup_cli, keys
 from fedapp.deploy.bounded import Refusals
-from fedapp.deploy.control import ADDRESS, Access, access, is_loopback
+from fedapp.deploy.control import ADDRESS, Access, access, from_here, is_loopback
 from fedapp.deploy.disk import Disk
 from fedapp.deploy.front import Private, Public
 from fedapp.deploy.going_on import take_up
@@ -173,9 +173,8 @@ class Server:
             try:
                 while not (outer.started and inner.started) and not any(task.done() for task in tasks):
                     await asyncio.sleep(0.01)
-                local = self.host if is_loopback(self.host) else "127.0.0.1"
                 scheme = "http" if self.insecure else "https"
-                keys.write(self.folder / ADDRESS, f"{scheme}://{local}:{public}\n".encode())
+                keys.write(self.folder / ADDRESS, f"{scheme}://{from_here(self.host)}:{public}\n".encode())
                 yield Listening(self.folder, front, outer, public, private, tasks)
             finally:
                 front.ending = True
