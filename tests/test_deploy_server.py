@@ -979,8 +979,10 @@ def test_a_run_is_stopped(server: Running, tmp_path: Path, capsys: pytest.Captur
         assert capsys.readouterr().out == f"run {number} is stopped\n"
         (run,) = following.of(server.access, number)
         assert (run.status.status, run.status.sub_status) == ("finished", "stopped")
-        with pytest.raises(FedappError, match="already finished"):
-            typed(server, following.main, "stop", number)
+        typed(server, following.main, "stop", number)
+        assert capsys.readouterr().out == f"run {number} was over already: stopped\n"
+        with pytest.raises(FedappError, match="404"):
+            typed(server, following.main, "stop", number + 1)
 
 
 def test_a_run_that_was_stopped_goes_on_as_another_one(

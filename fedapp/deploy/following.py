@@ -28,9 +28,7 @@ def main(given: Sequence[str]) -> None:
     if options.command == "list":
         _list(at)
     elif options.command == "stop":
-        with at.control() as client:
-            stopped = client.StopRun(StopRunRequest(run_id=options.run)).success
-        print(f"run {options.run} {'is stopped' if stopped else 'was over already'}")
+        print(f"run {options.run} {_stop(at, options.run)}")
     elif options.command == "resume":
         with at.control() as client:
             number = go_on(client, of(at, options.run)[0])
@@ -40,6 +38,20 @@ def main(given: Sequence[str]) -> None:
         fetch(at, options.run, options.into)
     else:
         watch(at, options.run, options.into)
+
+
+def _stop(at: Access, number: int) -> str:
+    """Stop a run; returns what to say of it, which may have ended by itself."""
+    with at.control() as client:
+        try:
+            if client.StopRun(StopRunRequest(run_id=number)).success:
+                return "is stopped"
+        except FedappError:
+            (run,) = of(at, number)  # raises where there is none
+            if run.status.status != Status.FINISHED:
+                raise
+            return f"was over already: {run.status.sub_status}"
+    return "was over already"
 
 
 def watch(at: Access, number: int, into: Path | None) -> None:
