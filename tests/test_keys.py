@@ -222,6 +222,50 @@ def test_a_certificate_of_ones_own_is_one_that_the_strictest_client_trusts(tmp_p
         certificates.meet(certificate, key, ca, "other.example.org", strict=True)
 
 
+SKI, USAGE, OF_CA = (
+    x509.SubjectKeyIdentifier(b"of its own"),  # no digest of the key, as some CAs have it
+    certificates._usage(key_cert_sign=True),
+    x509.BasicConstraints(True, None),
+)
+
+
+def of_ones_own(folder: Path, *extensions: tuple[x509.ExtensionType, bool]) -> tuple[Path, Path]:
+    """The files of a CA with these extensions, each critical or not."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "own")])
+    builder = x509.CertificateBuilder(name, name, key.public_key(), 5, NOW, NOW + timedelta(days=9))
+    for extension, critical in extensions:
+        builder = builder.add_extension(extension, critical)
+    return pem(folder / "own.pem", builder.sign(key, hashes.SHA256())), pem(folder / "own.key", key)
+
+
+def test_a_ca_names_its_key_as_it_likes(tmp_path: Path) -> None:
+    ca, key = of_ones_own(tmp_path, (SKI, False), (USAGE, True), (OF_CA, True))
+    folder = tmp_path / "server"
+    run("init", "--folder", folder, "--ca", ca, "--ca-key", key, "--host", "a")
+    certificates.meet(folder / keys.CERTIFICATE, folder / keys.KEY, folder / keys.CA, "a", strict=True)
+    run("renew", "--folder", folder, "--ca-key", key)
+    certificates.meet(folder / keys.CERTIFICATE, folder / keys.KEY, folder / keys.CA, "a", strict=True)
+
+
+@pytest.mark.parametrize(
+    ("extensions", "said"),
+    [
+        ([(USAGE, True), (OF_CA, True)], "Missing Subject Key Identifier"),
+        ([(SKI, False), (USAGE, True), (OF_CA, False)], "not marked critical"),
+        ([(SKI, False), (OF_CA, True)], "does not include key usage"),
+        ([], "invalid CA certificate"),
+    ],
+)
+def test_a_ca_that_the_strictest_client_does_not_trust_is_not_taken(
+    tmp_path: Path, extensions: list[tuple[x509.ExtensionType, bool]], said: str
+) -> None:
+    ca, key = of_ones_own(tmp_path, *extensions)
+    with pytest.raises(FedappError, match=f"own.pem .*{said}.* give a CA .*basicConstraints"):
+        run("init", "--folder", tmp_path / "server", "--ca", ca, "--ca-key", key, "--host", "a")
+    assert not (tmp_path / "server").exists()
+
+
 class Killed(BaseException):
     """What no handler of errors holds up."""
 

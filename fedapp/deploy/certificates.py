@@ -2,6 +2,7 @@
 
 import ipaddress
 import ssl
+import tempfile
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -53,9 +54,7 @@ def issue(
         .add_extension(x509.SubjectAlternativeName(names), critical=False)
         .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
         .add_extension(_usage(digital_signature=True), critical=True)
-        .add_extension(
-            x509.AuthorityKeyIdentifier.from_issuer_public_key(authority.key.public_key()), critical=False
-        )
+        .add_extension(_issuer(authority.certificate), critical=False)
     )
     return builder.sign(authority.key, hashes.SHA256()), key
 
@@ -91,12 +90,31 @@ def meet(certificate: Path, key: Path, ca: Path, host: str, strict: bool) -> Non
             end.do_handshake()
 
 
+def prove(authority: Authority, ca: Path) -> None:
+    """Raise ssl.SSLError where the strictest client trusts no certificate of a CA, which is in `ca`."""
+    made, key = issue(authority, (), timedelta(days=1))  # to be thrown away
+    with tempfile.TemporaryDirectory() as place:
+        certificate, own = Path(place, "certificate"), Path(place, "key")
+        certificate.write_bytes(pem(made))
+        own.write_bytes(pem(key))
+        meet(certificate, own, ca, hosts(made)[0], strict=True)
+
+
 def pem(made: x509.Certificate | ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey) -> bytes:
     """A certificate, or a private key without a password, in PEM."""
     if isinstance(made, x509.Certificate):
         return made.public_bytes(serialization.Encoding.PEM)
     form, none = serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
     return made.private_bytes(serialization.Encoding.PEM, form, none)
+
+
+def _issuer(ca: x509.Certificate) -> x509.AuthorityKeyIdentifier:
+    """What a CA calls its key, in its own way: its certificates must call it the same."""
+    try:
+        own = ca.extensions.get_extension_for_class(x509.SubjectKeyIdentifier).value
+    except x509.ExtensionNotFound:
+        own = x509.SubjectKeyIdentifier.from_public_key(ca.public_key())
+    return x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(own)
 
 
 def _builder(

@@ -284,7 +284,16 @@ def _read_authority(file: Path, key_file: Path) -> certificates.Authority:
         raise FedappError(f"{key_file} is neither an ECDSA nor an RSA key: let fedapp make its own CA")
     if key.public_key() != certificate.public_key():
         raise FedappError(f"{key_file} is not the key of {file}: give the two that belong together")
-    return certificates.Authority(certificate, key)
+    found = certificates.Authority(certificate, key)
+    try:
+        certificates.prove(found, file)
+    except ssl.SSLError as error:
+        raise FedappError(
+            f"clients do not trust certificates of {file} ({getattr(error, 'verify_message', error)}), those "
+            "of Python 3.13 and later at least: give a CA that has not expired, with basicConstraints "
+            "(critical), keyUsage keyCertSign and a subjectKeyIdentifier, or let fedapp make its own"
+        ) from error
+    return found
 
 
 def _certificates(file: Path) -> list[x509.Certificate]:
