@@ -51,9 +51,9 @@ class Company:
 
     def __init__(self, folder: Path, usage: bool = True) -> None:
         self._folder = folder
-        root = authority("root", usage=usage)
-        self.between = authority("between", root)
-        self.ca = pem(folder / "root.pem", root.certificate)
+        self.root = authority("root", usage=usage)
+        self.between = authority("between", self.root)
+        self.ca = pem(folder / "root.pem", self.root.certificate)
 
     def issue(self, *hosts: str, begins: datetime | None = None) -> tuple[Path, Path]:
         """A certificate for these alone, with the one between, and its key."""
@@ -201,6 +201,41 @@ def test_a_given_certificate_is_renewed_by_who_gave_it(
         keys.take(folder, *company.issue("a"), company.ca)
     keys.take(folder, *company.issue("a"), company.ca, force=True)
     keys.check(folder)
+
+
+@pytest.mark.parametrize("signs", [False, True])
+def test_no_key_of_a_ca_before_stays_beside_a_given_one(
+    tmp_path: Path, company: Company, capsys: pytest.CaptureFixture[str], signs: bool
+) -> None:
+    folder, key = tmp_path / "server", tmp_path / "ca.key"
+    keys.init(folder, ["a"])
+    if signs:
+        given: tuple[object, ...] = (
+            "--ca",
+            company.ca,
+            "--ca-key",
+            pem(key, company.root.key),
+            "--host",
+            "a",
+        )
+    else:
+        chain, own = company.issue("a")
+        given = "--ca", company.ca, "--certificate", chain, "--key", own
+    run("init", "--folder", folder, "--force", *given)
+    assert not (folder / keys.CA_KEY).exists()
+    removed = f"{folder / keys.CA_KEY} is removed: it was the key of the CA before"
+    assert capsys.readouterr().out.splitlines()[0] == removed
+    run("init", "--folder", folder, "--force", *given)
+    assert "removed" not in capsys.readouterr().out
+    keys.check(folder)
+
+
+def test_the_key_of_the_given_ca_stays_where_it_is(tmp_path: Path) -> None:
+    keys.init(tmp_path, ["a"])
+    before = (tmp_path / keys.CA_KEY).read_bytes()
+    keys.init(tmp_path, ["b"], ca=tmp_path / keys.CA, ca_key=tmp_path / keys.CA_KEY, force=True)
+    assert (tmp_path / keys.CA_KEY).read_bytes() == before
+    assert keys.renew(tmp_path)[0] == "b"
 
 
 @pytest.mark.parametrize(

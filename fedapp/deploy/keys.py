@@ -211,12 +211,20 @@ def _vacant(folder: Path, force: bool) -> None:
 
 
 def _furnish(folder: Path, ca: Sequence[x509.Certificate], ca_key: bytes | None = None) -> None:
-    """Put all into a server's folder but its certificate and key; of the CA's key only one made for it."""
+    """Put all into a server's folder but its certificate and key; of a CA's key only one that it can use."""
     private_folder(folder)
     write(folder / CA, b"".join(map(certificates.pem, ca)))
     if ca_key is not None:
         write(folder / CA_KEY, ca_key, secret=True)
+    elif not _signs_for(folder / CA_KEY, ca[0]):  # it is of the CA before, which is in force no more
+        (folder / CA_KEY).unlink(missing_ok=True)
     new_token(folder)
+
+
+def _signs_for(key: Path, ca: x509.Certificate) -> bool:
+    with suppress(OSError, ValueError, TypeError, UnsupportedAlgorithm):
+        return serialization.load_pem_private_key(key.read_bytes(), None).public_key() == ca.public_key()
+    return False
 
 
 def _given(certificate: Path, key: Path, ca: Path) -> tuple[bytes, bytes]:

@@ -31,10 +31,14 @@ def main(arguments: Sequence[str]) -> None:
     vouch.add_argument("--key", type=Path, required=True, help="of ssh-keygen -t ed25519 -N ''")
     given = parser.parse_args(arguments)
     if given.command == "init":
+        old = given.folder / keys.CA_KEY
+        had = old.exists()
         if _is_given(given, given.ca):
             keys.take(given.folder, given.certificate, given.key, given.ca, given.force)
         else:
             keys.init(given.folder, given.host, given.days, given.ca, given.ca_key, given.force)
+        if had and not old.exists():
+            print(f"{old} is removed: it was the key of the CA before")
         both = f"{keys.CA} with {keys.TOKEN}"
         print(f"{given.folder}: give {keys.CA} to all participants, and {both} to who submits runs")
         print("next: fedapp server" + ("" if given.folder == keys.FOLDER else f" --folder {given.folder}"))
