@@ -2,16 +2,14 @@
 
 Flower's SuperLink serves three APIs on one port, and its node keys guard only one of them, after the whole
 body is read. Here two listeners share the app: `Public` lets nodes with a registered key and the operator
-through, before a byte of the body is read; `Private`, on the loopback address, lets the Runtime API through,
-which its own secrets guard. Plain ASGI, so that streams stay streams.
+through, before a byte of the body is read; `fedapp.deploy.back` serves the third API to this machine. Plain
+ASGI, so that streams stay streams.
 """
 
-import asyncio
 import hmac
 import logging
 from base64 import b64decode
 from collections import Counter
-from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime
 from hashlib import sha256
@@ -31,13 +29,11 @@ from flwr.proto.fleet_pb2 import (
     PushMessagesRequest,
     PushMessagesResponse,
 )
-from flwr.proto.message_pb2 import PushObjectRequest
 from flwr.server.superlink.linkstate import LinkState
 from flwr.server.superlink.utils import check_abort
 from flwr.supercore.constant import (
     FLEET_HTTP_PUBLIC_KEY_HEADER,
     FLEET_HTTP_SIGNATURE_HEADER,
-    TASK_TOKEN_HEADER,
 )
 from flwr.supercore.date import now
 from flwr.supercore.primitives.asymmetric import bytes_to_public_key, uses_nist_ec_curve, verify_signature
@@ -61,12 +57,12 @@ from fedapp.deploy.bounded import (
     through,
 )
 from fedapp.deploy.disk import Disk
-from fedapp.deploy.holding import Pushes, hold, unavailable
+from fedapp.deploy.holding import Pushes, hold, nothing, unavailable
 from fedapp.deploy.keys import fingerprint
 from fedapp.deploy.objects import Requests
 from fedapp.deploy.quota import Quota
 
-_FLEET, _RUNTIME = "/v1/fleet/", "/v1/runtime/"
+_FLEET = "/v1/fleet/"
 _NODES_OWN = {  # what a node asks; registering is the operator's
     *("get-run", "get-fab", "pull-object", objects.PULL, "confirm-message-received"),
     *("activate-node", "deactivate-node", "send-node-heartbeat"),
@@ -74,9 +70,7 @@ _NODES_OWN = {  # what a node asks; registering is the operator's
 }
 _OBJECTS = {f"{_FLEET}{name}" for name in (objects.PULL, objects.PUSH, objects.ONE)}
 _PULL, _PUSH, _ACTIVATE = (f"{_FLEET}{name}" for name in ("pull-messages", "push-messages", "activate-node"))
-_ALWAYS = "/send-node-heartbeat", "/send-task-heartbeat", "/acquire-task"  # on a full disk too
-_REPLY_S = 0.5  # the longest that a ServerApp waits for replies, before it looks at its clock again
-_TASK_S = 2.0  # the longest that a task waits which nobody told of: one from before a restart
+_ALWAYS = f"{_FLEET}send-node-heartbeat"  # on a full disk too
 _log = logging.getLogger("fedapp.server")
 
 
@@ -134,7 +128,7 @@ class Public:
         elif path.startswith(_FLEET) and method == "POST":
             key = await run_in_threadpool(self._node, path, headers_of(scope))
             answer.who += f" ({fingerprint(key)})"
-            if not path.endswith(_ALWAYS):
+            if path != _ALWAYS:
                 self.disk.require()
             with self._bodies.room(key, headers_of(scope)):
                 await self._of_node(key, path, scope, receive, answer)
@@ -236,7 +230,7 @@ class Public:
         def keep(messages: list[Message]) -> None:
             self._handed[key] = messages
 
-        await hold(self.app, scope, receive, answer, self.pushes.messages, _nothing, keep)
+        await hold(self.app, scope, receive, answer, self.pushes.messages, nothing, keep)
 
     def _node(self, path: str, headers: dict[bytes, bytes]) -> bytes:
         """The public key, in PEM, of the registered node that signed these headers."""
@@ -265,80 +259,6 @@ class Public:
         right = hmac.compare_digest(sha256(given.strip()).digest(), sha256(self.token.encode()).digest())
         if scheme.lower() != b"bearer" or not right:
             raise Refused(401, "this needs the operator's token")
-
-
-@dataclass
-class Private:
-    """The listener on the loopback address, for SuperExec and the ServerApps: the Runtime API only."""
-
-    app: ASGIApp
-    state: LinkState
-    pushes: Pushes
-    disk: Disk
-    max_body: int
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Let a request through; wake nodes that wait for what it pushed."""
-        if scope["type"] != "http":
-            return
-        path, answer = scope["path"], Answer(send)
-        try:
-            if not path.startswith(_RUNTIME):
-                raise Refused(404, "there is nothing here")
-            if not path.endswith(_ALWAYS):
-                self.disk.require()
-            if path == f"{_RUNTIME}acquire-task":
-                await self._acquire(scope, receive, answer)
-            elif path in (f"{_RUNTIME}{objects.PULL}", f"{_RUNTIME}{objects.PUSH}"):
-                await self._objects(path, headers_of(scope), receive, answer)
-            elif path == f"{_RUNTIME}pull-object":
-                await hold(self.app, scope, receive, answer, self.pushes.replies, unavailable)
-            elif path == f"{_RUNTIME}pull-messages":  # a node that is gone is found by asking, too
-                replies = self.pushes.replies
-                await hold(self.app, scope, receive, answer, replies, _nothing, seconds=_REPLY_S)
-            else:
-                await through(self.app, scope, receive, answer, self.max_body)
-        except Refused as refused:
-            await answer.refuse(refused, receive)
-        if path == f"{_RUNTIME}push-messages":
-            self.pushes.messages.ring()
-        elif path == f"{_RUNTIME}push-object":
-            self.pushes.parts.ring()
-        elif path in (f"{_RUNTIME}create-task", f"{_RUNTIME}start-automation"):
-            self.pushes.tasks.set()
-
-    async def _objects(
-        self, path: str, headers: dict[bytes, bytes], receive: Receive, answer: Answer
-    ) -> None:
-        """Hand out, or take, many parts of a run's messages at once."""
-        state, token = self.state, headers.get(TASK_TOKEN_HEADER.encode(), b"").decode("latin-1")
-        task = await run_in_threadpool(state.get_task_by_token, token) if token else None
-        if task is None:
-            raise Refused(401, "this needs the token of a task")
-
-        def allowed(asked: Requests) -> None:
-            if any(request.run_id != task.run_id for request in asked):
-                raise Refused(403, "this is no request of this run")
-
-        def store(one: PushObjectRequest) -> bool:
-            return state.store_object(one.run_id, one.session_id, one.object_id, one.object_content)
-
-        bells = self.pushes.replies, self.pushes.parts
-        await objects.serve(path, *bells, receive, answer, self.max_body, state, allowed, store)
-
-    async def _acquire(self, scope: Scope, receive: Receive, answer: Answer) -> None:
-        """Ask for a task once there may be one: Flower takes 10 ms of a core to say that there is none."""
-        tasks = self.pushes.tasks
-        with suppress(TimeoutError):
-            await asyncio.wait_for(tasks.wait(), _TASK_S)
-        tasks.clear()
-        await through(self.app, scope, receive, answer, QUESTION)
-        if answer.size:  # a task, and there may be more
-            tasks.set()
-
-
-def _nothing(body: bytes) -> bool:
-    return not body
 
 
 def _who(scope: Scope) -> str:

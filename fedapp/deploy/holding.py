@@ -83,6 +83,11 @@ async def hold(
         left.cancel()
 
 
+def nothing(body: bytes) -> bool:
+    """Whether an answer says that there is nothing to fetch."""
+    return not body
+
+
 def unavailable(body: bytes) -> bool:
     """Whether an answer says that an object is announced, and not here yet."""
     if len(body) > 8:

@@ -3,17 +3,14 @@
 import argparse
 import asyncio
 import logging
-import os
 import secrets
 import shutil
 import signal
 import socket
-import sys
-import tempfile
 import threading
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager, suppress
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,11 +20,12 @@ from flwr.superlink.cli.flower_superlink import SuperLinkLifespan
 from flwr.superlink.config_loader import SuperLinkLifespanConfig
 from flwr.superlink.main import create_app
 
-from fedapp.deploy import backup_cli, keys
+from fedapp.deploy import backup_cli, keys, superexec
+from fedapp.deploy.back import Back
 from fedapp.deploy.bounded import Refusals
 from fedapp.deploy.control import ADDRESS, Access, access, from_here, is_loopback
 from fedapp.deploy.disk import Disk
-from fedapp.deploy.front import Private, Public
+from fedapp.deploy.front import Public
 from fedapp.deploy.going_on import take_up
 from fedapp.deploy.holding import Pushes
 from fedapp.deploy.listener import CONNECTIONS, Listener, listener
@@ -38,7 +36,6 @@ from fedapp.deploy.state import State
 from fedapp.errors import FedappError
 
 LEAST_DISK = 1 << 30  # bytes: a database that cannot grow loses runs
-_READ_S = 60.0
 _log = logging.getLogger("fedapp.server")
 
 
@@ -76,8 +73,9 @@ class Server:
             loop.add_signal_handler(number, over.set)
         async with self.listening(secret) as listening:
             loop.add_signal_handler(signal.SIGHUP, listening.renew)
-            child = await self._superexec(secret, listening.private)
-            copying = asyncio.create_task(_copy(child, self.folder / "log" / "superexec.log", self.log_json))
+            child = await superexec.start(self.folder, secret, listening.private)
+            output = self.folder / "log" / "superexec.log"
+            copying = asyncio.create_task(superexec.copy(child, output, self.log_json))
             ending = asyncio.create_task(over.wait())
             try:
                 print(self._next(listening.public, said), flush=True)
@@ -91,10 +89,10 @@ class Server:
             finally:
                 _log.info("ending")
                 listening.front.ending = True
-                await _end(child)
+                await superexec.end(child)
                 await copying
                 ending.cancel()
-                self._forget()
+                superexec.forget(self.folder)
 
     def _access(self) -> Access:
         """What the operator's own commands use."""
@@ -122,8 +120,8 @@ class Server:
             raise FedappError(
                 f"{self.folder} has {free >> 20} MB left of its disk: free 1 GB, or choose another --folder"
             )
-        if shutil.which(_superexec()) is None:
-            raise FedappError(f"{_superexec()} is missing: install flwr beside fedapp")
+        if shutil.which(superexec.PROGRAM) is None:
+            raise FedappError(f"{superexec.PROGRAM} is missing: install flwr beside fedapp")
         return said
 
     @contextmanager
@@ -167,7 +165,7 @@ class Server:
                 answered=answered,
             )
             outer = listener(front, lifespan=True, folder=None if self.insecure else self.folder)
-            inner = listener(Private(app, state, pushes, disk, self.max_body))
+            inner = listener(Back(app, state, pushes, disk, self.max_body))
             tasks = [asyncio.create_task(outer.serve([outside])), asyncio.create_task(inner.serve([inside]))]
             public, private = outside.getsockname()[1], inside.getsockname()[1]
             try:
@@ -208,34 +206,6 @@ class Server:
             isolation=ISOLATION_MODE_PROCESS,
             runtime_dependency_install=False,
         )
-
-    async def _superexec(self, secret: bytes, port: int) -> asyncio.subprocess.Process:
-        """Start what starts ServerApps. Its secret is in a file (mode 0600) for the time of that."""
-        with tempfile.NamedTemporaryFile(dir=self.folder, prefix=".superexec", delete=False) as file:
-            file.write(secret)
-        child = await asyncio.create_subprocess_exec(
-            _superexec(),
-            *("--insecure", "--runtime-api-address", f"127.0.0.1:{port}"),
-            *("--superexec-auth-secret-file", file.name, "--parent-pid", str(os.getpid())),
-            env=os.environ
-            | {
-                "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.02",  # the front holds what it asks
-                "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}",
-                "FLWR_HOME": str(self.folder / "flwr"),
-                "FEDAPP_RUNS": str(self.folder / "runs"),
-                "PYTHONUNBUFFERED": "1",
-            },
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.STDOUT,
-            start_new_session=True,  # Ctrl-C is ours to pass on
-        )
-        asyncio.get_running_loop().call_later(_READ_S, self._forget)
-        return child
-
-    def _forget(self) -> None:
-        for file in self.folder.glob(".superexec*"):
-            file.unlink(missing_ok=True)
 
     def _next(self, port: int, said: str) -> str:
         there = "" if self.folder == keys.FOLDER else f" --folder {self.folder}"
@@ -287,35 +257,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--insecure", action="store_true", help="no TLS, no node keys: on this machine only")
     parser.add_argument("--log-json", action="store_true", help="log files have a JSON object a line")
     return parser
-
-
-def _superexec() -> str:
-    return str(Path(sys.executable).with_name("flower-superexec"))
-
-
-async def _copy(child: asyncio.subprocess.Process, path: Path, as_json: bool) -> None:
-    """Copy a child's output to a file that rotates."""
-    output = logging.getLogger("fedapp.superexec")
-    output.propagate = False
-    handler = to_file(path, as_json, "%(message)s")
-    output.addHandler(handler)
-    assert child.stdout is not None
-    try:
-        while piece := await child.stdout.read(1 << 16):
-            output.info("%s", piece.decode(errors="replace").rstrip("\n"))
-    finally:
-        output.removeHandler(handler)
-        handler.close()
-
-
-async def _end(child: asyncio.subprocess.Process) -> None:
-    """End the child and all that it started: they report their runs first, for some seconds."""
-    with suppress(ProcessLookupError):  # the group is empty
-        for number, seconds in ((signal.SIGTERM, 5), (signal.SIGKILL, 1)):
-            os.killpg(child.pid, number)
-            for _ in range(10 * seconds):
-                await asyncio.sleep(0.1)
-                os.killpg(child.pid, 0)
 
 
 def _logs(folder: Path, as_json: bool) -> None:
