@@ -150,6 +150,18 @@ def test_the_same_bits_whatever_the_ids() -> None:
     assert 1 in missed
 
 
+def test_who_comes_late_is_drawn_by_what_it_has_and_tests_too() -> None:
+    settings = "privacy=none clients=3 begin_with=2 rounds=3 partition=dirichlet evaluate=clients"
+    federation, grid, records = run(
+        f"{settings} selection=by_size cohort=1", [5, 6], {1: lambda grid: grid.come(8, partition=2)}
+    )
+    assert [record.clients_tested for record in records] == [2, 3, 3]
+    assert grid.asked("query.facts") == [5, 6, 8]
+    facts, selection = federation.places.facts, federation.job.selection
+    assert all(node.examples for node in facts)
+    assert federation._wire._least == selection.least_weight(facts, 1) > 0
+
+
 def rekey(grid: Moving) -> None:
     """The participant of partition 1 comes back under another key."""
     grid.leave(6)
@@ -182,6 +194,16 @@ def test_who_comes_back_under_another_key_has_its_place_again(
     ):
         held = [place for place, *_ in told or ()]
         assert len(set(held)) == len(held)
+
+
+def test_the_old_key_may_have_the_place_again() -> None:
+    def back(grid: Moving) -> None:
+        grid.leave(60)
+        grid.come(6, partition=1)
+
+    federation, _, records = run("privacy=none clients=3 rounds=6", [5, 6, 7], {2: rekey, 4: back})
+    assert counts(records) == [(3, 0)] * 6
+    assert federation.places.nodes[1] == 6
 
 
 def test_all_control_variates_begin_anew_where_one_is_gone() -> None:
