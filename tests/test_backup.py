@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from fedapp.deploy import backup, backup_cli, keys
+from fedapp.deploy import backup, backup_cli, files, keys
 from fedapp.deploy.memory import Kept, Memory
 from fedapp.errors import FedappError
 from fedapp.privacy.accounting import Gaussian
@@ -192,7 +192,7 @@ def test_a_restore_that_fails_at_its_end_leaves_what_was_there(
 def test_nothing_is_restored_while_a_server_runs(tmp_path: Path) -> None:
     folder, file = server_folder(tmp_path / "server"), tmp_path / "backup.tar"
     server("backup", file, "--folder", folder)
-    with keys.alone(folder), pytest.raises(FedappError, match="another server"):
+    with files.alone(folder), pytest.raises(FedappError, match="another server"):
         server("restore", file, "--folder", folder, "--force")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["backup.tar", "server"]
 

@@ -75,6 +75,7 @@ from fedapp.deploy import (
     backup_cli,
     bounded,
     certificates,
+    files,
     following,
     holding,
     keys,
@@ -281,8 +282,8 @@ def expire(folder: Path) -> None:
     authority = keys._read_authority(folder / keys.CA, folder / keys.CA_KEY)
     then = datetime.now(UTC) - timedelta(days=3)
     certificate, key = certificates.issue(authority, ["a"], timedelta(days=1), then)
-    keys.write(folder / keys.CERTIFICATE, certificates.pem(certificate))
-    keys.write(folder / keys.KEY, certificates.pem(key), secret=True)
+    files.write(folder / keys.CERTIFICATE, certificates.pem(certificate))
+    files.write(folder / keys.KEY, certificates.pem(key), secret=True)
 
 
 @pytest.mark.parametrize(
@@ -294,7 +295,10 @@ def expire(folder: Path) -> None:
         (lambda folder: (folder / "ca.pem").unlink(), "cannot read"),
         (lambda folder: (folder / "operator.token").write_text("x"), "no operator's token"),
         (expire, "expired on"),
-        (lambda folder: keys.write(folder / "server.key", (folder / "ca.key").read_bytes(), True), "no pair"),
+        (
+            lambda folder: files.write(folder / "server.key", (folder / "ca.key").read_bytes(), True),
+            "no pair",
+        ),
     ],
 )
 def test_a_server_does_not_start_on_keys_that_are_not_in_order(

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from fedapp.deploy import keys
+from fedapp.deploy import files, keys
 from fedapp.errors import FedappError
 from fedapp.report.folder import alone
 
@@ -38,7 +38,7 @@ class Kind:
 
 
 _KEYS = keys.CA, keys.CA_KEY, keys.CERTIFICATE, keys.KEY, keys.TOKEN
-SERVER = Kind("server", _KEYS, "state.db", keys.alone, "runs")
+SERVER = Kind("server", _KEYS, "state.db", files.alone, "runs")
 CLIENT = Kind(
     "client", ("node.key", "node.key.pub", "ca.pem", "data.yaml", "policy.yaml"), "node.sqlite", alone
 )
@@ -56,7 +56,7 @@ def save(kind: Kind, folder: Path, file: Path, ledger: Path | None = None) -> li
     databases = {kind.database: folder / kind.database} | ({LEDGER: ledger} if ledger else {})
     try:
         with (
-            keys.whole(file) as partial,
+            files.whole(file) as partial,
             tempfile.TemporaryDirectory(dir=file.absolute().parent) as room,
             tarfile.open(fileobj=partial, mode="w") as archive,
         ):

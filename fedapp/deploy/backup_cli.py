@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from fedapp.deploy import keys, preflight
+from fedapp.deploy import files, keys, preflight
 from fedapp.deploy.backup import CLIENT, LEDGER, SERVER, put, save, unpacked
 from fedapp.errors import FedappError
 from fedapp.privacy.ledger import Ledger
@@ -95,7 +95,7 @@ def _restore_ledger(new: Path, folder: Path, ledger: Path, keep: bool) -> str:
         return "there is no ledger"
     place = new / ledger.relative_to(folder) if ledger.is_relative_to(folder) else ledger
     place.parent.mkdir(parents=True, exist_ok=True)
-    with keys.whole(place) as partial:
+    with files.whole(place) as partial:
         partial.write(copy.read_bytes())
     if place != copy:
         copy.unlink()

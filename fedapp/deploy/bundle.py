@@ -19,7 +19,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_ssh_public_key
 
 import fedapp
-from fedapp.deploy.keys import private, write
+from fedapp.deploy.files import private, write
 from fedapp.errors import ConfigError
 from fedapp.secagg.roster import read_signing_key
 

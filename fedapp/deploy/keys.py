@@ -3,19 +3,16 @@
 A node's key is ECDSA P-384 in OpenSSH's format, as flwr 1.41 wants it.
 """
 
-import fcntl
 import os
 import re
 import secrets
 import ssl
-import tempfile
 from base64 import b64decode, b64encode
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from hashlib import sha256
 from pathlib import Path
-from typing import IO
 
 from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
@@ -23,6 +20,7 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 
 from fedapp.deploy import certificates
+from fedapp.deploy.files import private, private_folder, write
 from fedapp.errors import FedappError
 
 FOLDER = Path("~/.fedapp/server").expanduser()
@@ -126,20 +124,6 @@ def token(path: Path) -> str:
     return text
 
 
-def private(path: Path) -> bytes:
-    """The content of a file that only its owner may read; FedappError where others may, or it is missing."""
-    try:
-        mode = path.stat().st_mode
-        content = path.read_bytes()
-    except OSError as error:
-        raise FedappError(
-            f"cannot read {path} ({error.strerror}): correct the path, or let `fedapp keys` make it"
-        ) from error
-    if mode & 0o077:
-        raise FedappError(f"{path} can be read by others (mode {mode & 0o777:o}): chmod 600 {path}")
-    return content
-
-
 def check(folder: Path) -> tuple[datetime, list[str]]:
     """Check the server's certificate and key: there, private, a pair, in their time, trusted with ca.pem.
 
@@ -153,51 +137,6 @@ def check(folder: Path) -> tuple[datetime, list[str]]:
 def called(folder: Path) -> str:
     """What the server's certificate calls it, which need not be 127.0.0.1."""
     return certificates.hosts(_certificates(folder / CERTIFICATE)[0])[0]
-
-
-def write(path: Path, content: bytes, secret: bool = False) -> None:
-    """Replace a file at once, by one that only its owner can read where it is secret."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with whole(path) as file:
-            file.write(content)
-            os.chmod(file.name, 0o600 if secret else 0o644)
-    except OSError as error:
-        raise FedappError(f"cannot write {path} ({error.strerror}): choose another place") from error
-
-
-@contextmanager
-def whole(path: Path) -> Iterator[IO[bytes]]:
-    """A file that is there, mode 0600, once all of it is written. Raises OSError."""
-    with tempfile.NamedTemporaryFile(dir=path.absolute().parent, prefix=".", delete=False) as file:
-        try:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-            os.replace(file.name, path)
-        except BaseException:
-            Path(file.name).unlink(missing_ok=True)
-            raise
-
-
-def private_folder(folder: Path) -> None:
-    """Make a folder that only its owner may enter."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        folder.chmod(0o700)
-    except OSError as error:
-        raise FedappError(f"cannot make {folder} ({error.strerror}): choose another --folder") from error
-
-
-@contextmanager
-def alone(folder: Path) -> Iterator[None]:
-    """Hold a server's folder; FedappError while another server runs from it."""
-    with (folder / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise FedappError(f"another server runs from {folder}: end it first") from error
-        yield
 
 
 def _vacant(folder: Path, force: bool) -> None:

@@ -19,7 +19,7 @@ from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_ssh_private_key
 
-from fedapp.deploy.keys import private
+from fedapp.deploy.files import private
 from fedapp.errors import ConfigError
 from fedapp.privacy.ledger import Ledger
 from fedapp.secagg.roster import read_identity

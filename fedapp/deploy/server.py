@@ -20,7 +20,7 @@ from flwr.superlink.cli.flower_superlink import SuperLinkLifespan
 from flwr.superlink.config_loader import SuperLinkLifespanConfig
 from flwr.superlink.main import create_app
 
-from fedapp.deploy import backup_cli, keys, superexec
+from fedapp.deploy import backup_cli, files, keys, superexec
 from fedapp.deploy.back import Back
 from fedapp.deploy.bounded import Refusals
 from fedapp.deploy.control import ADDRESS, Access, access, from_here, is_loopback
@@ -105,7 +105,7 @@ class Server:
                 raise FedappError(
                     f"--insecure listens on 127.0.0.1 only, not on {self.host}: leave it away there"
                 )
-            keys.private_folder(self.folder)
+            files.private_folder(self.folder)
             if not (self.folder / keys.TOKEN).exists():
                 keys.new_token(self.folder)
             said = "without TLS and node keys, for this machine only"
@@ -143,7 +143,7 @@ class Server:
     async def listening(self, secret: bytes) -> AsyncIterator["Listening"]:
         """Both listeners, ready; `secret` guards what starts ServerApps."""
         with (
-            keys.alone(self.folder),
+            files.alone(self.folder),
             self._bound(self.host, self.port) as outside,
             self._bound("127.0.0.1", 0) as inside,
         ):
@@ -172,7 +172,7 @@ class Server:
                 while not (outer.started and inner.started) and not any(task.done() for task in tasks):
                     await asyncio.sleep(0.01)
                 scheme = "http" if self.insecure else "https"
-                keys.write(self.folder / ADDRESS, f"{scheme}://{from_here(self.host)}:{public}\n".encode())
+                files.write(self.folder / ADDRESS, f"{scheme}://{from_here(self.host)}:{public}\n".encode())
                 yield Listening(self.folder, front, outer, public, private, tasks)
             finally:
                 front.ending = True
