@@ -136,7 +136,7 @@ class Job:
     def _tell_what_they_need(self) -> None:
         """Trainer and mechanism learn of the run what their accounting needs."""
         if isinstance(self.trainer, DpSgd) and isinstance(self.privacy, ExamplePrivacy):
-            trainer = replace(self.trainer, privacy=self.privacy, rounds=max(1, self.rounds))
+            trainer = replace(self.trainer, privacy=self.privacy, rounds=max(1, self._most))
             object.__setattr__(self, "trainer", trainer)
         elif isinstance(self.privacy, (LocalGaussian, CentralGaussian)):
             object.__setattr__(self, "privacy", replace(self.privacy, plan=self._plan()))
@@ -155,6 +155,17 @@ class Job:
             return self.rounds
         drawn = Counter(i for r in range(1, self.rounds + 1) for i in self.draw(r, self.clients))
         return max(drawn.values(), default=0)
+
+    @property
+    def keeps_to(self) -> int:
+        """Rounds that a client takes part in at most, whoever asks for more: those that it counts, else all.
+
+        Where the noise is its own it declines more than the public draws give it. Shares of noise it does not
+        count, nor, under `example`, rounds where no budget was given.
+        """
+        counts = isinstance(self.privacy, LocalGaussian)
+        counts |= isinstance(self.privacy, ExamplePrivacy) and self.privacy.epsilon is not None
+        return self._most if counts else self.rounds
 
     def draw(self, server_round: int, nodes: int, facts: Sequence[Facts] = ()) -> list[int]:
         """Who is drawn for a round: of so many nodes, by partition; what the selection asks is in `facts`.

@@ -331,6 +331,16 @@ def test_nothing_else_changes() -> None:
     assert np.allclose(trained.sum(0), moved, atol=1e-9)
 
 
+def test_a_client_of_a_cohort_is_audited_in_as_many_rounds_as_it_takes_part_in() -> None:
+    job = config.job(config.compose(f"{SMALL} rounds=6 cohort=30 trainer.steps=2"))
+    release = examples(job, 1000, np.random.default_rng(0))
+    assert isinstance(release, Examples)
+    assert job._most < 6
+    assert release.claim().steps == 2 * job._most
+    assert 1.9 < release.claim().epsilon <= 2
+    assert release(np.ones(1000, bool)).shape == (2 * job._most, 1000)
+
+
 @pytest.mark.parametrize(
     ("settings", "canaries", "said"),
     [

@@ -173,6 +173,28 @@ def test_what_keeps_to_every_rule_passes() -> None:
         policy().check(job_of(), "evaluate", 1, ())
 
 
+@pytest.mark.parametrize("chosen", ["example trainer.steps=2", "local_gaussian"])
+def test_a_cohort_costs_what_a_client_lets_itself_be_asked_for(chosen: str) -> None:
+    """It declines any round beyond those of the public draws, so the run costs its budget and no more."""
+    job = job_of(f"privacy={chosen} privacy.epsilon=4 cohort=1")
+    kept = policy(privacy=["example", "local_gaussian"], epsilon=4.0, delta=1e-5)
+    assert job.keeps_to < job.rounds
+    kept.check(job, "train", 1, releases(job))
+
+
+@pytest.mark.parametrize("chosen", ["example trainer.steps=2", "distributed_gaussian", "distributed_example"])
+def test_a_cohort_costs_all_rounds_where_no_client_counts_them(chosen: str) -> None:
+    given = "privacy.epsilon=null privacy.noise_multiplier=2 rounds=8"
+    job = job_of(f"privacy={chosen} {given} clients=6 cohort=3")
+    few, all_ = (job.spent(8, rounds) for rounds in (job._most, 8))
+    assert few is not None
+    assert all_ is not None
+    assert few.epsilon < all_.epsilon
+    kept = policy(privacy=[chosen.split()[0]], epsilon=(few.epsilon + all_.epsilon) / 2, delta=1e-5)
+    with pytest.raises(PolicyRefusal, match="epsilon: the planned run spends"):
+        kept.check(job, "train", 1, releases(job))
+
+
 def test_a_release_is_what_dp_sgd_does_in_one_fit() -> None:
     assert releases(job_of(DP)) == (Gaussian(2.0, "poisson", 0.12, 2, "add_remove"),)
     assert releases(job_of()) == releases(job_of(f"{DP} privacy.test_seed=1")) == ()

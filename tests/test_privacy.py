@@ -1,6 +1,8 @@
 """Epsilon and noise of example-level differential privacy, against independent computations."""
 
 import math
+from collections import Counter
+from dataclasses import replace
 
 import pytest
 import second_library
@@ -8,9 +10,11 @@ from dp_accounting import GaussianDpEvent, PoissonSampledDpEvent, SelfComposedDp
 from dp_accounting.pld import PLDAccountant
 from scipy.stats import norm
 
+from fedapp import config
 from fedapp.errors import ConfigError
 from fedapp.privacy.accounting import epsilon
 from fedapp.privacy.example import ExamplePrivacy, History, releases
+from fedapp.training import DpSgd
 
 SETTINGS = [  # noise multiplier, sampling rate, steps, delta
     (1.5, 0.04, 1000, 1e-5),
@@ -104,3 +108,31 @@ def test_given_noise_sets_epsilon() -> None:
 def test_bad_settings_are_named(bad: dict[str, object], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         ExamplePrivacy(**bad)  # type: ignore[arg-type]
+
+
+# Jobs
+
+
+COHORT = "task=digits model=logistic privacy=example clients=100 rounds=20 trainer.steps=2"
+
+
+@pytest.mark.parametrize(
+    "drawn", ["cohort=10", "cohort=10 selection=poisson", "cohort=10 over_selection=1.5"]
+)
+def test_noise_is_set_for_the_rounds_that_public_draws_give_a_client(drawn: str) -> None:
+    job = config.job(config.compose(f"{COHORT} {drawn}"))
+    times = Counter(i for r in range(1, 21) for i in job.draw(r, 100))
+    assert isinstance(job.trainer, DpSgd)
+    assert job.trainer.rounds == max(times.values()) < 20
+    assert job.trainer.noise_multiplier < 0.9 * replace(job.trainer, rounds=20).noise_multiplier
+    spent, more = (job.spent(20, job.trainer.rounds + once) for once in (0, 1))
+    assert spent is not None
+    assert more is not None
+    assert 0.995 * 8 < spent.epsilon <= 8 < more.epsilon  # there a client declines: test_training.py
+
+
+@pytest.mark.parametrize("drawn", ["strategy=fedbuff strategy.buffer=10", "cohort=100"])
+def test_where_any_client_may_take_part_in_all_rounds_noise_is_set_for_all(drawn: str) -> None:
+    trainer = config.job(config.compose(f"{COHORT} {drawn}")).trainer
+    assert isinstance(trainer, DpSgd)
+    assert trainer.rounds == 20

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -603,9 +604,34 @@ def test_a_budget_that_repeated_rounds_have_eaten_ends_the_run(tmp_path: Path) -
     assert str(summary.note).endswith("is charged; the budget ends after round 5 of 6")
 
 
-def test_nodes_that_may_hold_other_data_than_before_do_not_pass_the_budget(tmp_path: Path) -> None:
+def test_a_repeated_round_of_a_cohort_does_not_pass_the_budget_either(tmp_path: Path) -> None:
+    """Noise is set for who is drawn most often, and it is among those of the round that is repeated."""
+    budget = "privacy=example trainer.steps=2 privacy.epsilon=4"
+    job = config.job(config.compose(f"{FAST} {budget}"))
+    times = [Counter(i for r in range(1, n + 1) for i in job.draw(r, 5)) for n in (3, 6)]
+    again = times[0] + Counter(job.draw(4, 5)) + times[1] - times[0]
+    assert max(times[1].values()) == job._most < 6
+    assert max(again.values()) > job._most
+
+    def run() -> None:
+        Federation._evaluate = at_call(4, Federation._evaluate)  # type: ignore[method-assign]
+        simulate(tmp_path, budget)
+
+    assert killed(run, never) == -9
+    summary = resume(tmp_path)
+    assert summary.rounds < 6
+    assert not summary.interrupted
+    assert summary.epsilon is not None
+    assert 0.99 * 4 < summary.epsilon <= 4
+    assert f"the budget ends after round {summary.rounds} of 6" in str(summary.note)
+
+
+@pytest.mark.parametrize("choice", ["local_gaussian", "example trainer.steps=2"])
+def test_nodes_that_may_hold_other_data_than_before_do_not_pass_the_budget(
+    choice: str, tmp_path: Path
+) -> None:
     """A sampled cohort: whoever took part most often may be drawn most often again."""
-    private = "privacy=local_gaussian privacy.epsilon=4 cohort=2 rounds=10"
+    private = f"privacy={choice} privacy.epsilon=4 cohort=2 rounds=10"
     settings = f"{FAST} {private} run_dir={tmp_path / 'run'}"
 
     def run() -> None:

@@ -44,6 +44,7 @@ def found(release: Recorded, delta: float) -> tuple[float, float]:
 PLANS = {
     "privacy=example trainer.steps=2": ("add_remove", "poisson", 0.12, 4),
     "privacy=example trainer.steps=2 cohort=2 rounds=4": ("add_remove", "poisson", 0.12, 4),
+    "privacy=example trainer.steps=2 selection=poisson cohort=2 rounds=4": ("add_remove", "poisson", 0.12, 4),
     "privacy=distributed_example": ("add_remove", "poisson", 0.12, 2),
     "privacy=distributed_example cohort=3 rounds=5": ("add_remove", "poisson", 0.12, 4),
     "privacy=local_gaussian": ("replace", "none", 1.0, 2),
@@ -71,7 +72,7 @@ def test_epsilon_in_the_summary(overrides: str, noise: float | None, tmp_path: P
     louder = release | {"noise": 0.95 * release["noise"]}
     assert summary["epsilon"] < found(louder, summary["delta"])[0]  # so little is told apart
     if noise is None:
-        assert summary["epsilon"] <= 8
+        assert 0.97 * 8 < summary["epsilon"] <= 8  # noise for the rounds of who takes part most often
     else:
         assert noise <= release["noise"] < 1.003 * noise
 

@@ -39,23 +39,23 @@ class Examples:
         return self.job.trainer
 
     def claim(self) -> Claim:
-        """Epsilon of a client that takes part in all rounds of the job."""
+        """Epsilon of the client that takes part most often."""
         dp = self.trainer
         assert dp.privacy is not None
-        spent, steps = self.job.spent(self.job.rounds, self.job.rounds), self.job.rounds * dp.steps
+        spent, steps = self.job.spent(self.job.rounds, dp.rounds), dp.rounds * dp.steps
         assert spent is not None
         return Claim(spent.epsilon, dp.privacy.delta, dp.noise_multiplier, dp.sampling_rate, steps)
 
     def __call__(self, included: NDArray[np.bool_]) -> NDArray[np.float64]:
-        """A `Release`: trains all rounds on the first client's data and the canaries that are in."""
+        """A `Release`: trains so many rounds on the first client's data and the canaries that are in."""
         model = self.job.task.model(self.job.seed).to(self.job.torch_device)
         data = with_canaries(self.job.task.client_data({"partition-id": 0}), included)
         data = Data(data.x.to(self.job.torch_device), data.y.to(self.job.torch_device))
         seen: list[NDArray[np.float64]] = []
         step = partial(CanaryStep, coordinates=self.coordinates.to(self.job.torch_device), seen=seen)
         state: State = {}
-        for round_ in range(self.job.rounds):
-            rng, progress = self.job.public_rng(round_ + 1, 0, use=0), round_ / self.job.rounds
+        for round_ in range(self.trainer.rounds):
+            rng, progress = self.job.public_rng(round_ + 1, 0, use=0), round_ / self.trainer.rounds
             _, state = self.trainer.fit(self.job.task, model, data, state, rng, progress, step)
         return np.stack(seen)
 

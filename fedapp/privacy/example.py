@@ -22,13 +22,17 @@ class ExamplePrivacy:
     public constants. Sampling assumed, and done: every example joins each step independently with
     probability q, drawn on the client by the operating system's entropy and seen by nobody else, so the
     amplification holds against the server, observers of the models and other clients alike. Clients hold
-    disjoint data, so the loss is that of one client (the largest), not their sum. Not covered: the choice
+    disjoint data, so the loss is that of one client (the largest), not their sum: of the one that takes part
+    most often. Cohorts are drawn in public and look at no data, so they amplify nothing, and say beforehand
+    how often that is: the noise is set for so many rounds, and a client that is asked more often declines.
+    Asynchronous rounds draw whoever is free, so there it is set for all rounds. Not covered: the choice
     of hyper-parameters on private data, the floating-point Gaussian noise (exact DP needs discrete noise;
     the generator is a Mersenne Twister, on CUDA Philox, seeded by the operating system, not a cryptographic
     one), timing, and statistics that a task takes from the data before training.
 
     `epsilon` is the budget of the planned run and sets the noise; a `noise_multiplier` given instead sets
-    the noise, and epsilon is what follows. `test_seed` fixes noise and sampling: then nothing is private.
+    the noise, and epsilon is what follows: then nobody declines. `test_seed` fixes noise and sampling: then
+    nothing is private.
     """
 
     epsilon: float | None = 8.0
@@ -42,7 +46,7 @@ class ExamplePrivacy:
         require_budget(self.epsilon, self.delta, self.noise_multiplier, self.test_seed)
 
     def sigma(self, sampling_rate: float, steps: int) -> float:
-        """The noise multiplier for a planned run of so many steps; the smallest within 0.2 %."""
+        """The noise multiplier for so many steps that are planned of a client; the smallest within 0.2 %."""
         if self.noise_multiplier is not None:
             return self.noise_multiplier
         assert self.epsilon is not None
