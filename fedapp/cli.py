@@ -22,7 +22,8 @@ commands:
              training is impossible: fedapp check data=FILE_OR_FOLDER task=csv [KEY=VALUE ...]
   report     make report.html of a run folder anew: fedapp report RUN_DIR
   audit      train with canaries and print a lower bound on epsilon beside the claimed one; exits 1 where
-             it exceeds the claim: fedapp audit [canaries=5000] [confidence=0.95] [KEY=VALUE ...]
+             it exceeds the claim: fedapp audit [canaries=5000] [confidence=0.95] [KEY=VALUE ...];
+             attack=true inverts single updates too, and leaves a page with the pictures in run_dir
   ledger     what a client's data has spent, and may spend: fedapp ledger show|set-limit|overlap
 
 on real machines (each tells more with --help):

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from flwr.app import ConfigRecord, Context, Error, Message, RecordDict
 from flwr.common.constant import ErrorCode
-from grids import Elsewhere, bits
+from grids import Elsewhere, all_of, bits
 from rich.console import Console
 
 from fedapp import config
@@ -93,9 +93,9 @@ def run(
     grid = Moving(job, ids)
     events.get(0, lambda _: None)(grid)
     federation, records = Federation(job, grid, begun=begun or Begun()), []
-    for record in federation.run(Progress(Console(file=io.StringIO()), job.rounds)):
-        records.append(record)
-        events.get(record.round, lambda _: None)(grid)
+    for some in federation.run(Progress(Console(file=io.StringIO()), job.rounds)):
+        records += some
+        events.get(federation.finished, lambda _: None)(grid)
     return federation, grid, records
 
 
@@ -237,7 +237,7 @@ def test_a_run_that_goes_on_seats_who_is_there_now() -> None:
     federation = Federation(job, grid)
     federation.restore(before.state())
     grid.come(61, partition=2)
-    (record,) = federation.run(Progress(Console(file=io.StringIO()), job.rounds))
+    (record,) = all_of(federation)
     assert (record.round, record.replies) == (4, 3)
 
 

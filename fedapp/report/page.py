@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
 from fedapp.report.charts import Series, line_chart, split_chart, stacked_chart
+from fedapp.report.document import document, table, tile
 from fedapp.report.folder import Round, read_rounds, write_text
-from fedapp.report.style import CSS
 from fedapp.report.summary import (
     NONE,
     Summary,
@@ -52,7 +52,7 @@ def _data(folder: Path) -> str:
         told = [client[name] for client in counts if name in client]
         many = sum(count > 0 for count in told)
         rows.append((name, f"{sum(told):,} of {many} clients, {max(told):,} at most"))
-    return _table("Data of the clients", rows)
+    return table("Data of the clients", rows)
 
 
 def _alarms(rounds: Sequence[Round]) -> list[str]:
@@ -71,12 +71,8 @@ def _page(s: Summary, charts: str, config: str, alarms: Sequence[str] = (), data
     choices = f"{s.task} · {s.codec} · {s.privacy} · {s.engine}"
     notes = [f"Interrupted; rounds finished: {s.rounds}."] if s.interrupted else []
     notes += [s.note] if s.note else []
-    return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        '<meta http-equiv="Content-Security-Policy" '
-        """content="default-src 'none';style-src 'unsafe-inline'">"""
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(choices)}</title><style>{CSS}</style></head><body><main>"
+    return document(
+        choices,
         f'<header><h1>{escape(s.task)}</h1><p class="choices">{_choices(s)}</p></header>'
         + "".join(f'<p class="alert">{escape(note)}</p>' for note in [*notes, *alarms])
         + f'<section class="tiles">{_tiles(s)}</section>'
@@ -86,8 +82,7 @@ def _page(s: Summary, charts: str, config: str, alarms: Sequence[str] = (), data
             f'<details class="card"><summary>Configuration</summary><pre>{escape(config)}</pre></details>'
             if config
             else ""
-        )
-        + "</main></body></html>\n"
+        ),
     )
 
 
@@ -114,10 +109,7 @@ def _tiles(s: Summary) -> str:
         ("epsilon", NONE if s.epsilon is None else digits(s.epsilon), guarantee_text(s)),
         ("wall time", seconds_text(s.wall_s), f"start-up {seconds_text(s.startup_s)}"),
     )
-    return "".join(
-        f'<div class="card tile"><h2>{name}</h2><p>{value}</p><small>{escape(beside)}</small></div>'
-        for name, value, beside in tiles
-    )
+    return "".join(tile(*each) for each in tiles)
 
 
 def _charts(rounds: Sequence[Round]) -> list[str]:
@@ -240,15 +232,10 @@ def _tables(s: Summary) -> str:
         *s.versions.items(),
     )
     groups = (("Run", run), ("Traffic, bytes", traffic), ("Privacy", privacy), ("Time and versions", cost))
-    return "".join(_table(title, rows) for title, rows in groups)
+    return "".join(table(title, rows) for title, rows in groups)
 
 
 def _by_client(s: Summary) -> tuple[tuple[str, str], ...]:
     if s.clients_mean is None:
         return ()
     return (("mean over clients", percent_text(s.clients_mean)), ("their spread", spread_text(s)))
-
-
-def _table(title: str, rows: Iterable[tuple[str, str]]) -> str:
-    body = "".join(f"<tr><th>{escape(name)}</th><td>{escape(value)}</td></tr>" for name, value in rows)
-    return f'<div class="card"><h3>{title}</h3><table>{body}</table></div>'

@@ -67,6 +67,10 @@ table{width:100%;border-collapse:collapse;font-size:13px;margin-top:8px}
 th,td{padding:4px 0;font-weight:400;text-align:left;vertical-align:top;border-top:1px solid var(--grid)}
 td{text-align:right;padding-left:12px;font-variant-numeric:tabular-nums}
 tr:first-child>*{border-top:0}
+.attack{overflow-x:auto}
+.attack td{padding:6px 3px;text-align:center;font-size:12px;color:var(--soft);border:0}
+.attack th{min-width:150px;border:0;color:var(--ink)}
+.attack img{width:100%;min-width:44px;display:inline-block;border:1px solid var(--edge)}
 details summary{cursor:pointer;font-size:13px;font-weight:600}
 pre{margin:12px 0 0;font:12.5px/1.5 ui-monospace,Menlo,Consolas,monospace;white-space:pre-wrap}
 @media(max-width:1000px){.tables{grid-template-columns:repeat(2,minmax(0,1fr))}.charts>*{grid-column:1/-1!important}}
