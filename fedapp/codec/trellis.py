@@ -32,7 +32,7 @@ _STATES = 2 * HALF
 _CHECKS = 0o45, 0o10  # the code's parity checks, of the low and of the high bit of a place modulo 4
 _STRETCH, _AHEAD = 512, 48  # values decided at once, and values seen beyond them
 _ROWS = 32  # magnitudes whose prices are in the table
-_JUMP = 64  # marks a branch that goes to zero where another even level is nearer
+_ZERO = 64  # marks a branch that goes to zero, wherever its even level lies
 _NEVER = np.float32(1e30)
 _BITS = -np.log2(np.maximum(np.arange(4096) + 0.5, 1) / 4096).astype(
     np.float32
@@ -105,7 +105,7 @@ def search(
     price = np.empty((2, _ROWS, CONTEXTS), np.float32)
     far = np.empty((2, CONTEXTS), np.float32)  # two rows of the table, for magnitudes beyond it
     _price(states, weight, stop, price)
-    back = np.empty((end - begin, _STATES), np.uint8)  # the branch into each state, and _JUMP
+    back = np.empty((end - begin, _STATES), np.uint8)  # the branch into each state, and _ZERO
     places = np.empty((end - begin, 4), np.int32)  # by parity and quantizer
     mean_of = column.copy()
 
@@ -118,9 +118,8 @@ def search(
     square = np.zeros(_STATES, np.float32)
     exponent = square.view(np.int32)
     cost[state], sums[state], lefts[state], leans[state] = 0, found, left, lean / 4096
-    # Branches: their cost, place and number.
+    # Branches: their cost and place.
     branch, to = np.zeros(2 * _STATES, np.float32), np.zeros(2 * _STATES, np.float32)
-    name = np.arange(2 * _STATES).astype(np.uint8)
     sums_before, leans_before = np.zeros(_STATES, np.float32), np.zeros(_STATES, np.float32)
     signs = np.zeros((2, 17), np.float32)
     for b in range(16):
@@ -181,7 +180,6 @@ def search(
                 jumps = zero < some
                 branch[u] = cost[u] + (zero if jumps else some)
                 to[u] = np.float32(0) if jumps else np.float32(even)
-                name[u] = np.uint8(s) | (np.uint8(_JUMP) if jumps else np.uint8(0))
                 branch[i], to[i] = cost[u] + odd_off + of_odd[k] + dear[u], np.float32(other)
         sums_before[:] = sums
         leans_before[:] = leans
@@ -189,12 +187,16 @@ def search(
         for s in range(_STATES):
             u = np.uint64(s)
             one, two = np.uint64(_INTO[u, 0]), np.uint64(_INTO[u, 1])
-            i = one if branch[one] <= branch[two] else two
-            cost[u], lefts[u], into[u] = branch[i], to[i], name[i]
+            # Looked up, not jumped to: which is cheaper no processor foretells.
+            i = np.uint64(_INTO[u, np.uint64(branch[one] > branch[two])])
             was = i & np.uint64(_STATES - 1)
-            sums[u] = (sums_before[was] + np.float32(4096) * to[i]) * keep
-            pull = np.float32(1 / 8) if to[i] > 0 else np.float32(0)
-            leans[u] = leans_before[was] + (way - leans_before[was]) * pull
+            cost[u], lefts[u], into[u] = branch[i], to[i], np.uint8(i)
+            sums[u], leans[u] = sums_before[was], leans_before[was]
+        for s in range(_STATES):
+            sent = lefts[s] > 0
+            sums[s] = (sums[s] + np.float32(4096) * lefts[s]) * keep
+            leans[s] += (way - leans[s]) * (np.float32(1 / 8) if sent else np.float32(0))
+            into[s] += np.uint8(0) if sent else np.uint8(_ZERO)
         promise = (promise + np.float32(mean_of[c])) * keep
         c = c + 1 if c + 1 < width else 0
 
@@ -215,4 +217,4 @@ def _trace(
     for j in range(end - 1, begin - 1, -1):
         branch = np.int64(back[j - begin, state])
         state, parity = branch % _STATES, branch // _STATES % 2
-        levels[j] = 0 if branch >= _JUMP else places[j - begin, 2 * parity + state // HALF]
+        levels[j] = 0 if branch >= _ZERO else places[j - begin, 2 * parity + state // HALF]
