@@ -1,7 +1,6 @@
 """The rounds: draw a cohort, send the weights, take the updates, step, test. Works on any Flower Grid."""
 
 import time
-from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from logging import WARNING
@@ -13,6 +12,7 @@ from flwr.supercore import log
 
 from fedapp.assignment import Workloads
 from fedapp.asynchronous import Asynchronous
+from fedapp.budget import Budget
 from fedapp.ckks import Ckks, CkksSum
 from fedapp.downlink import Coded, Downlink
 from fedapp.engine.grid import now
@@ -23,7 +23,6 @@ from fedapp.fedbuff import FedBuff
 from fedapp.job import Job
 from fedapp.nodes import Cohort, Traffic
 from fedapp.places import Places
-from fedapp.privacy.accounting import Release, Spent
 from fedapp.privacy.begun import Begun
 from fedapp.report.folder import Round
 from fedapp.report.progress import Progress
@@ -52,6 +51,7 @@ class Federation:
     begun: Begun = field(default_factory=Begun)
 
     def __post_init__(self) -> None:
+        self.budget = Budget(self.job, self.begun)
         self.arrays = self.job.initial
         self.parameters = layout_of(self.arrays).size
         self._wire = self.job.wire()
@@ -125,7 +125,7 @@ class Federation:
             self._test.begin(self.arrays)  # of the run that goes on here
         for number in range(self.finished + 1, self.job.rounds + 1):
             self._welcome(number)
-            if self.spent_out:
+            if self.budget.ends(self.finished):
                 yield self._tested()
                 return
             CLOCK.begin_round(number)
@@ -137,7 +137,7 @@ class Federation:
                 self._test.begin(self.arrays)
             else:
                 evaluated = self._evaluate(number)
-            spent, self.finished = self.spent, number
+            spent, self.finished = self.budget.spent, number
             replies = self.accepted - accepted
             failed = answers > 0 and not replies and not self._lost
             self._failed = self._failed + 1 if failed else 0
@@ -193,41 +193,6 @@ class Federation:
         timeline = self.grid.timeline if isinstance(self.grid, LocalGrid) else None
         return None if timeline is None else timeline.now
 
-    @property
-    def spent(self) -> Spent | None:
-        """The budget of all rounds so far; where clients spend by themselves, of who did most often."""
-        return None if self.job.note else self.job.spent(*self._charged)  # a test seed has a note
-
-    @property
-    def releases(self) -> tuple[Release, ...]:
-        """What `spent` is computed from; nothing where nothing is private."""
-        return () if self.job.note else self.job.releases(*self._charged)
-
-    @property
-    def _charged(self) -> tuple[int, int]:
-        """Rounds that were begun, and in how many of them who took part most often did."""
-        return self.begun.rounds, max(self.begun.took_part.values(), default=0)
-
-    @property
-    def repeated(self) -> int:
-        """Private rounds that were begun and not finished, which are charged all the same."""
-        private = self.job.privacy.unit is not None and not self.job.note
-        return self.begun.rounds - self.finished if private else 0
-
-    @property
-    def spent_out(self) -> bool:
-        """Whether one more round would pass the budget; noise is set for all of a run that nothing stops."""
-        budget: float | None = getattr(self.job.privacy, "epsilon", None)
-        as_planned = not self.repeated and not self.begun.moved
-        if as_planned or self.job.note or budget is None or self.finished == self.job.rounds:
-            return False
-        # Of cohorts that are drawn in secret, all cost the same.
-        clients = self.job.clients
-        cohort = range(clients) if self._asynchronous else self.job.draw(self.finished + 1, clients)
-        most = max((self.begun.took_part + Counter(cohort)).values(), default=0)
-        would = self.job.spent(self.begun.rounds + 1, most)
-        return would is not None and would.epsilon > budget
-
     def _welcome(self, number: int) -> None:
         """Let the nodes that have come since the round before take part."""
         taken = self.places.look(number)
@@ -251,9 +216,8 @@ class Federation:
             self.accepted += step.accepted
             return step.accepted + step.failed
         cohort = self._drawn(number)
-        view = cast(
-            Grid, Cohort(cohort or self.places.nodes.values())
-        )  # strategies wait for nodes, and keep these
+        present = cohort or self.places.nodes.values()  # strategies wait for nodes, and keep these
+        view = cast(Grid, Cohort(present))
         asked = self._wire.configure_train(number, self.arrays, ConfigRecord(), view)
         messages = sorted(asked, key=self._partition) if cohort else []
         self.begun.add(number, [self.places.partitions[node] for node in cohort])  # before anything is sent

@@ -236,7 +236,7 @@ def _restored(federation: Federation, folder: RunFolder, begin: Start) -> Took:
 
 def _told(federation: Federation, begin: Start) -> Iterator[str]:
     """What there is to say before the rounds."""
-    job, repeated = federation.job, federation.repeated
+    job, repeated = federation.job, federation.budget.repeated(federation.finished)
     yield from begin.said
     yield from (str(said) for said in (job.said, getattr(job.task, "anonymity_cost", None)) if said)
     if repeated:
@@ -263,13 +263,13 @@ def _lost(job: Job, records: list[Round]) -> str:
 
 def _note(federation: Federation, records: list[Round]) -> str | None:
     """What a reader of the results must know."""
-    job, repeated = federation.job, federation.repeated
+    job, repeated = federation.job, federation.budget.repeated(federation.finished)
     ended = f"the budget ends after round {federation.finished} of {job.rounds}"
     said = [
         job.note,
         _lost(job, records) or None,
         _charged(repeated) if repeated else None,
-        ended if federation.spent_out else None,
+        ended if federation.budget.ends(federation.finished) else None,
     ]
     return "; ".join(text for text in said if text) or None
 
@@ -277,7 +277,7 @@ def _note(federation: Federation, records: list[Round]) -> str | None:
 def _summary(
     job: Job, federation: Federation, records: list[Round], took: Took, failure: BaseException | None
 ) -> Summary:
-    traffic, parameters, spent = federation.traffic, federation.parameters, federation.spent
+    traffic, parameters, spent = federation.traffic, federation.parameters, federation.budget.spent
     float32_up = 4 * parameters * federation.accepted
     last = records[-1] if records else None
     uncompressed = float32_up + 4 * parameters * federation.messages
@@ -308,7 +308,7 @@ def _summary(
         delta=job.privacy.delta,
         accountant=None if spent is None else spent.accountant,
         privacy_unit=job.privacy.unit,
-        releases=[asdict(release) for release in federation.releases] or None,
+        releases=[asdict(release) for release in federation.budget.releases] or None,
         privacy_against=job.privacy.against,
         startup_s=took.startup_s,
         seconds_per_round=sum(r.seconds for r in records) / len(records) if records else None,

@@ -262,8 +262,8 @@ def test_data_of_which_nobody_knows_where_they_were_are_charged_what_anyone_was(
     known, _, _ = run(settings, [5, 6], {2: lambda grid: grid.come(8, partition=2)})
     assert known.begun.took_part == {0: 4, 1: 4, 2: 2}
     assert not known.begun.moved
-    assert federation.spent is not None
-    assert federation.spent == known.spent
+    assert federation.budget.spent is not None
+    assert federation.budget.spent == known.budget.spent
 
 
 def test_a_run_ends_before_data_that_may_have_been_elsewhere_pass_its_budget() -> None:
@@ -273,7 +273,7 @@ def test_a_run_ends_before_data_that_may_have_been_elsewhere_pass_its_budget() -
     assert drawn == [1, 1, 1, 2, 2, 2]
     federation, _, records = run(settings, [5, 6], {3: own})
     assert len(records) == 3
-    assert federation.spent_out
+    assert federation.budget.ends(federation.finished)
     assert len(run(settings, [5, 6], {3: lambda grid: grid.come(8, partition=2)})[2]) == 6
 
 

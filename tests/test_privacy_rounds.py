@@ -250,8 +250,8 @@ def test_ledgers_are_charged_what_the_run_reports(choice: str, tmp_path: Path) -
         assert (
             grid.ledger.spent(str(node))[job.privacy.unit] >= spent.epsilon
         )  # a filter costs more than one planned run
-    assert federation.spent is not None
-    assert federation.spent.epsilon == max(epsilons) == rounds[-1].epsilon
+    assert federation.budget.spent is not None
+    assert federation.budget.spent.epsilon == max(epsilons) == rounds[-1].epsilon
 
 
 @every_choice
@@ -270,7 +270,9 @@ def test_a_client_declines_past_its_limit_and_the_run_goes_on(choice: str, tmp_p
     ]  # fmt: skip
     assert grid.ledger.count("4") == (0 if central else 1)
     assert grid.ledger.count("5") == (1 if central else 3)
-    assert federation.spent == job.spent(3, 3)  # what was asked for: the server does not know who declined
+    assert federation.budget.spent == job.spent(
+        3, 3
+    )  # what was asked for: the server does not know who declined
 
 
 def test_a_message_that_comes_twice_is_not_charged_twice(tmp_path: Path) -> None:

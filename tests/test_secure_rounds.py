@@ -144,12 +144,12 @@ def test_too_many_dropouts_lose_the_round_and_nothing_else(
     (lost,) = next(rounds)
     assert (lost.replies, lost.failures, federation.finished) == (0, 6, 1)
     assert federation.arrays is before
-    assert federation.spent == job.spent(1, 1)  # what clients sent is counted all the same
+    assert federation.budget.spent == job.spent(1, 1)  # what clients sent is counted all the same
     assert "round 1: secure aggregation has failed" in caplog.text
     grid._lost = {}
     assert [whole.replies for whole in next(rounds)] == [6]
     assert federation.arrays is not before
-    assert federation.spent == job.spent(2, 2)
+    assert federation.budget.spent == job.spent(2, 2)
     assert not list(rounds)
 
 
