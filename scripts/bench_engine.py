@@ -156,7 +156,9 @@ def memory() -> None:
     print("\n| run | peak of the server, MB |\n|---|---|")
     cnn = [*SETTINGS["cnn"].overrides, "trainer.batch_size=60", "engine.workers=2", "rounds=2"]
     lr = [*SETTINGS["lr"].overrides, "engine.workers=2"]
-    runs = {f"cnn, a cohort of {size}": [*cnn, f"cohort={size}"] for size in (50, 200, 1000)}
+    alone = [*cnn, "codec.feedback=false"]
+    runs = {f"cnn, a cohort of {size}": [*alone, f"cohort={size}"] for size in (50, 200, 1000)}
+    runs["cnn, a cohort of 1000, error feedback"] = [*cnn, "cohort=1000", "codec.feedback=true"]
     runs |= {f"lr, {rounds} rounds": [*lr, f"rounds={rounds}"] for rounds in (50, 300)}
     for name, overrides in runs.items():
         print(f"| {name} | {simulated(overrides)[0]['peak_rss_mb']:.0f} |", flush=True)
