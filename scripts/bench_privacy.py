@@ -37,7 +37,7 @@ CENTER = (
 )
 
 
-COHORTS = (100, 300, 1000, 2000, 4000)
+COHORTS = (10, 100, 300, 1000, 2000, 4000)
 
 
 @dataclass(frozen=True)
