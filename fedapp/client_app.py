@@ -63,7 +63,7 @@ def client_app(job_of: Callable[[Context], Job], own: Own | None = None) -> Clie
         secret = source(job.privacy.test_seed, CLIENT, *at)
         if job.terms is not None:
             encode = partial(job.terms.encode, rng=job.public_rng(at[0], 0, use=3), secret=secret)
-            return masked(_secure(job, context), encode)(message, context, call_next)
+            return masked(_secure(job, context), encode, at[0], job.rounds)(message, context, call_next)
         if isinstance(job.aggregation, Ckks):
             return ckks.encrypted(message, context, call_next)
         if job.wire_codec is None:

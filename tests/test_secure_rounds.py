@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
-from flwr.app import Context, Error, Message
+from flwr.app import ConfigRecord, Context, Error, Message, RecordDict
 from grids import Elsewhere
 from grids import rounds_on as run
 from numpy.typing import NDArray
@@ -25,6 +25,7 @@ from fedapp.combinations import check_roster
 from fedapp.errors import ConfigError, FedappError
 from fedapp.job import Job
 from fedapp.privacy.distributed import Terms
+from fedapp.records import ARRAYS, CONFIG
 from fedapp.report.progress import Progress
 from fedapp.rounds import Federation
 from fedapp.secagg import Client, wire
@@ -117,6 +118,29 @@ def test_only_masked_values_leave_a_client() -> None:
     counts = np.bincount(np.concatenate(seen) * 64 // job.terms.modulus, minlength=64)
     assert chisquare(counts).pvalue > 1e-6
     assert np.abs(np.corrcoef(seen) - np.eye(36)).max() < 0.2
+
+
+@pytest.mark.parametrize(
+    ("told", "session", "answers"),
+    [(1, 1, True), (2, 2, True), (1, 2, False), (2, 1, False), (3, 3, False), (0, 0, False)],
+)
+def test_a_server_gets_one_sum_a_round_and_of_no_others(told: int, session: int, answers: bool) -> None:
+    """Whatever it says: a session is a round of the plan, which the noise was set for, and comes once."""
+    job = job_of(f"{SHARP} rounds=2 {SIGNED}")
+    federation = Federation(job, Watched(job))
+    summed = federation._summed(session, list(federation.places.nodes.values()))
+    assert isinstance(summed, wire.SecureSum)
+    beside = RecordDict({ARRAYS: job.initial, CONFIG: ConfigRecord({"server-round": told})})
+    messages = [
+        Message(RecordDict({**beside, **content}), node, "train") for node, content in summed.begin().items()
+    ]
+    for reply in federation._exchange(messages):
+        summed.take(reply)
+    if answers:
+        assert summed.mean()[1] == 6
+    else:
+        with pytest.raises(FedappError, match="secure aggregation has failed"):
+            summed.mean()
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -34,9 +34,10 @@ class CentralGaussian:
     together, since their draws tell nothing of this one's. With sampling=fixed K clients who pool their draws
     know this one's chance in each round, which is at most cohort / (clients - K), so the more of them, the
     larger epsilon is. The *server is trusted*: it sees every update. So is the network, which transport
-    encryption makes true for contents, and `packet_bytes` for lengths: all packets are padded to it, and an
-    update that does not fit counts as zero. Not covered: timing, the choice of
-    hyper-parameters on private data, and floating-point noise, which is not exactly Gaussian.
+    encryption makes true for contents, so that the step of a quantizer may follow the update, and
+    `packet_bytes` for lengths: all packets are padded to it, and an update that does not fit counts as zero.
+    Not covered: timing, the choice of hyper-parameters on private data, and floating-point noise, which is
+    not exactly Gaussian.
 
     With `quantile` the clip norm follows that quantile of the updates' norms: each client sends, beside the
     update, whether its norm is below the clip, as +1/2 or -1/2, and the server adds noise of standard

@@ -38,12 +38,14 @@ class DistributedGaussian:
     follows the protocol and sees only the sum, together with clients that tell it their noise; all who leave
     and all who collude are at most the `tolerated` share of the cohort, and the other shares alone carry the
     stated noise. With a `roster` the server need not follow the protocol: it learns nothing else from clients
-    whose nodes have one, whatever it sends (see `fedapp.secagg`). What sums of discrete Gaussians lack of one
-    is accounted. Not covered: the secure aggregation itself (whoever sees single replies sees one share of
-    noise, which is little); without a roster, a server that adds replies of fewer clients or invents clients;
-    with it, a cohort that the server picked for more colluders than tolerated; clients that omit their noise
-    beyond the tolerated share; how long rounding and drawing noise take; tails beyond 20 deviations, cut at a
-    chance below 2^-250 a draw; the choice of hyper-parameters on private data.
+    whose nodes have one, whatever it sends (see `fedapp.secagg`), and of each round that was planned one sum,
+    as long as they remember which they answered; what a ledger bounds is bounded beyond that. What sums of
+    discrete Gaussians lack of one is accounted. Not covered: the secure aggregation itself (whoever sees
+    single replies sees one share of noise, which is little); without a roster, a server that adds replies of
+    fewer clients or invents clients; with it, a cohort that the server picked for more colluders than
+    tolerated; clients that omit their noise beyond the tolerated share; how long rounding and drawing noise
+    take; tails beyond 20 deviations, cut at a chance below 2^-250 a draw; the choice of hyper-parameters on
+    private data.
 
     `epsilon` is the budget of the planned run and sets the noise; a `noise_multiplier` given instead sets
     the noise of the sum over the clip norm. `clip` bounds a whole update; of a share `keep` of its values,

@@ -48,10 +48,11 @@ class DistributedExample:
     the protocol and sees only the sum, together with clients that tell it their batches and noise; all who
     leave and all who collude are at most the `tolerated` share of the cohort, and the other shares alone
     carry the stated noise. With a `roster` the server need not follow it, as in `DistributedGaussian`. Not
-    covered: what `DistributedGaussian` does not cover of secure aggregation,
-    clients that omit their noise, timing and tails; gradients that depend on who else is in the batch by more
-    than that thousandth (an activation within rounding of a kink); the choice of hyper-parameters on private
-    data; statistics that a task takes from the data before training.
+    covered: what `DistributedGaussian` does not cover of secure aggregation, clients that omit their noise,
+    timing and tails; whether a client fails, as one example that cannot be read makes it; gradients that
+    depend on who else is in the batch by more than that thousandth (an activation within rounding of a kink);
+    the choice of hyper-parameters on private data; statistics that a task takes from the data before
+    training.
 
     *Accounting.* Within factors of 1 +- 10^-60 in probability, what is released is made from a continuous
     Gaussian of variance sigma^2 - 8 around the sampled sum, without a further look at the data. So the

@@ -15,20 +15,22 @@ class ExamplePrivacy:
     """One training example of one client is protected; DP-SGD in the trainer does the work.
 
     *Formal guarantees.* Each client's sequence of updates over the whole run is (epsilon, delta)-DP.
-    Adjacency: add or remove one example of that client. Released: the client's noised gradient sums, so
-    all that follows from them (its updates, their compressed form and size, every model). Sensitivity: the
-    clip norm, since each example's gradient is clipped and added to a sum over a Poisson sample; the noise
-    has standard deviation noise multiplier times clip norm; denominators, steps and sampling rate are
-    public constants. Sampling assumed, and done: every example joins each step independently with
-    probability q, drawn on the client by the operating system's entropy and seen by nobody else, so the
-    amplification holds against the server, observers of the models and other clients alike. Clients hold
-    disjoint data, so the loss is that of one client (the largest), not their sum: of the one that takes part
-    most often. Cohorts are drawn in public and look at no data, so they amplify nothing, and say beforehand
-    how often that is: the noise is set for so many rounds, and a client that is asked more often declines.
-    Asynchronous rounds draw whoever is free, so there it is set for all rounds. Not covered: the choice
-    of hyper-parameters on private data, the floating-point Gaussian noise (exact DP needs discrete noise;
-    the generator is a Mersenne Twister, on CUDA Philox, seeded by the operating system, not a cryptographic
-    one), timing, and statistics that a task takes from the data before training.
+    Adjacency: add or remove one example of that client. Released: the client's noised gradient sums, so all
+    that follows from them (its updates, their compressed form and size, every model). Sensitivity: the clip
+    norm, since each example's gradient is clipped and added to a sum over a Poisson sample; the noise has
+    standard deviation noise multiplier times clip norm; denominators, steps and sampling rate are public
+    constants. Sampling assumed, and done: every example joins each step independently with probability q,
+    drawn on the client by the operating system's entropy and seen by nobody else, so the amplification holds
+    against the server, observers of the models and other clients alike. Clients hold disjoint data, so the
+    loss is that of one client (the largest), not their sum: of the one that takes part most often. Cohorts
+    are drawn in public and look at no data, so they amplify nothing, and say beforehand how often that is:
+    the noise is set for so many rounds, and a client that is asked more often declines. Asynchronous rounds
+    draw whoever is free, so there it is set for all rounds. Not covered: a server that repeats rounds to a
+    client that has forgotten them (a stock SuperNode that was restarted), unless a ledger counts them;
+    whether a client fails, as one example that cannot be read makes it; the choice of hyper-parameters on
+    private data, the floating-point Gaussian noise (exact DP needs discrete noise; the generator is a
+    Mersenne Twister, on CUDA Philox, seeded by the operating system, not a cryptographic one), timing, and
+    statistics that a task takes from the data before training.
 
     `epsilon` is the budget of the planned run and sets the noise; a `noise_multiplier` given instead sets
     the noise, and epsilon is what follows: then nobody declines. `test_seed` fixes noise and sampling: then

@@ -24,13 +24,14 @@ class LocalGaussian:
     part in, so all that follows: the packet and its size, every model. Sensitivity: twice the clip norm,
     since a clipped update may turn into its opposite; the noise has standard deviation noise multiplier times
     clip norm in every coordinate. Sampling assumed: none; the server draws the cohort and knows it, so
-    nothing is amplified. T participations are one Gaussian mechanism with the noise divided by sqrt(T)
-    (Dong et al. 2019, "Gaussian differential privacy", Corollary 3.3), calibrated by the analytic Gaussian
+    nothing is amplified. T participations are one Gaussian mechanism with the noise divided by sqrt(T) (Dong
+    et al. 2019, "Gaussian differential privacy", Corollary 3.3), calibrated by the analytic Gaussian
     mechanism (Balle and Wang 2018, Theorem 8), which is right at any epsilon; T is the most rounds that the
     public draws of the run give one client, and a client that is asked more often declines. Against: the
-    server, observers of the models, other clients, all together. Not covered: whether a client takes part or
-    fails, timing, the choice of hyper-parameters on private data, and floating-point noise, which is not
-    exactly Gaussian.
+    server, observers of the models, other clients, all together. Not covered: a server that repeats rounds to
+    a client that has forgotten them (a stock SuperNode that was restarted), unless a ledger counts them;
+    whether a client takes part or fails, timing, the choice of hyper-parameters on private data, and
+    floating-point noise, which is not exactly Gaussian.
 
     What it costs: the mean of n clients carries noise of noise multiplier * clip / sqrt(n) in *every*
     coordinate, its norm sqrt(parameters) times that. At 10 clients and 26 thousand parameters the update,

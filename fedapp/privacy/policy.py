@@ -57,8 +57,8 @@ class Policy:
     counts: what of a check of the data (`fedapp.tasks.quality.COUNTS`) runs without privacy may be told: of
     the columns and rows below, whatever classes and fraction take part. Nothing, where it is not given.
 
-    epsilon, delta: the most that a whole planned run may cost, one update a round. noise: the least noise
-    multiplier. secure_aggregation: true refuses all runs without it.
+    epsilon, delta: the most that a whole planned run may cost, one update a round; what a server repeats only
+    a ledger bounds. noise: the least noise multiplier. secure_aggregation: true refuses all runs without it.
 
     columns: of a table, the only ones that a run may name, its label included. rows: of a table, for each
     column the values that a row must have one of. classes: the only labels whose examples take part.

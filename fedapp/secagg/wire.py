@@ -8,13 +8,13 @@ from flwr.app import ConfigRecord, Context, Message, MessageType, RecordDict
 from flwr.clientapp.typing import Mod
 from numpy.typing import NDArray
 
-from fedapp.errors import DecodeError
+from fedapp.errors import DecodeError, FedappError
 from fedapp.privacy.distributed import DistributedGaussian, Terms
 from fedapp.privacy.distributed_example import DistributedExample, StepTerms
 from fedapp.records import ARRAYS, UPDATE
 from fedapp.replies import refuse
 from fedapp.secagg.client import Client
-from fedapp.secagg.record import Record
+from fedapp.secagg.record import Record, whole
 from fedapp.secagg.server import Server
 from fedapp.stages import DECODE
 from fedapp.wire import update_of
@@ -38,15 +38,23 @@ def answer(client: Client, stage: str, message: Message, context: Context) -> Me
     return Message(_content(reply), reply_to=message)
 
 
-def masked(client: Client, encode: Callable[[NDArray[Any]], NDArray[np.uint32]]) -> Mod:
+def masked(
+    client: Client, encode: Callable[[NDArray[Any]], NDArray[np.uint32]], number: int, rounds: int
+) -> Mod:
     """The client mod in the place of `wire.compress`: only masked values leave the client.
 
     `encode` makes whole numbers below the modulus of what was trained: an update, float32 (size,), or the sum
-    that a trainer made in the place of trained weights.
+    that a trainer made in the place of trained weights. Sessions are rounds, by their `number`, and later
+    ones only: so there are no more sums than the `rounds` that the noise was set for, whatever a server asks.
     """
 
     def mod(message: Message, context: Context, call_next: Callable[[Message, Context], Message]) -> Message:
         asked, received = _read(message.content), message.content.array_records[ARRAYS]
+        if (session := whole(asked, "session")) != number or not 1 <= number <= rounds:
+            raise FedappError(
+                f"secure aggregation: session {session} in round {number} is none of this run's: "
+                f"there is one in each of its rounds, 1 to {rounds}"
+            )
         client.expects_values(asked, _state(context))  # a second training would be charged, and lost
         reply = call_next(message, context)
         if reply.has_error():
