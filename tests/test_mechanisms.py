@@ -7,19 +7,20 @@ from typing import Any
 
 import numpy as np
 import pytest
-from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from grids import Elsewhere, rounds_on
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from numpy.typing import NDArray
+from omegaconf import OmegaConf
 from rich.console import Console
 from scipy.stats import kstest
 
 from fedapp import config
-from fedapp.client_app import client_app
-from fedapp.codec.packet import padded, unpadded
+from fedapp.client_app import FAILED, client_app
+from fedapp.codec.packet import pack, padded, unpadded
 from fedapp.errors import ConfigError, DecodeError
 from fedapp.job import Job
 from fedapp.privacy import accounting
@@ -27,7 +28,7 @@ from fedapp.privacy.central import BIT, CLIP, CentralGaussian
 from fedapp.privacy.local import LocalGaussian
 from fedapp.privacy.mechanism import Mechanism, Plan, clipped, length
 from fedapp.privacy.secret import normal, source, uniform
-from fedapp.records import METRICS, WEIGHT, size_of
+from fedapp.records import ARRAYS, CONFIG, METRICS, STYPE, UPDATE, WEIGHT, size_of
 from fedapp.report.folder import Round
 from fedapp.report.progress import Progress
 from fedapp.rounds import Federation
@@ -37,6 +38,7 @@ PLAN = Plan("poisson", cohort=10, clients=100, rounds=5, most=5)
 MANY = 250_000
 WIDE = "model=mlp model.hidden=[512,430]"  # 258,180 parameters on digits
 PADDED = "privacy.packet_bytes"
+PRIVATE = ("example", "local_gaussian", "central_gaussian", "distributed_gaussian", "distributed_example")
 
 
 def mechanism(cls: type[LocalGaussian] | type[CentralGaussian], **settings: Any) -> Any:
@@ -298,6 +300,43 @@ def test_nothing_else_of_a_client_leaves_it(privacy: str) -> None:
         assert len(reply.content.array_records) == 1
 
 
+@pytest.mark.parametrize("codec", ["identity", "default"])
+def test_what_a_client_sends_instead_of_an_update_moves_the_sum_by_the_clip_norm(codec: str) -> None:
+    """The server clips again what it decoded, on the way from a packet to the sum."""
+
+    class Lied(Watched):
+        def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+            (reply,) = super().pull_messages(message_ids)
+            if reply.has_content() and ARRAYS in reply.content and reply.metadata.src_node_id == 4:
+                packet, _ = job.codec.encode(np.full(layout.size, 100, np.float32), layout, {}, rng)
+                data = pack(packet, job.codec, layout)
+                reply.content[ARRAYS] = ArrayRecord({UPDATE: Array("uint8", (len(data),), STYPE, data)})
+            return [reply]
+
+    feedback = "codec.feedback=false" if codec == "default" else ""
+    job = job_of(
+        "privacy=central_gaussian privacy.epsilon=null privacy.noise_multiplier=0.01 privacy.clip=0.5 "
+        f"sampling=fixed trainer.epochs=0 rounds=1 codec={codec} {feedback}"
+    )
+    layout, rng = layout_of(job.initial), np.random.default_rng(0)
+    federation, (record,) = run(job, Lied(job))
+    assert (record.replies, record.failures) == (6, 0)
+    assert 6 * np.linalg.norm(moved(federation, job)) == pytest.approx(0.5, rel=0.1)
+
+
+@pytest.mark.parametrize("privacy", PRIVATE)
+def test_no_client_tests_for_a_server_under_privacy(privacy: str) -> None:
+    """Whatever the server's own settings say: it may have others than it tells."""
+    chosen = f"task=digits model=logistic clients=3 privacy={privacy} downlink=plain"
+    job = config.job(config.compose(chosen))
+    node = Elsewhere(client_app(lambda _: job), [7, 8, 9])
+    content = RecordDict({ARRAYS: job.initial, CONFIG: ConfigRecord({"server-round": 1})})
+    node.push_messages([Message(content, 7, "evaluate")])
+    (reply,) = node.pull_messages([])
+    assert reply.has_error()
+    assert reply.error.reason == FAILED
+
+
 def test_private_cohorts_come_from_the_operating_system() -> None:
     one, other = (job_of("privacy=central_gaussian clients=400 cohort=100") for _ in range(2))
     draws = [one.draw(number, 400) for number in range(200)]
@@ -427,6 +466,21 @@ def test_what_cannot_be_private_is_refused_before_anything_starts(chosen: str, s
 def test_so_is_what_only_the_plan_or_the_model_shows(chosen: str, said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         job_of(f"privacy=central_gaussian {chosen}").prepare()
+
+
+@pytest.mark.parametrize("bad", ["nan", "-1", "0", "inf", "-inf"])
+@pytest.mark.parametrize("privacy", PRIVATE)
+def test_no_number_of_privacy_may_be_one_that_bounds_nothing(privacy: str, bad: str) -> None:
+    base = f"task=digits privacy={privacy}"
+    chosen = OmegaConf.to_container(config.compose(base).privacy)
+    assert isinstance(chosen, dict)
+    names = {str(name) for name, value in chosen.items() if value is None or isinstance(value, (int, float))}
+    assert {"epsilon", "delta", "noise_multiplier"} <= names
+    for name in sorted(names - {"test_seed", "roster"}):
+        instead = "privacy.epsilon=null" if name == "noise_multiplier" else ""
+        if (name, bad) != ("tolerated", "0"):  # nobody drops out
+            with pytest.raises(ConfigError, match=rf"privacy\.{name}\b"):
+                config.job(config.compose(f"{base} {instead} privacy.{name}={bad}"))
 
 
 def test_a_model_with_other_state_is_refused() -> None:
