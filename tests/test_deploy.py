@@ -229,7 +229,7 @@ def test_nodes_with_a_roster_sign_what_they_do_in_secure_aggregation(shell: Shel
 def test_the_readmes_page_from_nothing_to_a_finished_run(shell: Shell) -> None:
     """Its blocks as they are, each person at a home of his own; names and paths are put in."""
     page = (Path(__file__).parents[1] / "README.md").read_text().split("## On real machines")[1]
-    operator, participant, lets_in, researcher = re.findall(r"```sh\n(.*?)```", page, re.DOTALL)[:4]
+    operator, participant, lets_in, client, researcher = re.findall(r"```sh\n(.*?)```", page, re.DOTALL)[:5]
     port, there = free_port(), shell.home / "operator/.fedapp/server"
 
     def at(person: str, block: str, old: str = "", new: str = "") -> str:
@@ -254,17 +254,17 @@ def test_the_readmes_page_from_nothing_to_a_finished_run(shell: Shell) -> None:
         table.write_text(
             "age,dose,outcome\n" + "".join(f"{a},{d},{'yes' if a / 20 + d > 5 else 'no'}\n" for a, d in rows)
         )
-        block = participant.replace("fedapp client ", "exec fedapp client ")  # so that it is what we end
-        clients.append(shell.start(at(name, block, "/path/table.csv", str(table))))
-        public = folder / "node.key.pub"
-        wait(public.exists, clients[-1])
-        shell.run(at("operator", lets_in, "ecdsa-sha2-nistp384 AAAA...", public.read_text().strip()))
+        shell.run(at(name, participant, "/path/table.csv", str(table)))
+        public = (folder / "node.key.pub").read_text().strip()
+        shell.run(at("operator", lets_in, "ecdsa-sha2-nistp384 AAAA...", public))
+        block = client.replace("fedapp client ", "exec fedapp client ")  # so that it is what we end
+        clients.append(shell.start(at(name, block)))
     shell.run(at("operator", researcher), timeout=240)
     summary = json.loads((shell.home / "result/summary.json").read_text())
     assert summary["epsilon"] == pytest.approx(4, abs=0.01)
     assert [(line["replies"], line["failures"]) for line in lines(shell.home / "result")] == 5 * [(2, 0)]
-    for name, client in zip(("ada", "ben"), clients, strict=True):
+    for name, started in zip(("ada", "ben"), clients, strict=True):
         spent = Ledger(shell.home / name / ".fedapp/client/ledger.db").spent("ward 3")["example"]
         assert 4 < spent < 8  # composed as a filter, which is dearer than the run's own figure
-        client.send_signal(signal.SIGTERM)
-        assert client.wait(30) == 0
+        started.send_signal(signal.SIGTERM)
+        assert started.wait(30) == 0
