@@ -16,6 +16,7 @@ import tarfile
 import threading
 import time
 from base64 import b64encode
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
@@ -53,6 +54,7 @@ from flwr.proto.fleet_pb2 import (
     RegisterNodeFleetRequest,
 )
 from flwr.proto.node_pb2 import Node
+from flwr.proto.run_pb2 import GetRunRequest
 from flwr.proto.runtime_pb2 import AcquireTaskRequest, PullTaskInputRequest
 from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIGNATURE_HEADER
 from flwr.supercore.date import now
@@ -817,6 +819,31 @@ def test_a_reply_to_a_run_that_was_stopped_is_answered_so(server: Running, tmp_p
         request = pushing_of(replied(question, 1, 1), node_id).SerializeToString()
         answer = server.post("/v1/fleet/push-messages", request, signed(key))
     assert (answer.status_code, "cannot be read" in answer.text) == (403, False)
+
+
+def test_a_node_that_asks_whether_its_run_is_over_is_not_refused(
+    server: Running, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Each node asks that after each run: among such lines an intruder's would drown."""
+    key, node_id = server.node()
+    with grid(server, tmp_path / "app") as running_one:
+        number = running_one.run.run_id
+    with server.access.control() as client:
+        assert client.StopRun(StopRunRequest(run_id=number)).success
+
+    def ask(name: str) -> int:
+        request = GetRunRequest(node=Node(node_id=node_id), run_id=number)
+        return server.post(f"/v1/fleet/{name}", request.SerializeToString(), signed(key)).status_code
+
+    counts = server.listening.front.refusals.counts
+    before = counts.copy()
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        assert ask("get-run") == 403
+        assert (caplog.text, counts) == ("", before)
+        assert ask("get-fab") == 403
+        assert counts == before + Counter(forbidden=1)
+        assert "POST /v1/fleet/get-fab: answered 403" in caplog.text
 
 
 # What an operator's monitor asks

@@ -29,6 +29,7 @@ from flwr.proto.fleet_pb2 import (
     PushMessagesRequest,
     PushMessagesResponse,
 )
+from flwr.proto.run_pb2 import GetRunRequest
 from flwr.server.superlink.linkstate import LinkState
 from flwr.server.superlink.utils import check_abort
 from flwr.supercore.constant import (
@@ -70,8 +71,13 @@ _NODES_OWN = {  # what a node asks; registering is the operator's
 }
 _OBJECTS = {f"{_FLEET}{name}" for name in (objects.PULL, objects.PUSH, objects.ONE)}
 _PULL, _PUSH, _ACTIVATE = (f"{_FLEET}{name}" for name in ("pull-messages", "push-messages", "activate-node"))
+_RUN = f"{_FLEET}get-run"
 _ALWAYS = f"{_FLEET}send-node-heartbeat"  # on a full disk too
 _log = logging.getLogger("fedapp.server")
+
+
+class Over(Refused):
+    """Each node hears it once of each run, having asked. Told as refusals are, it would hide intruders."""
 
 
 @dataclass
@@ -110,6 +116,8 @@ class Public:
         what, answer = f"{scope['method']} {_printable(scope['path'])}", Answer(send, _who(scope))
         try:
             await self._answered(scope, receive, answer)
+        except Over as over:
+            await answer.refuse(over, receive)
         except Refused as refused:
             self.refusals.tell(answer.who, what, refused.why, refused.status)
             await answer.refuse(refused, receive)
@@ -155,6 +163,8 @@ class Public:
             self._handed.pop(key, None)
         if path == _ACTIVATE:
             await self._activate(key, receive, answer)
+        elif path == _RUN:
+            await self._run(scope, receive, answer)
         elif path == _PUSH:
             await self._push(scope, receive, answer)
         elif path == _PULL:
@@ -165,6 +175,20 @@ class Public:
             await hold(self.app, scope, receive, answer, self.pushes.parts, unavailable)
         else:
             await through(self.app, scope, receive, answer, self.max_body)
+
+    async def _run(self, scope: Scope, receive: Receive, answer: Answer) -> None:
+        """Tell a node of a run; that one is over, before Flower, which would log it as an error."""
+        body = await body_of(receive, QUESTION)
+        number = parsed(GetRunRequest, body).run_id
+
+        def over() -> bool:
+            known = number in self.state.get_run_status({number})
+            return known and check_abort(number, [Status.FINISHED], self.state) is not None
+
+        if await run_in_threadpool(over):
+            raise Over(403, "the run is over")
+        for message in await ask(self.app, scope, body):
+            await answer(message)
 
     async def _activate(self, key: bytes, receive: Receive, answer: Answer) -> None:
         """Let a node in that says it is there: at once, even if it was killed and still counts as online.
