@@ -10,6 +10,7 @@ import os
 import re
 import subprocess
 import sys
+from argparse import ArgumentParser
 from base64 import b64decode
 from copy import copy
 from importlib import import_module
@@ -34,6 +35,7 @@ from flwr.app import (
 )
 from flwr.clientapp import ClientApp
 from flwr.clientapp.typing import Mod
+from flwr.common.args import add_args_runtime_dependency_install
 from flwr.common.constant import (
     ISOLATION_MODE_PROCESS,
     SUPERLINK_NODE_ID,
@@ -53,6 +55,7 @@ from flwr.server.superlink.linkstate import LinkState
 from flwr.server.superlink.utils import check_abort
 from flwr.serverapp import Grid, strategy
 from flwr.supercore import log
+from flwr.supercore.cli import flower_superexec
 from flwr.supercore.constant import (
     FLEET_HTTP_PUBLIC_KEY_HEADER,
     FLEET_HTTP_SIGNATURE_HEADER,
@@ -473,6 +476,16 @@ def test_a_superlink_is_made_from_this() -> None:
     assert ISOLATION_MODE_PROCESS == "process"
 
 
+def test_no_run_installs_what_it_depends_on() -> None:
+    """`add_args_runtime_dependency_install`: flower-superexec has its own flag, which is off unless given."""
+    parser = ArgumentParser()
+    add_args_runtime_dependency_install(parser)
+    assert parser.parse_args([]).runtime_dependency_install is False
+    own = inspect.getsource(import_module(flower_superexec.__module__))
+    assert "    add_args_runtime_dependency_install(parser)\n" in own
+    assert "runtime_dependency_install=args.runtime_dependency_install," in own
+
+
 def test_an_empty_answer_to_a_pull_is_empty_bytes_and_an_object_to_come_is_two() -> None:
     """`PullMessagesResponse`, `PullObjectResponse`: what the front holds back."""
     assert PullMessagesResponse().SerializeToString() == b""
@@ -569,6 +582,7 @@ def test_what_is_asked_of_the_superlinks_state() -> None:
         "get_task_by_token": ["self", "token"],
         "acknowledge_node_heartbeat": ["self", "node_id", "heartbeat_interval"],
         "get_node_id_by_public_key": ["self", "public_key"],
+        "get_run_status": ["self", "run_ids"],
         "get_node_info": ["self", "node_ids", "owner_aids", "statuses"],
         "get_run_info": [
             *("self", "run_ids", "statuses", "flwr_aids", "federation_ids", "order_by", "ascending"),

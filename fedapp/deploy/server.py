@@ -204,7 +204,7 @@ class Server:
             ssl_keyfile=None,
             database=str(self.folder / "state.db"),
             isolation=ISOLATION_MODE_PROCESS,
-            runtime_dependency_install=False,
+            runtime_dependency_install=False,  # of a SuperExec that Flower starts; ours asks for none
         )
 
     def _next(self, port: int, said: str) -> str:
