@@ -25,12 +25,11 @@ from numpy.typing import NDArray
 
 from fedapp import check
 from fedapp.errors import ConfigError, DecodeError, FedappError
-from fedapp.records import ARRAYS, METRICS, WEIGHT
+from fedapp.records import ARRAYS, CKKS, METRICS, WEIGHT
 from fedapp.replies import metrics_of, refuse, weight_of
 from fedapp.stages import DECODE, ENCODE
 from fedapp.wire import require_finite, update_of
 
-CKKS = "ckks"
 _DEGREE, _MODULI, _SCALE = 4096, (54, 54), 30  # at most 109 bits of moduli are secure; sums stay below 2^22
 SLOTS = _DEGREE // 2
 

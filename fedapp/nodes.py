@@ -72,15 +72,21 @@ class Traffic:
                 self.drifted += reply.tally.drift if isinstance(reply, Folded) else drifted(reply)
 
 
-def partitions(grid: Grid, job: Job) -> dict[int, int]:
+def question(at: int) -> RecordDict:
+    """What a node is asked before round `at`. It goes on from what it kept of the rounds before that one."""
+    return RecordDict({CONFIG: ConfigRecord({"server-round": at})})
+
+
+def partitions(grid: Grid, job: Job, at: int) -> dict[int, int]:
     """Which partition each node holds; waits until as many nodes are there as a run begins with, asks them.
 
-    Nodes beyond `clients` are left out: noise and cohorts are set for so many.
+    `at` is the round that the run begins with. Nodes beyond `clients` are left out: noise and cohorts are
+    set for so many.
     """
     if isinstance(grid, LocalGrid):
         return grid.partitions
     clients, nodes = job.clients, _there(grid, job)
-    asked = [Message(RecordDict(), node, MessageType.QUERY) for node in nodes]
+    asked = [Message(question(at), node, MessageType.QUERY) for node in nodes]
     replies = stream(grid, asked, job.round_timeout)
     found = {reply.metadata.src_node_id: held_by(reply) for reply in replies}
     own = sorted(node for node in nodes if found.get(node, OWN) < 0)
@@ -126,8 +132,8 @@ def held_by(reply: Message) -> int:
     return said if isinstance(said, int) else OWN
 
 
-def facts(grid: Grid, job: Job, partitions: Mapping[int, int]) -> dict[int, Facts]:
-    """What each node tells of what the run's selection asks."""
+def facts(grid: Grid, job: Job, partitions: Mapping[int, int], at: int) -> dict[int, Facts]:
+    """What each node tells, before round `at`, of what the run's selection asks."""
     asked, classes = job.selection.asks, job.task.classes
     if not asked:
         return {}
@@ -136,13 +142,14 @@ def facts(grid: Grid, job: Job, partitions: Mapping[int, int]) -> dict[int, Fact
         given = job.selection.given if isinstance(job.selection, Tags) else ()
         here = simulated(sizes, lambda: job.task.label_counts().tolist(), asked, given)
         return {node: here[partition] for node, partition in partitions.items()}
-    replies = stream(grid, facts_questions(job, partitions), job.round_timeout)
+    replies = stream(grid, facts_questions(job, partitions, at), job.round_timeout)
     return {reply.metadata.src_node_id: facts_in(reply, classes) for reply in replies}
 
 
-def facts_questions(job: Job, nodes: Iterable[int]) -> list[Message]:
-    """What nodes are asked of themselves."""
-    content = RecordDict({CONFIG: ConfigRecord({ASKS: list(job.selection.asks)})})
+def facts_questions(job: Job, nodes: Iterable[int], at: int) -> list[Message]:
+    """What nodes are asked of themselves before round `at`."""
+    content = question(at)
+    content.config_records[CONFIG][ASKS] = list(job.selection.asks)
     return [Message(content, node, f"{MessageType.QUERY}.facts") for node in nodes]
 
 
@@ -155,8 +162,8 @@ def facts_in(reply: Message, classes: int) -> Facts:
         return Facts()
 
 
-def checks(grid: Grid, job: Job, nodes: Iterable[int]) -> list[dict[str, int]]:
-    """What each client tells of its data's quality; simulated ones, which have no policy, tell all.
+def checks(grid: Grid, job: Job, nodes: Iterable[int], at: int) -> list[dict[str, int]]:
+    """What each client tells of its data's quality before round `at`; simulated ones, unasked, all.
 
     Nothing under privacy, of nodes whose policy lets nothing out, and of data that come with a task. These
     messages are not among the bytes of rounds.
@@ -167,8 +174,7 @@ def checks(grid: Grid, job: Job, nodes: Iterable[int]) -> list[dict[str, int]]:
     if isinstance(grid, LocalGrid):
         parts = ({"partition-id": i, "num-partitions": job.clients} for i in grid.partitions.values())
         return [dict(of_data(job.task.client_data(part), task.labels).counts) for part in parts]
-    first = ConfigRecord({"server-round": 1})
-    asked = [Message(RecordDict({CONFIG: first}), node, "query.check") for node in nodes]
+    asked = [Message(question(at), node, "query.check") for node in nodes]
     found = []
     for reply in stream(grid, asked, job.round_timeout):
         told = reply.content.config_records.get(CONFIG) if reply.has_content() else None

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from logging import WARNING
 from typing import NamedTuple
 
-from flwr.app import Message, MessageType, RecordDict
+from flwr.app import Message, MessageType
 from flwr.serverapp import Grid
 from flwr.supercore import log
 
@@ -19,7 +19,7 @@ from fedapp.engine.local import LocalGrid
 from fedapp.errors import FedappError
 from fedapp.facts import Facts
 from fedapp.job import Job
-from fedapp.nodes import facts, facts_in, facts_questions, held_by, partitions
+from fedapp.nodes import facts, facts_in, facts_questions, held_by, partitions, question
 from fedapp.replies import refuse
 
 
@@ -49,12 +49,15 @@ class Places:
     left, for what they were asked may end after that. facts: by partition, nothing where there is no node.
     """
 
-    def __init__(self, job: Job, grid: Grid) -> None:
-        """Waits for the nodes, and asks them. Raises FedappError where they are too few, or do not fit."""
+    def __init__(self, job: Job, grid: Grid, first: int) -> None:
+        """Waits for the nodes, and asks them before round `first`, with which this run begins, or goes on.
+
+        Raises FedappError where they are too few, or do not fit.
+        """
         self._job, self._grid = job, grid
-        self.partitions = partitions(grid, job)
+        self.partitions = partitions(grid, job, first)
         self.nodes = dict(sorted((held, node) for node, held in self.partitions.items()))
-        told = facts(grid, job, self.partitions)
+        told = facts(grid, job, self.partitions, first)
         at = map(self.nodes.get, range(job.clients))
         self.facts = [Facts() if node is None else told.get(node, Facts()) for node in at]
         self._late, self._open = dict[int, Late](), dict[str, Message]()  # by node; questions, by message id
@@ -73,15 +76,15 @@ class Places:
         if not empty:
             return []
         self._late = {node: late for node, late in self._late.items() if node in here}
-        self._ask(sorted(here - self._late.keys() - set(self.nodes.values())))
+        self._ask(number, sorted(here - self._late.keys() - set(self.nodes.values())))
         self._hear(empty)
         return [self._seat(number, place, node) for place, node in self._fitting(empty)]
 
-    def _ask(self, nodes: list[int]) -> None:
+    def _ask(self, number: int, nodes: list[int]) -> None:
         """Ask nodes what they hold, once while they stay, and for facts where the run's selection does."""
-        asked = [Message(RecordDict(), node, MessageType.QUERY) for node in nodes]
+        asked = [Message(question(number), node, MessageType.QUERY) for node in nodes]
         if self._job.selection.asks:
-            asked += facts_questions(self._job, nodes)
+            asked += facts_questions(self._job, nodes, number)
         for message in asked:
             message.metadata.ttl = self._job.round_timeout
         self._open |= push(self._grid, asked) if asked else {}

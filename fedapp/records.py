@@ -14,6 +14,7 @@ STYPE = "fedapp.packet"
 ARRAYS, METRICS, CONFIG, UPDATE = "arrays", "metrics", "config", "update"
 WEIGHT, LOSS, DRIFT = "num-examples", "train_loss", "drift"
 STREAM = "stream"  # what a node keeps of data that grow
+SECAGG, CKKS = "secagg", "ckks"  # what sums are opened with; a node keeps its own part for a round
 
 
 def size_of(content: RecordDict) -> int:

@@ -39,7 +39,10 @@ _NAMED = 8  # nodes that a line of the log names
 
 @dataclass
 class Federation:
-    """A job on a grid, and what it has reached: weights after the last whole round, bytes, participations."""
+    """A job on a grid, and what it has reached: weights after the last whole round, bytes, participations.
+
+    `finished`: of a run that goes on, the last round that it will be restored to.
+    """
 
     job: Job
     grid: Grid
@@ -57,7 +60,7 @@ class Federation:
         self._wire = self.job.wire()
         coded = self.job.downlink
         self._downlink = Downlink(coded, self.arrays) if isinstance(coded, Coded) else None
-        self.places = Places(self.job, self.grid)
+        self.places = Places(self.job, self.grid, self.finished + 1)
         self._weigh()
         self._late, self._lost = 0, False
         self._failed = 0  # rounds in a row in which all failed

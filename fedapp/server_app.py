@@ -153,12 +153,13 @@ def _run(
     logging.getLogger("flwr").setLevel(logging.WARNING)  # of a streamed round it would count one reply
     settings = OmegaConf.to_yaml(tree, resolve=True)
     folder.write_config(settings)
-    federation = Federation(job, grid, begun=Begun(folder.checkpoint / BEGUN if job.privacy.unit else None))
+    begun = Begun(folder.checkpoint / BEGUN if job.privacy.unit else None)
+    federation = Federation(job, grid, finished=begin.finished, begun=begun)
     before = _restored(federation, folder, begin)
     failure: BaseException | None = None
     for said in _told(federation, begin):
         console.print(said, soft_wrap=True, markup=False, highlight=False)
-    if found := checks(grid, job, federation.places.nodes.values()):
+    if found := checks(grid, job, federation.places.nodes.values(), federation.finished + 1):
         folder.write_checks(found)
     checkpoints = Checkpoints(folder.checkpoint, job.checkpointed)
     startup = time.perf_counter() - started

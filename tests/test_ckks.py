@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedapp import config
-from fedapp.ckks import CKKS, SLOTS, EncryptedSum, decrypt, encrypt, keys
+from fedapp.ckks import SLOTS, EncryptedSum, decrypt, encrypt, keys
 from fedapp.client_app import client_app
 from fedapp.errors import ConfigError, DecodeError, FedappError
 from fedapp.job import Job
-from fedapp.records import METRICS, WEIGHT
+from fedapp.records import CKKS, METRICS, WEIGHT
 from fedapp.vector import layout_of, ravel
 
 pytest.importorskip("tenseal")

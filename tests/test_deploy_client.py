@@ -33,10 +33,10 @@ import fedapp
 from fedapp.deploy import client, preflight
 from fedapp.deploy.activity import Activity
 from fedapp.deploy.bundle import bundle, difference, files, sign, signer
-from fedapp.deploy.frames import message_of, of_message
+from fedapp.deploy.frames import context_of, message_of, of_context, of_message, round_of
 from fedapp.deploy.link import Over
 from fedapp.deploy.memory import Kept, Memory
-from fedapp.deploy.node import Config, Node, Signers
+from fedapp.deploy.node import Config, Node, Signers, _Run
 from fedapp.errors import ConfigError, FedappError
 from fedapp.privacy.ledger import Ledger
 from fedapp.privacy.policy import Policy
@@ -244,8 +244,21 @@ class TestMemory:
         found = [memory.context(RUN, later, at) for at in (6, 5, 4, 3)]
         assert found == [b"after 5", b"after 4", b"after 3", None]  # three rounds are kept
         assert memory.context(RUN, RUN, 5) == b"after 5"  # the same run, in the midst of a round
+        assert memory.context(RUN, RUN, 3) == b"after 5"  # and wherever it is: what it was told is told
         memory.answer(b"reply", Kept(RUN, later, 4, b"again 4"))
         assert memory.context(RUN, later, 6) == b"again 4"  # round 5 as it was before is gone
+        memory.close()
+
+    def test_a_run_goes_on_from_its_newest_stage_whose_messages_name_no_round(self, tmp_path: Path) -> None:
+        memory = Memory(tmp_path / "node.sqlite")
+        for at in (1, 2):
+            memory.answer(b"reply", Kept(RUN, RUN, at, b"after %d" % at))
+        for stage, at in ((b"advertise", 0), (b"share", 0), (b"train", 3), (b"unmask", 0)):
+            memory.answer(b"reply", Kept(RUN, RUN, at, b"after " + stage))
+            assert memory.context(RUN, RUN, 0) == b"after " + stage
+        later = 8
+        found = [memory.context(RUN, later, at) for at in (4, 3, 2)]
+        assert found == [b"after unmask", b"after share", b"after 1"]
         memory.close()
 
     def test_another_file_is_refused(self, tmp_path: Path) -> None:
@@ -404,6 +417,7 @@ class FakeLink:
 
     fab: bytes = field(default_factory=bundle)
     over: bool = False
+    goes_on: dict[int, int] = field(default_factory=dict)  # a run, and the one that it takes up
     sent: list[Message] = field(default_factory=list)
     confirmed: list[str] = field(default_factory=list)
 
@@ -419,7 +433,8 @@ class FakeLink:
     def run(self, number: int) -> Any:
         if self.over:
             raise Over
-        return SimpleNamespace(run_id=number, override_config={"overrides": SETTINGS})
+        resume = f" resume={self.goes_on[number]}" if number in self.goes_on else ""
+        return SimpleNamespace(run_id=number, override_config={"overrides": SETTINGS + resume})
 
     def bundle(self, run: Any) -> bytes:
         return self.fab
@@ -438,10 +453,39 @@ def identity(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(TaskIdentity, "_task_id", 0)
 
 
-def asked(kind: str = "query") -> Message:
-    message = Message(RecordDict({CONFIG: ConfigRecord({"server-round": 1})}), NODE, kind)
+def asked(kind: str = "query", at: int = 1) -> Message:
+    """A message of a round; 0: of none, as the stages of secure aggregation are."""
+    content = RecordDict({CONFIG: ConfigRecord({"server-round": at})} if at else {})
+    message = Message(content, NODE, kind)
     message.metadata.__dict__["_message_id"] = message.object_id
     return message
+
+
+def asked_in(run: int, kind: str, at: int) -> Message:
+    """The same in a run of its own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TaskIdentity, "_run_id", run)
+        return asked(kind, at)
+
+
+@pytest.fixture
+def before(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, dict[str, Any]]]:
+    """What each message found kept, where `train` keeps its round as the residual, and a round's secret."""
+    found = list[dict[str, dict[str, Any]]]()
+
+    def work(run: _Run, message: bytes, goes_on: Callable[[], bool]) -> tuple[bytes, bytes]:
+        context, asked = context_of(run._context), message_of(message)
+        found.append({name: dict(record) for name, record in context.state.config_records.items()})
+        if asked.metadata.message_type == "train":
+            at = round_of(asked)
+            context.state["residual"] = ConfigRecord({"after": at})
+        elif asked.metadata.message_type != "query":
+            context.state["secagg"] = ConfigRecord({"after": asked.metadata.message_type})
+        run._context = of_context(context)
+        return of_message(Message(RecordDict(), reply_to=asked)), run._context
+
+    monkeypatch.setattr(_Run, "work", work)
+    return found
 
 
 def node(link: Any, folder: Path, signers: Signers = (), **more: str) -> Node:
@@ -511,6 +555,33 @@ class TestNode:
         assert [reply.has_error() for reply in link.sent] == [False, True]
         assert "the client's policy refuses: tasks" in str(link.sent[1].error.reason)
         assert not (tmp_path / "run").exists()
+
+    def test_a_run_that_takes_up_another_finds_what_was_kept_before_its_first_round(
+        self, tmp_path: Path, before: list[dict[str, dict[str, Any]]]
+    ) -> None:
+        """However it begins: the first question, which comes before any round's work, names that round."""
+        own = node(FakeLink(goes_on={8: RUN}), tmp_path)
+        for kind, at in (("query", 1), ("train", 1), ("train", 2)):
+            own.take(asked_in(RUN, kind, at))
+        for kind, at in (("query", 2), ("query.facts", 2), ("train", 2), ("train", 3)):
+            own.take(asked_in(8, kind, at))
+        own.close()
+        kept = [found.get("residual", {}).get("after") for found in before]
+        assert kept == [None, None, 1, 1, 1, 1, 2]
+
+    def test_secrets_of_a_round_stay_in_their_run(
+        self, tmp_path: Path, before: list[dict[str, dict[str, Any]]]
+    ) -> None:
+        """Else a server could have a round masked, or opened, once more in a run that takes up another."""
+        own = node(FakeLink(goes_on={8: RUN}), tmp_path)
+        stages = [("advertise", 0), ("share", 0), ("train", 2), ("unmask", 0)]
+        for kind, at in [("query", 1), ("train", 1), *stages]:
+            own.take(asked_in(RUN, f"query.{kind}" if not at else kind, at))
+        own.take(asked_in(8, "query", 2))
+        own.close()
+        after = [found.get("secagg", {}).get("after") for found in before]
+        assert after == [None, None, None, *("query.advertise", "query.share", "query.share"), None]
+        assert before[-1] == {"residual": {"after": 1}}
 
     def test_what_was_left_is_done_at_the_next_start(self, tmp_path: Path) -> None:
         link, memory = FakeLink(), Memory(tmp_path / "node.sqlite")

@@ -14,6 +14,7 @@ from rich.console import Console
 
 from fedapp import config
 from fedapp.client_app import client_app
+from fedapp.deploy.frames import round_of
 from fedapp.errors import ConfigError
 from fedapp.job import Job
 from fedapp.privacy.begun import Begun
@@ -230,15 +231,18 @@ def test_rounds_that_wait_for_nobody_take_late_nodes_too() -> None:
 
 
 def test_a_run_that_goes_on_seats_who_is_there_now() -> None:
-    settings = "privacy=none clients=3 rounds=4 codec.feedback=true"
+    """All of them are asked before the round that comes: they go on from what they kept of those before."""
+    settings = "privacy=none clients=3 rounds=4 codec.feedback=true selection=by_size"
     before, *_ = run(settings.replace("rounds=4", "rounds=3"), [5, 6, 7], {1: rekey})
     job = job_of(f"{settings} begin_with=2")
     grid = Moving(job, [50, 70])
-    federation = Federation(job, grid)
+    federation = Federation(job, grid, finished=3)
     federation.restore(before.state())
     grid.come(61, partition=2)
     (record,) = all_of(federation)
     assert (record.round, record.replies) == (4, 3)
+    assert [grid.asked(kind) for kind in ("query", "query.facts")] == [[50, 70, 61]] * 2
+    assert {round_of(message) for message in grid.sent} == {4}
 
 
 # What is charged

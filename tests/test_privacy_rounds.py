@@ -29,13 +29,12 @@ from fedapp.privacy.consent import releases
 from fedapp.privacy.ledger import Ledger
 from fedapp.privacy.local import LocalGaussian
 from fedapp.privacy.mechanism import Plan
-from fedapp.records import ARRAYS, CONFIG, METRICS, UPDATE, WEIGHT
+from fedapp.records import ARRAYS, CONFIG, METRICS, SECAGG, UPDATE, WEIGHT
 from fedapp.report.progress import Progress
 from fedapp.rounds import Federation
 from fedapp.secagg import client as secagg_client
 from fedapp.secagg import server as secagg_server
 from fedapp.secagg.residues import unpack
-from fedapp.secagg.wire import SECAGG
 from fedapp.training import DpSgd
 from fedapp.vector import layout_of, ravel
 from fedapp.wire import compress
@@ -302,7 +301,7 @@ def test_nodes_beyond_those_that_noise_is_set_for_take_no_part() -> None:
     grid = Elsewhere(client_app(lambda _: job), list(range(2, 11)))
     for context in grid._contexts.values():
         del context.node_config["partition-id"]  # they bring their own data
-    assert sorted(partitions(grid, job).values()) == list(range(6))
+    assert sorted(partitions(grid, job, 1).values()) == list(range(6))
 
 
 def test_what_counts_batches_does_not_leave_beside_a_private_update() -> None:

@@ -15,6 +15,7 @@ from rich.console import Console
 
 from fedapp import cli, config, server_app
 from fedapp.client_app import client_app
+from fedapp.deploy.frames import round_of
 from fedapp.errors import ConfigError
 from fedapp.job import Job
 from fedapp.models import Logistic
@@ -220,14 +221,15 @@ def test_the_server_takes_counts_and_nothing_else() -> None:
     told = [{"examples": 5, "duplicates": -1, "other": 3}, {"examples": "many"}, {}, {"examples": 2}]
 
     def app(message: Message, context: Context) -> Message:
+        assert round_of(message) == 4
         record: Any = told[int(context.node_config["partition-id"])]
         return Message(RecordDict({CONFIG: ConfigRecord(record)}), reply_to=message)
 
     grid = Elsewhere(app, [3, 4, 5, 6])  # type: ignore[arg-type]
-    found = checks(grid, job_of(f"{OWN} privacy=none"), [3, 4, 5, 6])
+    found = checks(grid, job_of(f"{OWN} privacy=none"), [3, 4, 5, 6], 4)
     assert sorted(found, key=str) == [{"examples": 2}, {"examples": 5}]
-    assert checks(grid, job_of(f"{OWN} privacy=local_gaussian"), [3, 4, 5, 6]) == []
-    assert checks(grid, job_of("task=digits privacy=none"), [3, 4, 5, 6]) == []  # nobody's own
+    assert checks(grid, job_of(f"{OWN} privacy=local_gaussian"), [3, 4, 5, 6], 1) == []
+    assert checks(grid, job_of("task=digits privacy=none"), [3, 4, 5, 6], 1) == []  # nobody's own
 
 
 def test_a_simulation_has_a_section_in_its_report(tmp_path: Path) -> None:

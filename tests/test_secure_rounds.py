@@ -25,12 +25,11 @@ from fedapp.combinations import check_roster
 from fedapp.errors import ConfigError, FedappError
 from fedapp.job import Job
 from fedapp.privacy.distributed import Terms
-from fedapp.records import ARRAYS, CONFIG
+from fedapp.records import ARRAYS, CONFIG, SECAGG
 from fedapp.report.progress import Progress
 from fedapp.rounds import Federation
 from fedapp.secagg import Client, wire
 from fedapp.secagg.residues import unpack
-from fedapp.secagg.wire import SECAGG
 from fedapp.server_app import simulate
 from fedapp.vector import layout_of, ravel
 

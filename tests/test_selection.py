@@ -339,7 +339,7 @@ def test_tags_come_from_the_node_config(trained: list[list[int]]) -> None:
 
 
 def told(job: Job, grid: Elsewhere) -> dict[int, Facts]:
-    return facts(grid, job, {node: i for i, node in enumerate(sorted(grid.get_node_ids()))})
+    return facts(grid, job, {node: i for i, node in enumerate(sorted(grid.get_node_ids()))}, 1)
 
 
 def test_a_node_tells_no_more_than_is_asked() -> None:

@@ -23,6 +23,10 @@ _PASSING = sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR  # errors of a disk, not of
 _PAUSE = 2.0  # seconds from one try to write to the next
 _KEPT = 40  # contexts; the ones used last
 _ROUNDS = 3  # of them in one experiment: a server that was gone may ask for its last rounds once more
+_REACHED = "SELECT coalesce(max(round), 0) FROM contexts WHERE experiment = ? AND run = ?"
+_NEWEST = """
+SELECT context FROM contexts WHERE experiment = ? AND (run = ? OR round < ?)
+ORDER BY run = ? DESC, round DESC LIMIT 1"""
 _FORGET = """
 DELETE FROM contexts WHERE experiment = ? AND round NOT IN (
     SELECT round FROM contexts WHERE experiment = ? ORDER BY round DESC LIMIT ?)"""
@@ -33,7 +37,10 @@ _log = logging.getLogger("fedapp.client")
 
 @dataclass(frozen=True)
 class Kept:
-    """A node's context after a message of a round."""
+    """A node's context after a message of a round; 0: of the one that its run is in, or about to begin.
+
+    Stages of secure aggregation do not say which that is.
+    """
 
     experiment: int
     run: int
@@ -82,10 +89,9 @@ class Memory:
         def write() -> None:
             if after is not None:
                 own, run = str(after.experiment), str(after.run)
-                self._db.execute(
-                    "DELETE FROM contexts WHERE experiment = ? AND round > ?", (own, after.round)
-                )
-                row = own, after.round, run, after.context, time.time()
+                at = after.round or self._db.execute(_REACHED, (own, run)).fetchone()[0]
+                self._db.execute("DELETE FROM contexts WHERE experiment = ? AND round > ?", (own, at))
+                row = own, at, run, after.context, time.time()
                 self._db.execute("INSERT OR REPLACE INTO contexts VALUES (?, ?, ?, ?, ?)", row)
                 self._db.execute(_FORGET, (own, own, _ROUNDS))
                 self._db.execute(_FORGET_OTHERS, (_KEPT,))
@@ -111,12 +117,11 @@ class Memory:
         return self._one("SELECT reply FROM outbox")
 
     def context(self, experiment: int, run: int, at: int) -> bytes | None:
-        """What was kept before a round, and by the same run in it; None if this node took no part by then."""
-        return self._one(
-            "SELECT context FROM contexts WHERE experiment = ? AND (round < ? OR round = ? AND run = ?) "
-            "ORDER BY round DESC LIMIT 1",
-            *(str(experiment), at, at, str(run)),
-        )
+        """What a run kept last; of a new one, what others kept before a round. None if there is nothing.
+
+        A run never goes back: who may have it masked a second time, or unmasked, learns what was masked.
+        """
+        return self._one(_NEWEST, str(experiment), str(run), at, str(run))
 
     def _one(self, query: str, *values: str | int) -> bytes | None:
         with self._explained():

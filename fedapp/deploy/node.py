@@ -26,6 +26,7 @@ from fedapp.deploy.frames import context_of, message_of, of_context, of_message,
 from fedapp.deploy.link import Link, Over, Refused
 from fedapp.deploy.memory import Kept, Memory
 from fedapp.deploy.starting import experiment, overrides_of
+from fedapp.records import CKKS, SECAGG
 
 _ASKED = 5.0  # seconds from one question whether a run goes on to the next, while its process works
 _log = logging.getLogger("fedapp.client")
@@ -151,12 +152,23 @@ class Node:
             run_id=number,
             node_id=self._id,
             node_config=dict(self._config),
-            state=RecordDict() if kept is None else context_of(kept).state,
+            state=RecordDict() if kept is None else _state(context_of(kept), number),
             run_config={"overrides": overrides},
         )
         _log.info("run %d: %s", number, overrides or "default settings")
         run = self._runs[number] = _Run(context, said, origin)
         return run
+
+
+def _state(kept: Context, number: int) -> RecordDict:
+    """What a run begins with. A round's secrets stay in the run that they were made in.
+
+    Else a server, by beginning another, would have the same masks once more, or both of a client's opened.
+    """
+    if kept.run_id != number:
+        for name in {SECAGG, CKKS} & kept.state.keys():
+            del kept.state[name]
+    return kept.state
 
 
 class _Run:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from fedapp.errors import DecodeError, FedappError
 from fedapp.privacy.distributed import DistributedGaussian, Terms
 from fedapp.privacy.distributed_example import DistributedExample, StepTerms
-from fedapp.records import ARRAYS, UPDATE
+from fedapp.records import ARRAYS, SECAGG, UPDATE
 from fedapp.replies import refuse
 from fedapp.secagg.client import Client
 from fedapp.secagg.record import Record, whole
@@ -19,7 +19,6 @@ from fedapp.secagg.server import Server
 from fedapp.stages import DECODE
 from fedapp.wire import update_of
 
-SECAGG = "secagg"
 Summed = DistributedGaussian | DistributedExample
 """The kinds of privacy that take it."""
 
