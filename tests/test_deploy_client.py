@@ -11,6 +11,8 @@ import zipfile
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -31,6 +33,7 @@ from flwr.supercore.task_identity import TaskIdentity
 
 import fedapp
 from fedapp.deploy import client, preflight
+from fedapp.deploy import node as deploy_node
 from fedapp.deploy.activity import Activity
 from fedapp.deploy.bundle import bundle, difference, files, sign, signer
 from fedapp.deploy.frames import context_of, message_of, of_context, of_message, round_of
@@ -626,6 +629,29 @@ class TestNode:
         own = node(link, tmp_path)
         own.catch_up()
         assert own._memory.in_work() is None
+        own.close()
+        assert link.sent == []
+
+    def test_a_run_that_ends_under_way_ends_the_work(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """However long its process would have gone on."""
+        link, working = FakeLink(), list[subprocess.Popen[bytes]]()
+
+        def start(run: _Run) -> Connection:
+            run._pipe, theirs = Pipe()
+            with theirs:
+                run._process = subprocess.Popen(["sleep", "20"], pass_fds=[theirs.fileno()])
+            working.append(run._process)
+            link.over = True
+            return run._pipe
+
+        monkeypatch.setattr(_Run, "_start", start)
+        monkeypatch.setattr(deploy_node, "_ASKED", 0.01)
+        own = node(link, tmp_path)
+        own.take(asked("train"))
+        assert [process.poll() for process in working] == [-signal.SIGKILL]
+        assert (own._memory.in_work(), own._memory.unsent(), own._runs) == (None, None, {})
         own.close()
         assert link.sent == []
 
