@@ -8,20 +8,23 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-from fedapp.errors import FedappError
+from fedapp.errors import ConfigError, FedappError
 
 
-def private(path: Path) -> bytes:
-    """The content of a file that only its owner may read; FedappError where others may, or it is missing."""
+def private(
+    path: Path, named: str = "", mend: str = "correct the path, or let `fedapp keys` make it"
+) -> bytes:
+    """The content of a file that only its owner may read; ConfigError where others may, or it is missing.
+
+    `named` is what the error calls it before its path, `mend` what it says to do where it is missing.
+    """
     try:
         mode = path.stat().st_mode
         content = path.read_bytes()
     except OSError as error:
-        raise FedappError(
-            f"cannot read {path} ({error.strerror}): correct the path, or let `fedapp keys` make it"
-        ) from error
+        raise ConfigError(f"cannot read {named}{path} ({error.strerror}): {mend}") from error
     if mode & 0o077:
-        raise FedappError(f"{path} can be read by others (mode {mode & 0o777:o}): chmod 600 {path}")
+        raise ConfigError(f"{named}{path} can be read by others (mode {mode & 0o777:o}): chmod 600 {path}")
     return content
 
 

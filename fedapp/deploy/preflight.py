@@ -5,7 +5,6 @@ import os
 import shutil
 import socket
 import ssl
-import stat
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -42,14 +41,7 @@ _FREE = 200e6  # bytes on the disk of the node's folder
 
 def private_key(path: Path) -> ec.EllipticCurvePrivateKey:
     """The node's key. Raises ConfigError where it is missing, open to others, or of another kind."""
-    try:
-        mode, data = stat.S_IMODE(path.stat().st_mode), path.read_bytes()
-    except OSError as error:
-        raise ConfigError(
-            f"the node's key {path} cannot be read ({error}): make one with `fedapp keys node --out {path}`"
-        ) from error
-    if mode & 0o077:
-        raise ConfigError(f"the node's key {path} can be read by others (mode {mode:o}): chmod 600 {path}")
+    data = private(path, "the node's key ", f"make one with `fedapp keys node --out {path}`")
     try:
         key = load_ssh_private_key(data, password=None)
     except (ValueError, TypeError, UnsupportedAlgorithm) as error:
