@@ -135,9 +135,9 @@ class Federation:
             started, before, accepted = time.perf_counter(), replace(self.traffic), self.accepted
             answers = self._train(number, progress)
             records, evaluated = self._tested(), Evaluated()
-            beside = self._test is not None and self._test.beside and number < self.job.rounds
-            if self._test is not None and beside:
-                self._test.begin(self.arrays)
+            beside = self._test if number < self.job.rounds and self._test and self._test.beside else None
+            if beside:
+                beside.begin(self.arrays)
             else:
                 evaluated = self._evaluate(number)
             spent, self.finished = self.budget.spent, number

@@ -22,7 +22,7 @@ class Channel:
     """
 
     def __init__(self, pipe: Connection, arena: Arena | None = None, writes: bool = False) -> None:
-        self.pipe, self._arena, self._writes = pipe, arena, writes
+        self.pipe, self._arena, self._written = pipe, arena, arena if writes else None
         self._pieces = OrderedDict[int, bytes]()
         self._names = dict[int, int]()  # by id, which is unique while the piece is remembered
         self._size, self._next = 0, 0
@@ -47,8 +47,8 @@ class Channel:
         """As Connection.recv; raises EOFError or OSError where the other end is gone."""
         with WAIT:
             body = io.BytesIO(self.pipe.recv_bytes())
-        if self._arena is not None and self._writes:
-            self._arena.read(self)  # who answers has read all that it was sent
+        if self._written is not None:
+            self._written.read(self)  # who answers has read all that it was sent
         with TRANSFER:
             for name, place, size in pickle.load(body):
                 self._remember(name, self._got(place, size))
@@ -60,12 +60,12 @@ class Channel:
 
     def close(self) -> None:
         self.pipe.close()
-        if self._arena is not None and self._writes:
-            self._arena.read(self)
+        if self._written is not None:
+            self._written.read(self)
 
     def _put(self, piece: bytes) -> int | None:
         """Where the other end finds a piece; None if it crosses the pipe."""
-        return self._arena.put(piece, self) if self._arena is not None and self._writes else None
+        return None if self._written is None else self._written.put(piece, self)
 
     def _got(self, place: int | None, size: int) -> bytes:
         if place is None:
