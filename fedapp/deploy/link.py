@@ -46,8 +46,10 @@ from fedapp.deploy.preflight import clock
 from fedapp.errors import FedappError
 
 _BUSY = (429, 500, 502, 503, 504)  # of a server, or of a proxy before it, that will be back
-_BEAT = 20.0  # seconds: who gives no sign for twice as long is gone, so a link may be cut for half a minute
-_SHORTEST, _LONGEST = 0.2, 20.0  # seconds between tries; doubles
+# Seconds. Who gives no sign for twice _BEAT is gone; a beat may be _OFTEN old when the link is cut, and the
+# first after it takes _AGAIN and a call's five seconds more: half a minute's cut leaves ten seconds to spare.
+_BEAT, _OFTEN, _AGAIN = 25.0, 5.0, 1.0
+_SHORTEST, _LONGEST = 0.2, 5.0  # seconds between tries; doubles
 _Request = TypeVar("_Request")
 _Answer = TypeVar("_Answer")
 
@@ -210,11 +212,13 @@ class Link:
     def _beat(self) -> None:
         """Tell the server now and then that this node lives; a beat that is lost is made up by the next."""
         request = SendNodeHeartbeatRequest(node=self._node, heartbeat_interval=_BEAT)
-        while not self._closed.wait(_BEAT / 3):
+        pause = _OFTEN
+        while not self._closed.wait(pause):
             try:
                 self._client.SendNodeHeartbeat(request)
+                pause = _OFTEN
             except (httpx.HTTPError, RuntimeError):
-                continue
+                pause = _AGAIN
 
 
 def _passing(response: httpx.Response) -> str | None:
