@@ -49,6 +49,7 @@ _FINEST, _LEAST = -20, -140  # exponents: below the longest way; the least
 _NEAREST = edges(0.0)
 _NEAR = 0.02  # of the rate
 _AT_ONCE = 2**26  # values that are coded at one time, which take some 20 bytes each
+_ALONE = 2**18  # values that are coded before threads would have begun
 
 
 @dataclass(frozen=True)
@@ -94,10 +95,7 @@ class Downlink:
         messages = list(messages)
         held_by = {m.metadata.dst_node_id: self._held.get(m.metadata.dst_node_id, 0) for m in messages}
         bases, crc = set(held_by.values()), _crc(self._now.weights(self._initial))
-        threads = min(len(os.sched_getaffinity(0)), _AT_ONCE // max(1, self._layout.size)) or 1
-        with ThreadPoolExecutor(threads) as pool:  # the coder runs without Python's lock
-            made = pool.map(partial(self._arrays, crc=crc), bases)
-        arrays = dict(zip(bases, made, strict=True))  # one for all nodes that hold the same
+        arrays = self._made(bases, crc)
         contents: dict[tuple[int, int], RecordDict] = {}  # and are told the same beside
         for message in messages:
             node = message.metadata.dst_node_id
@@ -107,6 +105,15 @@ class Downlink:
                 contents[held, told] = RecordDict({**message.content, ARRAYS: arrays[held]})
             message.content = contents[held, told]
         return messages
+
+    def _made(self, bases: set[int], crc: int) -> dict[int, ArrayRecord]:
+        """What nodes that hold these versions are sent: one for all that hold the same."""
+        make, size = partial(self._arrays, crc=crc), max(1, self._layout.size)
+        threads = min(len(os.sched_getaffinity(0)), len(bases), _AT_ONCE // size) or 1
+        if threads == 1 or len(bases) * size < _ALONE:
+            return {base: make(base) for base in bases}
+        with ThreadPoolExecutor(threads) as pool:  # the coder runs without Python's lock
+            return dict(zip(bases, pool.map(make, bases), strict=True))
 
     def again(self, reply: Message) -> bool:
         """Note what the node holds; whether it could make nothing of its message, and another may help."""

@@ -40,8 +40,9 @@ class ExactSum:
 
     def total(self) -> NDArray[np.float64]:
         """The weighted sum."""
-        coarse, fine = self._limbs
-        return np.asarray(coarse / COARSE + fine / FINE, np.float64)
+        out = np.empty(self._limbs.shape[1])
+        _total(*self._limbs, out)
+        return out
 
 
 @jit
@@ -58,3 +59,9 @@ def _add(x: Any, weight: float, coarse: Any, fine: Any) -> bool:
         coarse[i] += np.float64(whole).view(np.int64) - _ZERO
         fine[i] += np.float64(rest).view(np.int64) - _ZERO
     return True
+
+
+@jit
+def _total(coarse: Any, fine: Any, out: Any) -> None:
+    for i in range(len(out)):
+        out[i] = coarse[i] / COARSE + fine[i] / FINE

@@ -4,7 +4,7 @@ The sums are of integers, so it changes no bit which worker adds what. What a wo
 """
 
 import mmap
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 from flwr.app import ArrayRecord, Error, Message, MessageType, RecordDict
@@ -15,8 +15,8 @@ from fedapp.records import ARRAYS, CONFIG, size_of
 from fedapp.running_sum import Reader, RunningSum, Tally, terms_in
 from fedapp.stages import AGGREGATE, TRANSFER
 
-Collect = Callable[[], list[ExactSum | None]]
-"""What brings the sum of each slot, None where it is lost."""
+Collect = Callable[[], Iterable[ExactSum | None]]
+"""What brings the sum of each slot, None where it is lost; each is to be used before the next is asked for."""
 Answer = RecordDict | Error | tuple[Tally, int]
 """What a worker sends back: a reply as it is, or what counts of one that it has added, and its bytes."""
 
@@ -72,13 +72,9 @@ class Fold:
             self._spoiled.add(slot)
             self._adding[slot] = 0
 
-    def collect(self) -> list[ExactSum | None]:
-        """The sum of each slot, None where it is spoiled; all begin at zero again."""
-        size = self._limbs.shape[-1]
-        sums = [
-            None if slot in self._spoiled else ExactSum(size, limbs.copy())
-            for slot, limbs in enumerate(self._limbs)
-        ]
-        self._limbs[:] = 0
+    def collect(self) -> Iterator[ExactSum | None]:
+        """The sum of each slot, None where it is spoiled; it begins at zero again when the next is asked for."""
+        for slot, limbs in enumerate(self._limbs):
+            yield None if slot in self._spoiled else ExactSum(limbs.shape[-1], limbs)
+            limbs[:] = 0
         self._spoiled.clear()
-        return sums

@@ -1,8 +1,8 @@
 """The local engine: a Flower Grid whose nodes live in resident worker processes on this machine."""
 
+import gc
 import multiprocessing.connection
 import os
-import pickle
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -71,12 +71,16 @@ class Local:
         """
         workers = min(self.workers or len(os.sched_getaffinity(0)), at_once)
         of_time = seconds, sending, self.client_timeout
+        # What is there now stays: the collector of cycles would look through all modules now and then, and
+        # what it touches a forked worker no longer shares.
+        gc.freeze()
         grid = LocalGrid(app, sizes, workers, fold and fold(workers), *of_time)
         try:
             grid._contexts = States(grid.partitions, grid._context, self.state_mb * 1e6, file, finished)
             yield grid
         finally:
             grid.close()
+            gc.unfreeze()
 
 
 class LocalGrid(Grid):
@@ -225,12 +229,12 @@ class LocalGrid(Grid):
             self._contexts[reply.metadata.src_node_id] = context
         return reply
 
-    def collect(self) -> list[ExactSum | None]:
+    def collect(self) -> Iterable[ExactSum | None]:
         """What all replies of a round add up to, by slot. Ends whoever is still at it: their time is over."""
         for worker in self._workers:
             if worker.message is not None and not worker.tests:
                 self._replace(worker)
-        return self._fold.collect() if self._fold else []
+        return self._fold.collect() if self._fold else ()
 
     def _dispatch(self) -> None:
         for worker in list(self._workers):
@@ -254,8 +258,7 @@ class LocalGrid(Grid):
         asked, worker.message = worker.message, None
         assert asked is not None
         try:
-            answer, context = worker.channel.receive()
-            told = pickle.loads(worker.channel.pipe.recv_bytes())
+            answer, context, told = worker.channel.receive()
         except (EOFError, OSError):  # killed, for memory perhaps; the next dispatch replaces it
             worker.process.join()
             if self._fold:

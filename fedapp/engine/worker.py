@@ -2,7 +2,6 @@
 
 import multiprocessing
 import os
-import pickle
 import signal
 import traceback
 from multiprocessing.connection import Connection
@@ -65,7 +64,7 @@ def _work(
 ) -> None:
     """A worker's life: take a message, let the app answer it, send the reply with the node's Context.
 
-    What its stages took follows each answer.
+    With it go the seconds of its stages; what sending takes is told with the next.
     """
     end_with(parent)
     parents.close()  # this process has a copy, which would keep the pipe open after the parent's death
@@ -88,5 +87,5 @@ def _work(
                 traceback.print_exc()
                 error = Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, "see the log")
                 reply = Message(error, reply_to=message)
-        channel.send((fold.add(slot, message, reply) if fold else as_it_is(reply), context))
-        pipe.send_bytes(pickle.dumps(CLOCK.tell()))
+        answer = fold.add(slot, message, reply) if fold else as_it_is(reply)
+        channel.send((answer, context, CLOCK.tell()))
