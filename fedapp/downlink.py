@@ -31,11 +31,11 @@ from numpy.typing import NDArray
 from fedapp import check
 from fedapp.codec import Layout
 from fedapp.codec import context as coder
-from fedapp.codec.quantizer import LAMBDA, edges
+from fedapp.codec.quantizer import edges
 from fedapp.codec.rate_distortion import shapes
 from fedapp.codec.varint import Reader, varint
 from fedapp.errors import DecodeError
-from fedapp.lattice import COARSEST, Version, first
+from fedapp.lattice import COARSEST, Version, first, peak_exponent, quantized
 from fedapp.records import ARRAYS, CONFIG
 from fedapp.vector import array_of, buffers_of, layout_of, ravel, unravel, values
 
@@ -47,7 +47,6 @@ _FORMAT, _NEWEST = 1, 2**31
 _HEADER = struct.Struct("<BIh")  # format, CRC-32 of the weights that come out, exponent
 _FINEST, _LEAST = -20, -140  # exponents: below the longest way; the least
 _NEAREST = edges(0.0)
-_NEAR = 0.02  # of the rate
 _AT_ONCE = 2**26  # values that are coded at one time, which take some 20 bytes each
 _ALONE = 2**18  # values that are coded before threads would have begun
 
@@ -108,9 +107,9 @@ class Downlink:
 
     def _made(self, bases: set[int], crc: int) -> dict[int, ArrayRecord]:
         """What nodes that hold these versions are sent: one for all that hold the same."""
-        make, size = partial(self._arrays, crc=crc), max(1, self._layout.size)
-        threads = min(len(os.sched_getaffinity(0)), len(bases), _AT_ONCE // size) or 1
-        if threads == 1 or len(bases) * size < _ALONE:
+        make, values = partial(self._arrays, crc=crc), max(1, self._layout.size)
+        threads = min(len(os.sched_getaffinity(0)), len(bases), _AT_ONCE // values) or 1
+        if threads == 1 or len(bases) * values < _ALONE:
             return {base: make(base) for base in bases}
         with ThreadPoolExecutor(threads) as pool:  # the coder runs without Python's lock
             return dict(zip(bases, pool.map(make, bases), strict=True))
@@ -155,50 +154,17 @@ class Downlink:
         lacks, way = weights - self._now.weights(self._initial), weights - self._initial
         if not lacks.any():
             return
-        finest = max(_exponent(way) + _FINEST, _LEAST)
-        number, (exponent, levels) = self._now.number + 1, self._quantized(lacks, finest)
+        finest = max(peak_exponent(way) + _FINEST, _LEAST)
+        number, terms = self._now.number + 1, (self._layout, self._rate, self._now.exponent, finest)
         try:
-            self._now = self._now.plus(number, exponent, levels)
+            self._now = self._now.plus(number, *quantized(lacks, *terms))
         except OverflowError:  # after ever finer steps a long way: all nodes start anew
-            self._now = first(self._layout).plus(number, *self._quantized(way, finest))
+            self._now = first(self._layout).plus(number, *quantized(way, *terms))
             self._held.clear()
             self._sent.clear()
         kept = {0, *self._held.values(), *self._sent.values()} & self._versions.keys()
         self._versions = {v: self._versions[v] for v in kept}
         self._versions[number] = self._coded(self._now)
-
-    def _quantized(self, x: NDArray[np.float32], finest: int) -> tuple[int, NDArray[np.int32]]:
-        """Exponent and levels of x that take about the rate.
-
-        The coarsest step that takes as much, then a dearer bit: it makes up for steps that are powers of two.
-        """
-        goal, coarsest = self._rate * len(x) / 8, max(_exponent(x), finest)
-        exponent = min(max(self._now.exponent, finest), coarsest)
-        tried = self._tried(x, exponent)
-        while tried[0] > goal and exponent < coarsest:
-            exponent += 1
-            tried = self._tried(x, exponent)
-        while tried[0] < goal and exponent > finest:
-            exponent -= 1
-            tried = self._tried(x, exponent)
-        best, low, high = tried, 0.6, max(2.0 ** (_exponent(x) - exponent), 2.0)
-        for _ in range(6):
-            if abs(best[0] - goal) <= _NEAR * goal:  # each try codes the whole model
-                break
-            least = (low * high) ** 0.5
-            size, levels = tried = self._tried(x, exponent, least)
-            if abs(size - goal) < abs(best[0] - goal) and levels.any():
-                best = tried
-            low, high = (least, high) if size > goal else (low, least)
-        return exponent, best[1]
-
-    def _tried(
-        self, x: NDArray[np.float32], exponent: int, least: float = 0.0
-    ) -> tuple[int, NDArray[np.int32]]:
-        """Bytes and levels at a step of 2**exponent, where nothing below so many steps is sent."""
-        edge = edges(LAMBDA, least)
-        code, levels, _ = coder.encode(np.ldexp(x, -exponent), 1.0, edge, shapes(self._layout))
-        return len(code), levels
 
     def _coded(self, version: Version) -> tuple[int, bytes]:
         """The way from the initial model to a version: its exponent, and its levels' code."""
@@ -219,11 +185,6 @@ class Downlink:
         arrays |= {INITIAL: Array(self._initial)} if held == NOTHING else {}
         arrays |= buffers_of(self._weights, self._layout)
         return ArrayRecord(arrays)
-
-
-def _exponent(x: NDArray[np.float32]) -> int:
-    """Of the largest power of two that no magnitude of x is below."""
-    return int(np.frexp(np.maximum(x.max(initial=0), -x.min(initial=0)))[1]) - 1
 
 
 def _encode(levels: NDArray[np.int32], layout: Layout) -> bytes:

@@ -41,7 +41,7 @@ class ExactSum:
     def total(self) -> NDArray[np.float64]:
         """The weighted sum."""
         out = np.empty(self._limbs.shape[1])
-        _total(*self._limbs, out)
+        _total(self._limbs[0], self._limbs[1], out)
         return out
 
 

@@ -1,14 +1,28 @@
-"""Versions of the weights on one lattice around the initial model: initial + 2**exponent * integers."""
+"""Versions of the weights on one lattice around the initial model: initial + 2**exponent * integers.
 
+And what of a difference goes onto it, at so many bits a value.
+"""
+
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fedapp.codec import Layout
+from fedapp.codec import context as coder
+from fedapp.codec.layers import size
+from fedapp.codec.model import Floats
+from fedapp.codec.pilot import eighth
+from fedapp.codec.quantizer import LAMBDA, edges
+from fedapp.codec.rate_distortion import shapes
 
 BOUND = 2**23  # of levels: so far float32 holds them, and halves, which the coder adds
 COARSEST = 127  # the exponent of no way at all
+_NEAR = 0.02  # of the rate
+_LONG = 2**19  # values from which on a search goes by a part of them
+Layers = tuple[Floats, Sequence[tuple[int, ...]]]
+"""Values of layers, end to end, and their shapes."""
 
 
 @dataclass(frozen=True)
@@ -19,9 +33,9 @@ class Version:
     exponent: int
     levels: NDArray[np.int32]
 
-    def weights(self, initial: NDArray[np.float32]) -> NDArray[np.float32]:
+    def weights(self, initial: Floats) -> Floats:
         """Float32 (size,). The product is exact: one rounding, which fused arithmetic would not change."""
-        moved: NDArray[np.float32] = np.ldexp(self.levels.astype(np.float32), self.exponent)
+        moved: Floats = np.ldexp(self.levels.astype(np.float32), self.exponent)
         return initial + moved
 
     def plus(self, number: int, exponent: int, levels: NDArray[np.int32]) -> "Version":
@@ -61,3 +75,60 @@ def _refined(levels: NDArray[np.int32], halvings: int) -> NDArray[np.int32]:
 def _require_exact(reach: int) -> None:
     if reach >= BOUND:
         raise OverflowError(f"levels may reach {BOUND}, where float32 is no longer exact")
+
+
+def quantized(
+    x: Floats, layout: Layout, rate: float, begin: int, finest: int
+) -> tuple[int, NDArray[np.int32]]:
+    """Exponent and levels of x that take about so many bits a value; exponents are tried from `begin` on.
+
+    Where x is long, an eighth of its columns tells.
+    """
+    goal, whole = rate * len(x) / 8, (x, shapes(layout))
+    begin = min(max(begin, finest), max(peak_exponent(x), finest))
+    if len(x) > _LONG:
+        part = eighth([(x[slot.offset : slot.offset + size(slot)], slot.shape) for slot in layout.slots])
+        share = _coded(part, begin)[0] / max(1, _coded(whole, begin)[0])
+        exponent, least, _ = _searched(part, share * goal, begin, finest)
+        taken, levels = _coded(whole, exponent, least)
+        if 2 / 3 < taken / goal < 3 / 2 and levels.any():  # else the eighth is not like the rest
+            return exponent, levels
+    exponent, _, levels = _searched(whole, goal, begin, finest)
+    return exponent, levels
+
+
+def _searched(part: Layers, goal: float, exponent: int, finest: int) -> tuple[int, float, NDArray[np.int32]]:
+    """Exponent, least magnitude in steps, and levels that take about so many bytes; tries from this exponent.
+
+    The coarsest step that takes as much, then a dearer bit: it makes up for steps that are powers of two.
+    """
+    coarsest = max(peak_exponent(part[0]), finest)
+    taken, levels = _coded(part, exponent)
+    while taken > goal and exponent < coarsest:
+        exponent += 1
+        taken, levels = _coded(part, exponent)
+    while taken < goal and exponent > finest:
+        exponent -= 1
+        taken, levels = _coded(part, exponent)
+    best, low, high = (taken, 0.0, levels), 0.6, max(2.0 ** (peak_exponent(part[0]) - exponent), 2.0)
+    for _ in range(6):
+        if abs(best[0] - goal) <= _NEAR * goal:  # each try codes all of it
+            break
+        least = (low * high) ** 0.5
+        taken, levels = _coded(part, exponent, least)
+        if abs(taken - goal) < abs(best[0] - goal) and levels.any():
+            best = taken, least, levels
+        low, high = (least, high) if taken > goal else (low, least)
+    return exponent, *best[1:]
+
+
+def _coded(part: Layers, exponent: int, least: float = 0.0) -> tuple[int, NDArray[np.int32]]:
+    """Bytes and levels at a step of 2**exponent, where nothing below so many steps is sent."""
+    x, those = part
+    code, levels, _ = coder.encode(np.ldexp(x, -exponent), 1.0, edges(LAMBDA, least), those)
+    return len(code), levels
+
+
+def peak_exponent(x: Floats) -> int:
+    """Of the largest power of two that no magnitude of x is below."""
+    return int(np.frexp(np.maximum(x.max(initial=0), -x.min(initial=0)))[1]) - 1

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from fedapp.codec import Layout, Slot
 from fedapp.codec import context as coder
+from fedapp.codec.quantizer import edges
 from fedapp.downlink import (
     HOLDS,
     INITIAL,
@@ -31,7 +32,7 @@ from fedapp.downlink import (
 )
 from fedapp.engine.local import LocalGrid
 from fedapp.errors import ConfigError, DecodeError
-from fedapp.lattice import Version, first
+from fedapp.lattice import Version, first, peak_exponent, quantized
 from fedapp.records import ARRAYS, CONFIG
 from fedapp.vector import layout_of, ravel
 
@@ -216,6 +217,25 @@ def test_the_rate_is_about_what_was_asked(rate: float) -> None:
         sizes.append(8 * exchange(server, weights, {2: node}) / x.size)
     assert np.mean(sizes) == pytest.approx(rate, rel=0.15)
     assert max(sizes) < 1.6 * rate
+
+
+@pytest.mark.parametrize(("rate", "most"), [(0.1, 0.45), (1.0, 0.04), (3.0, 0.0015)])
+@pytest.mark.parametrize("kind", ["alike", "one column in eight", "one layer"])
+def test_a_long_update_is_quantized_by_an_eighth_of_it_where_that_is_like_the_rest(
+    kind: str, rate: float, most: float
+) -> None:
+    shapes = {"a": (64, 288), "b": (128, 5000)}
+    layout = layout_of(ArrayRecord({name: Array(np.zeros(s, np.float32)) for name, s in shapes.items()}))
+    rng = np.random.default_rng(0)
+    a, b = (rng.standard_normal(s) * np.exp(rng.normal(0, 1.5, (s[0], 1))) for s in shapes.values())
+    b[:, np.arange(5000) // 16 % 8 == 4] *= 1e-6 if kind == "one column in eight" else 1.0
+    b *= 1e-3 if kind == "one layer" else 1.0
+    x = np.concatenate([a.ravel(), b.ravel()]).astype(np.float32)
+    exponent, levels = quantized(x, layout, rate, begin=-3, finest=peak_exponent(x) - 20)
+    code, *_ = coder.encode(levels.astype(np.float32), 1.0, edges(0.0), list(shapes.values()))
+    assert 8 * len(code) / len(x) == pytest.approx(rate, rel=0.5)
+    error = float(np.sum((x - np.ldexp(levels.astype(np.float32), exponent)) ** 2) / np.sum(x**2))
+    assert error < most
 
 
 def test_versions_that_nobody_holds_are_forgotten() -> None:

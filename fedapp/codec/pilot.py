@@ -25,7 +25,7 @@ def pilot(factors: Factors, layout: Layout, coder: Quantizer, like: Like) -> Cal
     """
     x, (left, vectors, _) = factors.residual, factors.magnitudes
     share = np.exp(-_DEARER * (2**20 / len(x)) ** 0.5)
-    part = _eighth([(x[slot.offset : slot.offset + size(slot)], slot.shape) for slot in layout.slots])
+    part = eighth([(x[slot.offset : slot.offset + size(slot)], slot.shape) for slot in layout.slots])
 
     def off(part: tuple[Floats, list[tuple[int, ...]]], scale: float) -> float:
         """Bits taken over estimated ones."""
@@ -39,15 +39,13 @@ def pilot(factors: Factors, layout: Layout, coder: Quantizer, like: Like) -> Cal
         taken = off(part, 1 / step) * share * rest
         if those:
             ends = np.cumsum([count * side for count, side in products.shapes])[:-1]
-            taken += (
-                off(_eighth(list(zip(np.split(values, ends), products.shapes, strict=True))), 1.0) * those
-            )
+            taken += off(eighth(list(zip(np.split(values, ends), products.shapes, strict=True))), 1.0) * those
         return float(np.log(taken / (rest + those)))
 
     return miss
 
 
-def _eighth(layers: Layers) -> tuple[Floats, list[tuple[int, ...]]]:
+def eighth(layers: Layers) -> tuple[Floats, list[tuple[int, ...]]]:
     """Some columns of each, and their shapes."""
     parts = [_columns(x, shape) for x, shape in layers]
     return np.concatenate([part.ravel() for part in parts]), [part.shape for part in parts]
