@@ -1,19 +1,22 @@
 """What a node tells of itself before the rounds: no more than the run's selection asks."""
 
 import os
+import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 import torch
 from flwr.app import ConfigRecord
+from torch import nn
 
 from fedapp.errors import DecodeError
-from fedapp.tasks import Data
+from fedapp.tasks import Data, Task
 
 ASKS = "asks"
-EXAMPLES, LABELS, CORES, MEMORY, TAGS = "examples", "labels", "cores", "memory-mb", "tags"
+EXAMPLES, LABELS, CORES, MEMORY, SPEED, TAGS = "examples", "labels", "cores", "memory-mb", "speed", "tags"
 OF_DATA = frozenset({EXAMPLES, LABELS})
 _MOST, _TAGS, _LETTERS = 2**24 - 1, 32, 64
+_BATCH, _STEPS = 32, 5  # of a trial
 Told = dict[str, int | list[int] | list[str]]
 
 
@@ -22,13 +25,15 @@ class Facts:
     """What the server knows of a node; None where it does not tell.
 
     examples: how many it trains on. labels: how many of each class, (classes,). cores; memory_mb: all of its
-    machine's, in 10^6 bytes. tags: words that its participant gave it, and `gpu` where it has one.
+    machine's, in 10^6 bytes. speed: examples a second (`speed_of`). tags: words that its participant gave
+    it, and `gpu` where it has one.
     """
 
     examples: int | None = None
     labels: tuple[int, ...] | None = None
     cores: int | None = None
     memory_mb: int | None = None
+    speed: int | None = None
     tags: frozenset[str] = frozenset()
 
 
@@ -41,6 +46,20 @@ def of_machine(asked: Collection[str], config: Mapping[str, bool | float | int |
     return {name: value for name, value in has.items() if name in asked}
 
 
+def speed_of(task: Task, model: nn.Module) -> int:
+    """Examples a second that this machine trains on: the quickest of a few steps on noise, none kept."""
+    device, parameters = next(model.parameters()).device, list(model.parameters())
+    x = torch.rand(_BATCH, *task.input_shape, generator=torch.Generator().manual_seed(0)).to(device)
+    y, least = torch.zeros(_BATCH, dtype=torch.int64, device=device), float("inf")
+    model.train()
+    for _ in range(_STEPS):
+        begun = time.perf_counter()
+        found = torch.autograd.grad(task.loss(model(x), y), parameters, materialize_grads=True)
+        float(found[0].sum())  # waits for a GPU
+        least = min(least, time.perf_counter() - begun)
+    return min(int(_BATCH / least), _MOST)
+
+
 def of_data(asked: Collection[str], data: Data, classes: int) -> Told:
     """What is asked of a client's examples."""
     has: Told = {EXAMPLES: len(data), LABELS: torch.bincount(data.y, minlength=classes).tolist()}
@@ -49,7 +68,7 @@ def of_data(asked: Collection[str], data: Data, classes: int) -> Told:
 
 def read(told: ConfigRecord, classes: int) -> Facts:
     """The facts in an answer; raises DecodeError for what no node of ours says."""
-    bounds = {EXAMPLES: _MOST, CORES: 2**16, MEMORY: 2**40}
+    bounds = {EXAMPLES: _MOST, CORES: 2**16, MEMORY: 2**40, SPEED: _MOST}
     whole = {name: _whole(name, told[name], most) for name, most in bounds.items() if name in told}
     labels, tags = told.get(LABELS), told.get(TAGS, [])
     if labels is not None:
@@ -66,6 +85,7 @@ def read(told: ConfigRecord, classes: int) -> Facts:
         None if labels is None else tuple(labels),
         whole.get(CORES),
         whole.get(MEMORY),
+        whole.get(SPEED),
         frozenset(words),
     )
 
@@ -77,10 +97,10 @@ def _whole(name: str, value: object, most: int) -> int:
 
 
 def simulated(
-    sizes: list[int], labels: Callable[[], list[list[int]]], asked: Collection[str],
-    given: tuple[tuple[str, ...], ...],
+    sizes: list[int], labels: Callable[[], list[list[int]]], speed: Callable[[int], int],
+    asked: Collection[str], given: tuple[tuple[str, ...], ...],
 ) -> list[Facts]:  # fmt: skip
-    """Facts of simulated nodes, by partition: all are this machine, but for their data and given tags.
+    """Facts of simulated nodes, by partition: all are this machine, but for data, speed and given tags.
 
     `given` goes round the partitions.
     """
@@ -93,6 +113,7 @@ def simulated(
             None if counts is None else tuple(counts[partition]),
             cores if isinstance(cores, int) else None,
             memory if isinstance(memory, int) else None,
+            speed(partition) if SPEED in asked else None,
             frozenset(given[partition % len(given)]) if given else frozenset(),
         )
         for partition, size in enumerate(sizes)

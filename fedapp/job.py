@@ -25,7 +25,7 @@ from fedapp.codec.feedback import AutoFeedback
 from fedapp.downlink import Coded, Plain, receive
 from fedapp.dp_step import DpStep
 from fedapp.errors import ConfigError
-from fedapp.facts import Facts
+from fedapp.facts import Facts, speed_of
 from fedapp.fedbuff import FedBuff
 from fedapp.fold import Fold
 from fedapp.privacy.accounting import Release, Sampling, Spent
@@ -219,6 +219,17 @@ class Job:
             epochs, rng = int(getattr(self.trainer, "epochs", 1)), self.public_rng(0, 0, use=5)
             return self.speeds.times(self.clients, epochs, rng)
         return (lambda partition, examples: 0.0) if isinstance(self.strategy, FedBuff) else None
+
+    def speed(self, partition: int) -> int:
+        """Examples a second that the client of a simulated partition trains on: by its speed, or as it is."""
+        if not isinstance(self.speeds, Stragglers):
+            return self._speed
+        seconds = self.speeds.times(self.clients, 1, self.public_rng(0, 0, use=5))(partition, 1)
+        return int(1 / seconds)
+
+    @cached_property
+    def _speed(self) -> int:
+        return speed_of(self.task, self.model)
 
     @property
     def sending(self) -> Callable[[int, int], float] | None:

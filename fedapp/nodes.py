@@ -140,7 +140,7 @@ def facts(grid: Grid, job: Job, partitions: Mapping[int, int], at: int) -> dict[
     if isinstance(grid, LocalGrid):
         sizes = [len(part) for part in job.task.partitions()]
         given = job.selection.given if isinstance(job.selection, Tags) else ()
-        here = simulated(sizes, lambda: job.task.label_counts().tolist(), asked, given)
+        here = simulated(sizes, lambda: job.task.label_counts().tolist(), job.speed, asked, given)
         return {node: here[partition] for node, partition in partitions.items()}
     replies = stream(grid, facts_questions(job, partitions, at), job.round_timeout)
     return {reply.metadata.src_node_id: facts_in(reply, classes) for reply in replies}

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from fedapp import check
 from fedapp.errors import ConfigError, FedappError
-from fedapp.facts import CORES, EXAMPLES, LABELS, MEMORY, TAGS, Facts
+from fedapp.facts import CORES, EXAMPLES, LABELS, MEMORY, SPEED, TAGS, Facts
 from fedapp.privacy.secret import Secret, uniform
 
 
@@ -142,14 +142,15 @@ class Tags:
     """So many without replacement of the nodes that have all that is asked, each as likely as any other.
 
     tags: words that all must be among a node's. labels: classes of which it must hold an example. cores,
-    memory_gb: as many, or more. given: in a simulation the tags of nodes; the list goes round the partitions.
-    The model is that of these nodes: others have no part in it.
+    memory_gb, examples_per_second: as many, or more. given: in a simulation the tags of nodes; the list goes
+    round the partitions. The model is that of these nodes: others have no part in it.
     """
 
     tags: tuple[str, ...] = ()
     labels: tuple[int, ...] = ()
     cores: int = 0
     memory_gb: float = 0.0
+    examples_per_second: int = 0
     given: tuple[tuple[str, ...], ...] = ()
 
     def __post_init__(self) -> None:
@@ -162,6 +163,7 @@ class Tags:
                 raise ConfigError(f"selection.{name} must be a list of {of}, got {values!r}")
         check.whole("selection.cores", self.cores, 0)
         check.real("selection.memory_gb", self.memory_gb, low=0.0)
+        check.whole("selection.examples_per_second", self.examples_per_second, 0)
         object.__setattr__(self, "tags", tuple(self.tags))
         object.__setattr__(self, "labels", tuple(self.labels))
         object.__setattr__(self, "given", tuple(tuple(map(str, tags)) for tags in given))
@@ -169,7 +171,7 @@ class Tags:
     @property
     def asks(self) -> tuple[str, ...]:
         asked = {TAGS: self.tags, LABELS: self.labels, CORES: self.cores, MEMORY: self.memory_gb}
-        return tuple(name for name, value in asked.items() if value)
+        return tuple(name for name, value in {**asked, SPEED: self.examples_per_second}.items() if value)
 
     def draw(self, facts: Sequence[Facts], size: int, secret: Secret) -> list[int]:
         fitting = [place for place, node in enumerate(facts) if self.fits(node)]
@@ -185,6 +187,7 @@ class Tags:
             and held.issuperset(self.labels)
             and (node.cores or 0) >= self.cores
             and (node.memory_mb or 0) >= 1000 * self.memory_gb
+            and (node.speed or 0) >= self.examples_per_second
         )
 
     def least_weight(self, facts: Sequence[Facts], size: int) -> int:

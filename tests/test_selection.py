@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from grids import Elsewhere, bits, model_of, rounds_on
 from grids import rounds_here as run
@@ -152,10 +153,12 @@ def test_the_worst_are_those_of_the_highest_losses() -> None:
 
 
 def test_tags_and_resources_are_all_asked_for() -> None:
-    node = Facts(labels=(0, 3, 1), cores=4, memory_mb=8000, tags=frozenset({"gpu", "eu"}))
-    for fitting in (Tags(), Tags(tags=("eu",), labels=(1, 2), cores=4, memory_gb=8.0)):
+    node = Facts(labels=(0, 3, 1), cores=4, memory_mb=8000, speed=200, tags=frozenset({"gpu", "eu"}))
+    for fitting in (Tags(), Tags(tags=("eu",), labels=(1, 2), cores=4, memory_gb=8.0),
+                    Tags(examples_per_second=200)):  # fmt: skip
         assert fitting.fits(node)
-    for other in (Tags(tags=("eu", "us")), Tags(labels=(0,)), Tags(cores=5), Tags(memory_gb=8.1)):
+    for other in (Tags(tags=("eu", "us")), Tags(labels=(0,)), Tags(cores=5), Tags(memory_gb=8.1),
+                  Tags(examples_per_second=201)):  # fmt: skip
         assert not other.fits(node)
         assert not other.fits(Facts())
     assert Tags(tags=("eu",), cores=2).asks == ("tags", "cores")
@@ -354,6 +357,23 @@ def test_a_node_tells_no_more_than_is_asked() -> None:
     assert {node.examples for node in answers.values()} == {None}
 
 
+def test_a_node_tries_how_fast_it_trains() -> None:
+    job = job_of("selection=tags selection.examples_per_second=1")
+    before = [value.clone() for value in job.model.state_dict().values()]
+    answers = told(job, elsewhere(job))
+    assert all(node.speed is not None and node.speed > 100 for node in answers.values())
+    assert all(torch.equal(a, b) for a, b in zip(before, job.model.state_dict().values(), strict=True))
+
+
+def test_simulated_clients_are_as_fast_as_they_are_simulated(trained: list[list[int]]) -> None:
+    slow = "speeds=stragglers speeds.seconds_per_example=0.01 speeds.share=0.25 speeds.slowdown=10"
+    job = job_of(f"selection=tags selection.examples_per_second=100 cohort=6 {slow}")
+    assert sorted(job.speed(i) for i in range(8)) == [10, 10, *[100] * 6]
+    run(job)
+    assert {len(drawn) for drawn in trained} == {6}
+    assert {job.speed(i) for drawn in trained for i in drawn} == {100}
+
+
 RULED = "tasks: [digits]\nprivacy: [none]\nmetrics: [num-examples, accuracy, loss]\n"
 
 
@@ -394,6 +414,20 @@ def test_a_node_with_a_ledger_or_under_privacy_tells_nothing_of_its_data(tmp_pat
     assert set(told(job, elsewhere(job, client_app(lambda _: private))).values()) == {Facts()}
 
 
+def test_a_node_tries_its_speed_only_for_runs_that_its_policy_accepts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(consent, "installed", lambda: Path(fedapp.__file__).parent)
+    job = job_of("selection=tags selection.examples_per_second=1")
+    grid = elsewhere(job)
+    for node, rules in ((50, RULED), (51, RULED.replace("digits", "csv"))):
+        (tmp_path / f"{node}.yaml").write_text(rules)
+        grid._contexts[node].node_config["policy"] = str(tmp_path / f"{node}.yaml")
+    answers = told(job, grid)
+    assert answers[50].speed is not None
+    assert answers[51].speed is None
+
+
 def test_who_does_not_tell_is_not_drawn_and_where_nobody_does_it_is_said(
     trained: list[list[int]], tmp_path: Path
 ) -> None:
@@ -424,6 +458,8 @@ STRANGE: list[dict[str, Any]] = [
     {"cores": -1},
     {"cores": 2**40},
     {"memory-mb": 1e9},
+    {"speed": -1},
+    {"speed": 3.5},
     {"tags": "gpu"},
     {"tags": [1]},
     {"tags": ["a"] * 33},
@@ -438,8 +474,10 @@ def test_strange_facts_are_refused(strange: dict[str, Any]) -> None:
 
 
 def test_facts_as_they_are() -> None:
-    record = ConfigRecord({"examples": 0, "labels": [0] * 10, "cores": 1, "memory-mb": 9, "tags": ["a", "b"]})
-    assert read(record, 10) == Facts(0, (0,) * 10, 1, 9, frozenset({"a", "b"}))
+    record = ConfigRecord(
+        {"examples": 0, "labels": [0] * 10, "cores": 1, "memory-mb": 9, "speed": 7, "tags": ["a", "b"]}
+    )
+    assert read(record, 10) == Facts(0, (0,) * 10, 1, 9, 7, frozenset({"a", "b"}))
     assert read(ConfigRecord({"something": "else"}), 10) == Facts()
 
 

@@ -21,6 +21,7 @@ import logging
 import sys
 from collections.abc import Callable, Collection, Sequence
 from contextlib import nullcontext
+from functools import partial
 from importlib.machinery import PathFinder
 from pathlib import Path
 
@@ -33,7 +34,7 @@ from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 import fedapp
 from fedapp.deploy.bundle import digests
 from fedapp.errors import ConfigError, DataError, FedappError
-from fedapp.facts import OF_DATA, Told, of_data, of_machine
+from fedapp.facts import OF_DATA, SPEED, Told, of_data, of_machine, speed_of
 from fedapp.job import Job
 from fedapp.privacy.accounting import Release
 from fedapp.privacy.central import CentralGaussian
@@ -135,25 +136,26 @@ def facts_of(job: Job, context: Context, asked: Collection[object]) -> Told:
 
     Of its data only what its policy lists under `facts`, and of a run that this accepts. Nothing under any
     privacy, or where a ledger keeps books: no mechanism covers it. Reads the data, and charges nothing.
+    Its speed it tries only for a run that its policy accepts.
     """
-    wanted = {str(name) for name in asked}
-    told, policy = of_machine(wanted, context.node_config), _policy(context)
-    wanted &= OF_DATA if policy is None else OF_DATA.intersection(policy.facts)
-    if not wanted or job.privacy.unit is not None or _books(context):
+    wanted, policy = {str(name) for name in asked}, _policy(context)
+    told, private = of_machine(wanted, context.node_config), job.privacy.unit is not None or _books(context)
+    listed = wanted & OF_DATA if policy is None else wanted & OF_DATA & set(policy.facts)
+    names = set() if private else listed
+    if (not names and SPEED not in wanted) or (policy is not None and not _as_installed()):
         return told
     try:
-        if policy is None:
-            data = job.task.client_data(context.node_config)
-        elif _as_installed():
+        if policy is not None:
             policy.check(job, "query", 1, ())
-            data = policy.data(job.task, context.node_config)
-        else:
-            return told
-        return told | of_data(wanted, data, job.task.classes)
+        if SPEED in wanted:
+            told[SPEED] = speed_of(job.task, job.model)
+        if names:
+            read = job.task.client_data if policy is None else partial(policy.data, job.task)
+            told |= of_data(names, read(context.node_config), job.task.classes)
     except FedappError as refusal:
         said = "`fedapp check` says why" if isinstance(refusal, DataError) else refusal  # it may quote them
         _log.warning("node %s tells nothing of its data: %s", context.node_id, said)
-        return told
+    return told
 
 
 def counts_of(job: Job, context: Context) -> dict[str, int]:
