@@ -221,7 +221,7 @@ class Job:
         return (lambda partition, examples: 0.0) if isinstance(self.strategy, FedBuff) else None
 
     def speed(self, partition: int) -> int:
-        """Examples a second that the client of a simulated partition trains on: by its speed, or as it is."""
+        """Examples a second that a simulated client trains on; of this CPU where speeds are real."""
         if not isinstance(self.speeds, Stragglers):
             return self._speed
         seconds = self.speeds.times(self.clients, 1, self.public_rng(0, 0, use=5))(partition, 1)
@@ -229,7 +229,7 @@ class Job:
 
     @cached_property
     def _speed(self) -> int:
-        return speed_of(self.task, self.model)
+        return speed_of(self.task, self.task.model(self.seed))  # on the CPU: this may be the server
 
     @property
     def sending(self) -> Callable[[int, int], float] | None:
