@@ -16,7 +16,7 @@ from fedapp.running_sum import Reader, RunningSum, Tally, terms_in
 from fedapp.stages import AGGREGATE, TRANSFER
 
 Collect = Callable[[], Iterable[ExactSum | None]]
-"""What brings the sum of each slot, None where it is lost; to be used before the next is asked for."""
+"""What brings the sum of each slot, None where it is lost; to be used before the last is over."""
 Answer = RecordDict | Error | tuple[Tally, int]
 """What a worker sends back: a reply as it is, or what counts of one that it has added, and its bytes."""
 
@@ -73,8 +73,10 @@ class Fold:
             self._adding[slot] = 0
 
     def collect(self) -> Iterator[ExactSum | None]:
-        """The sum of each slot, None where it is spoiled; it is zero again when the next is asked for."""
-        for slot, limbs in enumerate(self._limbs):
-            yield None if slot in self._spoiled else ExactSum(limbs.shape[-1], limbs)
-            limbs[:] = 0
-        self._spoiled.clear()
+        """The sum of each slot where it lies, None where it is spoiled; all are zero again at the end."""
+        try:
+            for slot, limbs in enumerate(self._limbs):
+                yield None if slot in self._spoiled else ExactSum(limbs.shape[-1], limbs)
+        finally:
+            self._limbs[:] = 0
+            self._spoiled.clear()
