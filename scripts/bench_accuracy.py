@@ -33,6 +33,7 @@ CODECS = {
     "scaffold, none": ["strategy=scaffold", "codec=identity", "downlink=coded"],
     "scaffold, 1 bit": ["strategy=scaffold", "codec.rate=1"],
     "scaffold, 0.28 bit": ["strategy=scaffold", "codec.rate=0.28"],
+    "scaffold, 0.28 bit, finer downlink": ["strategy=scaffold", "codec.rate=0.28", "downlink.rate=1.85"],
     "scaffold, 0.28 bit, products": ["strategy=scaffold", "codec.rate=0.28", "codec.products=true"],
     "scaffold, 0.1 bit": ["strategy=scaffold", "codec.rate=0.1"],
 }
@@ -72,7 +73,7 @@ def plot(settings: dict[str, dict[str, list[dict[str, Any]]]], path: Path) -> No
 
     figure, axes = pyplot.subplots(1, len(settings), figsize=(5.6 * len(settings), 4.4), squeeze=False)
     for axis, (setting, runs) in zip(axes[0], settings.items(), strict=True):
-        for index, (name, mark) in enumerate(zip(CODECS, "sooo^vDPs****", strict=True)):
+        for index, (name, mark) in enumerate(zip(CODECS, "sooo^vDPs*****", strict=True)):
             color = pyplot.get_cmap("tab20")(index)
             if name not in runs:
                 continue
