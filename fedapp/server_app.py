@@ -66,12 +66,17 @@ def main(grid: Grid, context: Context) -> None:
         folder.clear()
 
 
+def _served() -> bool:
+    """Whether `fedapp server` has started this, whose clients keep on their disks what they go on with."""
+    return "FEDAPP_RUNS" in os.environ
+
+
 def _placed(tree: DictConfig, run_id: int) -> Path | None:
     """On a server with a place for run folders, that is where they are, whatever was asked for.
 
     There `resume` names an earlier run by its id. Raises ConfigError where it names anything else.
     """
-    if "FEDAPP_RUNS" not in os.environ:
+    if not _served():
         return None
     runs = Path(os.environ["FEDAPP_RUNS"])
     tree.run_dir = str(runs / str(run_id))
@@ -246,8 +251,9 @@ def _told(federation: Federation, begin: Start) -> Iterator[str]:
         begin.state is not None
         and isinstance(job.codec, ErrorFeedback)
         and not isinstance(federation.grid, LocalGrid)
+        and not _served()
     ):
-        yield "Stock SuperNodes begin anew: what error feedback kept back on them is lost"
+        yield "Nodes begin anew: what error feedback kept back on them is lost"
 
 
 def _charged(repeated: int) -> str:

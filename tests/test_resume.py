@@ -41,6 +41,7 @@ from fedapp.report import folder as report_folder
 from fedapp.report.folder import RunFolder, alone
 from fedapp.report.progress import Progress
 from fedapp.report.summary import Summary, read_summary
+from fedapp.resume import Start
 from fedapp.rounds import Federation
 from fedapp.tasks import classification
 from fedapp.training import DpSgd
@@ -482,6 +483,25 @@ def test_a_deployed_run_goes_on_with_nodes_that_remember_nothing(
     for r, e in zip(rounds[3:], expected[3:], strict=True):  # newcomers are sent more
         assert r.pop("downlink_bytes") > e.pop("downlink_bytes") or r["round"] > 4
     assert rounds == expected
+
+
+@pytest.mark.parametrize(
+    ("served", "feedback", "told"), [(False, "true", True), (True, "true", False), (False, "false", False)]
+)
+def test_nodes_are_said_to_begin_anew_where_they_do(
+    served: bool, feedback: str, told: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of `fedapp server` go on with what they have on their disks."""
+    if served:
+        monkeypatch.setenv("FEDAPP_RUNS", str(tmp_path))
+    else:
+        monkeypatch.delenv("FEDAPP_RUNS", raising=False)
+    tree = config.compose(f"{FAST} codec.rate=0.5 codec.feedback={feedback}")
+    job = config.job(tree)
+    federation = Federation(job, Elsewhere(client_app.client_app(lambda _: job), [5, 6, 7, 8, 9]))
+    begin = Start(tree, tmp_path, again=True, state=federation.state())
+    assert any("begin anew" in said for said in server_app._told(federation, begin)) == told
+    assert not any("anew" in said for said in server_app._told(federation, Start(tree, tmp_path)))
 
 
 def test_in_a_deployment_all_settings_are_compared() -> None:
