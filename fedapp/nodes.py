@@ -168,17 +168,29 @@ def checks(grid: Grid, job: Job, nodes: Iterable[int], at: int) -> list[dict[str
     Nothing under privacy, of nodes whose policy lets nothing out, and of data that come with a task. These
     messages are not among the bytes of rounds.
     """
-    task = job.task.source if isinstance(job.task, Stream) else job.task
-    if job.privacy.unit is not None or not isinstance(task, (Csv, ImageFolder)):
-        return []
     if isinstance(grid, LocalGrid):
+        task = _checked(job)
         parts = ({"partition-id": i, "num-partitions": job.clients} for i in grid.partitions.values())
-        return [dict(of_data(job.task.client_data(part), task.labels).counts) for part in parts]
-    asked = [Message(question(at), node, "query.check") for node in nodes]
-    found = []
-    for reply in stream(grid, asked, job.round_timeout):
-        told = reply.content.config_records.get(CONFIG) if reply.has_content() else None
-        said = dict(told or ConfigRecord())
-        counts = {name: n for name in COUNTS if isinstance(n := said.get(name), int) and 0 <= n < 2**53}
-        found += [counts] if counts else []
-    return found
+        return [dict(of_data(job.task.client_data(p), task.labels).counts) for p in parts] if task else []
+    replies = stream(grid, check_questions(job, nodes, at), job.round_timeout)
+    return [counts for reply in replies if (counts := counts_in(reply))]
+
+
+def check_questions(job: Job, nodes: Iterable[int], at: int) -> list[Message]:
+    """What nodes are asked of their data's quality before round `at`; nothing where none is to tell."""
+    if _checked(job) is None:
+        return []
+    return [Message(question(at), node, f"{MessageType.QUERY}.check") for node in nodes]
+
+
+def counts_in(reply: Message) -> dict[str, int]:
+    """What a node told of its data's quality; nothing where its answer is none of ours."""
+    told = reply.content.config_records.get(CONFIG) if reply.has_content() else None
+    said = dict(told or ConfigRecord())
+    return {name: n for name in COUNTS if isinstance(n := said.get(name), int) and 0 <= n < 2**53}
+
+
+def _checked(job: Job) -> Csv | ImageFolder | None:
+    """The task whose data a check is of, if there is one that may tell."""
+    task = job.task.source if isinstance(job.task, Stream) else job.task
+    return task if job.privacy.unit is None and isinstance(task, (Csv, ImageFolder)) else None

@@ -2,7 +2,7 @@
 
 A node that comes later takes a partition that has no node now: one that nobody has held yet, or the one that
 it tells, as a participant does that comes back under another key. Between rounds it is asked, and its answer
-looked for; no round waits for that.
+looked for; no round waits for that, nor for what it then counts of its data.
 """
 
 from collections.abc import Mapping
@@ -19,7 +19,17 @@ from fedapp.engine.local import LocalGrid
 from fedapp.errors import FedappError
 from fedapp.facts import Facts
 from fedapp.job import Job
-from fedapp.nodes import facts, facts_in, facts_questions, held_by, partitions, question
+from fedapp.nodes import (
+    check_questions,
+    checks,
+    counts_in,
+    facts,
+    facts_in,
+    facts_questions,
+    held_by,
+    partitions,
+    question,
+)
 from fedapp.replies import refuse
 
 
@@ -47,6 +57,7 @@ class Places:
 
     nodes: by partition, in this order, since a node's id is random. partitions: by node; with those that have
     left, for what they were asked may end after that. facts: by partition, nothing where there is no node.
+    checks: what each node has told of its data's quality, nobody's name in it.
     """
 
     def __init__(self, job: Job, grid: Grid, first: int) -> None:
@@ -60,7 +71,9 @@ class Places:
         told = facts(grid, job, self.partitions, first)
         at = map(self.nodes.get, range(job.clients))
         self.facts = [Facts() if node is None else told.get(node, Facts()) for node in at]
+        self.checks = checks(grid, job, self.nodes.values(), first)
         self._late, self._open = dict[int, Late](), dict[str, Message]()  # by node; questions, by message id
+        self._unchecked = dict[str, Message]()  # as well, to nodes that have joined
 
     @property
     def held(self) -> Mapping[int, int]:
@@ -73,6 +86,7 @@ class Places:
             return []
         here = set(self._grid.get_node_ids())
         empty = {place for place in range(self._job.clients) if self.nodes.get(place) not in here}
+        self.hear_checks()
         if not empty:
             return []
         self._late = {node: late for node, late in self._late.items() if node in here}
@@ -85,10 +99,21 @@ class Places:
         asked = [Message(question(number), node, MessageType.QUERY) for node in nodes]
         if self._job.selection.asks:
             asked += facts_questions(self._job, nodes, number)
+        self._open |= self._pushed(asked)
+        self._late |= {node: Late(facts=None if self._job.selection.asks else Facts()) for node in nodes}
+
+    def _pushed(self, asked: list[Message]) -> dict[str, Message]:
+        """Ask what is answered some rounds later; returns the questions by their ids."""
         for message in asked:
             message.metadata.ttl = self._job.round_timeout
-        self._open |= push(self._grid, asked) if asked else {}
-        self._late |= {node: Late(facts=None if self._job.selection.asks else Facts()) for node in nodes}
+        return push(self._grid, asked) if asked else {}
+
+    def hear_checks(self) -> None:
+        """Take what nodes that have joined have counted by now."""
+        for reply in self._grid.pull_messages(self._unchecked.keys()) if self._unchecked else ():
+            asked = self._unchecked.pop(reply.metadata.reply_to_message_id, None)
+            if asked is not None and (counts := counts_in(answer(asked, reply))):
+                self.checks.append(counts)
 
     def _hear(self, empty: set[int]) -> None:
         """Take the answers that are there. Who sends an error, as another fedapp does, stands by."""
@@ -128,4 +153,6 @@ class Places:
         self.facts[place] = late.facts or Facts()
         as_new = "joins" if left is None else f"takes over from node {left}, which has left,"
         log(WARNING, "round %s: node %s %s with partition %s", number, node, as_new, place)
+        # Not before: who stands by need not tell.
+        self._unchecked |= self._pushed(check_questions(self._job, [node], number))
         return Taken(place, left, own=late.holds is not None and late.holds < 0)

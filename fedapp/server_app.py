@@ -26,7 +26,6 @@ from fedapp.engine.flower import Flower
 from fedapp.engine.local import Local, LocalGrid
 from fedapp.errors import ConfigError, FedappError
 from fedapp.job import Job
-from fedapp.nodes import checks
 from fedapp.privacy.begun import Begun
 from fedapp.privacy.central import CentralGaussian
 from fedapp.report.folder import Round, RunFolder, alone
@@ -164,8 +163,7 @@ def _run(
     failure: BaseException | None = None
     for said in _told(federation, begin):
         console.print(said, soft_wrap=True, markup=False, highlight=False)
-    if found := checks(grid, job, federation.places.nodes.values(), federation.finished + 1):
-        folder.write_checks(found)
+    folder.write_checks(federation.places.checks)
     checkpoints = Checkpoints(folder.checkpoint, job.checkpointed)
     startup = time.perf_counter() - started
     try:
@@ -179,11 +177,13 @@ def _run(
                     took = asdict(before.plus(startup, started))
                     state = {"config": settings, "took": took, "federation": federation.state()}
                     checkpoints.save(federation.finished, state, grid)
+        federation.places.hear_checks()
     except (KeyboardInterrupt, FedappError) as error:
         failure = error
         for record in federation.rest():
             folder.append(record)
     summary = _summary(job, federation, folder.rounds(), before.plus(startup, started), failure)
+    folder.write_checks(federation.places.checks)  # with those of nodes that came later
     folder.write_summary(summary)
     folder.write_model(federation.arrays.to_torch_state_dict())
     if job.profile:

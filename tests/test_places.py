@@ -1,6 +1,7 @@
 """Nodes that come when a run is under way, and those that come back under another key."""
 
 import io
+import json
 import logging
 from collections.abc import Iterable
 from pathlib import Path
@@ -12,14 +13,14 @@ from flwr.common.constant import ErrorCode
 from grids import Elsewhere, all_of, bits
 from rich.console import Console
 
-from fedapp import config
+from fedapp import config, server_app
 from fedapp.client_app import client_app
 from fedapp.deploy.frames import round_of
 from fedapp.errors import ConfigError
 from fedapp.job import Job
 from fedapp.privacy.begun import Begun
 from fedapp.records import CONFIG
-from fedapp.report.folder import Round
+from fedapp.report.folder import Round, RunFolder
 from fedapp.report.progress import Progress
 from fedapp.rounds import Federation
 from fedapp.scaffold import COUNTED
@@ -161,6 +162,39 @@ def test_who_comes_late_is_drawn_by_what_it_has_and_tests_too() -> None:
     facts, selection = federation.places.facts, federation.job.selection
     assert all(node.examples for node in facts)
     assert federation._wire._least == selection.least_weight(facts, 1) > 0
+
+
+@pytest.mark.parametrize("after", [1, 2])
+def test_who_comes_late_tells_of_its_data_once_it_has_a_place(tmp_path: Path, after: int) -> None:
+    """Even who comes in the last round, which is the third; who stands by is not asked."""
+    rows = "".join(f"{20 + i % 50},{'yes' if i % 3 else 'no'}\n" for i in range(20))
+    (tmp_path / "table.csv").write_text(f"age,sick\n{rows}")
+    rules = "tasks: [csv]\nprivacy: [none]\nmetrics: [num-examples]\ncounts: [examples]\n"
+    (tmp_path / "policy.yaml").write_text(rules)
+
+    def come(grid: Moving) -> None:
+        for node in (8, 9):
+            grid.come(node, 0)
+            grid._contexts[node].node_config = own
+
+    own: Any = {"data": str(tmp_path / "table.csv"), "policy": str(tmp_path / "policy.yaml")}
+    task = "task=csv task.label=sick task.features=[age] task.class_names=[no,yes] codec=identity"
+    tree = config.compose(f"{SMALL} {task} {NONE} rounds=3 run_dir={tmp_path}/run")
+    job = config.job(tree)
+    grid = Moving(job, [5, 6])
+    for context in grid._contexts.values():
+        context.node_config = own
+
+    class Joined(RunFolder):
+        def append(self, r: Round, lasting: bool = True) -> None:
+            super().append(r, lasting)
+            if r.round == after:
+                come(grid)
+
+    folder = Joined(tmp_path / "run")
+    server_app.run(job, tree, grid, folder, Console(file=io.StringIO()), 0.0)
+    assert grid.asked("query.check") == [5, 6, 8]
+    assert json.loads((tmp_path / "run/data.json").read_text())["counts"] == [{"examples": 20}] * 3
 
 
 def rekey(grid: Moving) -> None:

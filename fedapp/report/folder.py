@@ -73,8 +73,12 @@ class RunFolder:
         write_text(self.path / "labels.json", json.dumps({"counts": rows}))
 
     def write_checks(self, counts: list[dict[str, int]]) -> None:
-        """data.json: what clients told of the quality of their data, one object each, nobody's name in it."""
-        write_text(self.path / "data.json", json.dumps({"counts": counts}))
+        """data.json: what clients told of the quality of their data, one object each, nobody's name in it.
+
+        No file where nobody told anything.
+        """
+        if counts:
+            write_text(self.path / "data.json", json.dumps({"counts": counts}))
 
     def append(self, r: Round, lasting: bool = True) -> None:
         """One more line of rounds.jsonl; a failed write leaves nothing.
