@@ -73,7 +73,8 @@ def _served() -> bool:
 def _placed(tree: DictConfig, run_id: int) -> Path | None:
     """On a server with a place for run folders, that is where they are, whatever was asked for.
 
-    There `resume` names an earlier run by its id. Raises ConfigError where it names anything else.
+    There `resume` names an earlier run by its id; one that had written nothing yet begins now, in its place.
+    Raises ConfigError where it names anything else.
     """
     if not _served():
         return None
@@ -84,8 +85,10 @@ def _placed(tree: DictConfig, run_id: int) -> Path | None:
             raise ConfigError(
                 f"resume={tree.resume} is no run id: on a server, name an earlier run by its id"
             )
-        tree.resume = str((runs / str(tree.resume)).resolve())
-    return Path(tree.run_dir)
+        earlier = (runs / str(tree.resume)).resolve()
+        begun = (earlier / "config.yaml").exists()
+        tree.run_dir, tree.resume = (tree.run_dir, str(earlier)) if begun else (str(earlier), None)
+    return runs / str(run_id)
 
 
 def simulate(

@@ -80,6 +80,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 import fedapp
 from fedapp.deploy import front, holding, objects
 from fedapp.deploy.activity import Activity
+from fedapp.deploy.going_on import SILENT
 from fedapp.deploy.state import State
 from fedapp.wire import STREAMED
 
@@ -557,6 +558,10 @@ def test_what_metrics_read_of_runs_and_nodes() -> None:
         "registered", "online", "offline"
     )  # fmt: skip
     assert NodeInfo(status="online").status == "online"
+
+
+def test_what_flower_says_of_a_run_whose_process_is_gone() -> None:
+    assert f'"{SILENT}"' in inspect.getsource(SqlCoreState)
 
 
 def test_a_message_expires() -> None:

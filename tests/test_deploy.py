@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import ssl
 import subprocess
@@ -147,6 +148,23 @@ def test_a_server_killed_in_a_round_goes_on_when_it_is_back(shell: Shell) -> Non
     assert summary["uplink_bytes"] == sum(r["uplink_bytes"] for r in rounds)
     assert summary["accuracy"] > 0.8
     same_as_simulated(shell, settings, shell.home / "got")
+
+
+def test_a_server_killed_before_a_run_had_written_anything_begins_it_again(shell: Shell) -> None:
+    federation, log = Federation(shell, 2), shell._log()
+    submitted = shell.start(f"fedapp submit {SETTINGS} rounds=2 run_dir=got")
+    said, runs = shell.home / ".fedapp/server/log/server.log", shell.home / ".fedapp/server/runs"
+    wait(lambda: "Started task" in said.read_text(), submitted)
+    os.killpg(federation.server.pid, signal.SIGKILL)
+    federation.server.wait()
+    for folder in runs.iterdir():  # where this came late
+        shutil.rmtree(folder)
+    federation.serve()
+    assert submitted.wait(300) == 0
+    assert "goes on with it" in log.read_text()
+    assert [(r["replies"], r["failures"]) for r in lines(shell.home / "got")] == [(2, 0)] * 2
+    (first,) = (folder for folder in runs.iterdir() if not folder.is_symlink())
+    assert f"run {first.name} is submitted" in log.read_text()
 
 
 def test_closing_the_terminal_does_not_stop_a_run_and_no_log_tells_a_secret(shell: Shell) -> None:

@@ -1086,7 +1086,12 @@ def test_a_server_chooses_where_run_folders_are(monkeypatch: pytest.MonkeyPatch,
     assert server_app._placed(tree, 5) == tmp_path / "5"
     assert tree.run_dir == str(tmp_path / "5")
     tree.resume = 4
-    server_app._placed(tree, 6)
+    assert server_app._placed(tree, 6) == tmp_path / "6"
+    assert (tree.run_dir, tree.resume) == (str(tmp_path / "4"), None)  # it had written nothing
+    (tmp_path / "4").mkdir()
+    (tmp_path / "4/config.yaml").write_text("rounds: 5\n")
+    tree.resume = 4
+    assert server_app._placed(tree, 6) == tmp_path / "6"
     assert tree.resume == str(tmp_path / "4")
     tree.resume = "../elsewhere"
     with pytest.raises(ConfigError, match="no run id"):

@@ -171,13 +171,13 @@ def test_who_comes_late_tells_of_its_data_once_it_has_a_place(tmp_path: Path, af
     (tmp_path / "table.csv").write_text(f"age,sick\n{rows}")
     rules = "tasks: [csv]\nprivacy: [none]\nmetrics: [num-examples]\ncounts: [examples]\n"
     (tmp_path / "policy.yaml").write_text(rules)
+    own: Any = {"data": str(tmp_path / "table.csv"), "policy": str(tmp_path / "policy.yaml")}
 
-    def come(grid: Moving) -> None:
+    def arrive(grid: Moving) -> None:
         for node in (8, 9):
             grid.come(node, 0)
             grid._contexts[node].node_config = own
 
-    own: Any = {"data": str(tmp_path / "table.csv"), "policy": str(tmp_path / "policy.yaml")}
     task = "task=csv task.label=sick task.features=[age] task.class_names=[no,yes] codec=identity"
     tree = config.compose(f"{SMALL} {task} {NONE} rounds=3 run_dir={tmp_path}/run")
     job = config.job(tree)
@@ -189,7 +189,7 @@ def test_who_comes_late_tells_of_its_data_once_it_has_a_place(tmp_path: Path, af
         def append(self, r: Round, lasting: bool = True) -> None:
             super().append(r, lasting)
             if r.round == after:
-                come(grid)
+                arrive(grid)
 
     folder = Joined(tmp_path / "run")
     server_app.run(job, tree, grid, folder, Console(file=io.StringIO()), 0.0)

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from flwr.common.constant import ISOLATION_MODE_PROCESS, TRANSPORT_TYPE_GRPC_RERE
+from flwr.supercore.date import now
 from flwr.superlink.auth_plugin import NoOpControlAuthnPlugin
 from flwr.superlink.cli.flower_superlink import SuperLinkLifespan
 from flwr.superlink.config_loader import SuperLinkLifespanConfig
@@ -64,7 +65,7 @@ class Server:
 
     async def run(self) -> None:
         """Serve until SIGINT or SIGTERM; SIGHUP takes a renewed certificate."""
-        said = self.check()
+        said, began = self.check(), now()
         over, loop, secret = asyncio.Event(), asyncio.get_running_loop(), secrets.token_bytes(32)
         for name in ("flwr", "runs", "log"):
             (self.folder / name).mkdir(mode=0o700, exist_ok=True)
@@ -80,9 +81,8 @@ class Server:
             try:
                 print(self._next(listening.public, said), flush=True)
                 _log.info("serving on %s port %d, %s", self.host, listening.public, said)
-                threading.Thread(
-                    target=take_up, args=(self._access(), self.folder / "runs"), daemon=True
-                ).start()
+                left = self._access(), self.folder / "runs", began
+                threading.Thread(target=take_up, args=left, daemon=True).start()
                 await asyncio.wait({copying, ending, *listening.tasks}, return_when=asyncio.FIRST_COMPLETED)
                 if not over.is_set():
                     raise FedappError(f"a part of it ended: see {self.folder / 'log'}, and start it again")
