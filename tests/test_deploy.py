@@ -5,9 +5,12 @@ import os
 import re
 import shutil
 import signal
+import sqlite3
 import ssl
 import subprocess
 import time
+from contextlib import closing
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,7 @@ import httpx
 import pytest
 from shell import Shell, free_port, wait
 
+from fedapp.privacy.accounting import Gaussian, epsilon
 from fedapp.privacy.ledger import Ledger
 
 pytestmark = pytest.mark.slow
@@ -148,6 +152,60 @@ def test_a_server_killed_in_a_round_goes_on_when_it_is_back(shell: Shell) -> Non
     assert summary["uplink_bytes"] == sum(r["uplink_bytes"] for r in rounds)
     assert summary["accuracy"] > 0.8
     same_as_simulated(shell, settings, shell.home / "got")
+
+
+def test_a_private_run_goes_on_and_ledgers_and_summary_count_what_left(shell: Shell) -> None:
+    """The server dies in round 2, which one client has answered and the other has not been asked for.
+
+    Both are asked for it anew, by a run of another number, which can have no stored reply of the first: so
+    both times are charged to whom they reached, the server counts them for all, and the last round is left.
+    """
+    ledgers = [shell.home / f"ledger{client}.db" for client in (0, 1)]
+    for path in ledgers:
+        Ledger(path, new=True).set_limit("data", "example", 50, 1e-5)
+    federation = Federation(shell, 2, "--ledger ledger{number}.db")
+    settings = "task=digits model=logistic privacy=example clients=2 rounds=4"
+    submitted = shell.start(f"fedapp submit {settings} run_dir=got")
+    wait(lambda: "round 1: train took" in federation.said(1), submitted)
+    os.killpg(federation.clients[1].pid, signal.SIGSTOP)
+    wait(lambda: "round 2: train took" in federation.said(0), submitted)
+    os.killpg(federation.server.pid, signal.SIGKILL)
+    federation.server.wait()
+    os.killpg(federation.clients[1].pid, signal.SIGCONT)
+    federation.serve()
+    assert submitted.wait(400) == 0
+    (folder,) = (run for run in (shell.home / ".fedapp/server/runs").iterdir() if not run.is_symlink())
+    (link,) = (run for run in folder.parent.iterdir() if run.is_symlink())
+    assert link.resolve() == folder  # one experiment
+    charged = [charges(path, int(folder.name), int(link.name)) for path in ledgers]
+    assert charged[0] == ([1, 2], [2, 3])
+    assert charged[1] in (([1], [2, 3]), ([1, 2], [2, 3]))  # where its work had begun when it was stopped
+    rounds = lines(shell.home / "got")
+    assert [(r["round"], r["replies"], r["failures"]) for r in rounds] == [(n, 2, 0) for n in (1, 2, 3)]
+    summary = json.loads((shell.home / "got/summary.json").read_text())
+    assert summary["uplink_bytes"] == sum(r["uplink_bytes"] for r in rounds)
+    assert "1 round was begun and not finished" in summary["note"]
+    assert "the budget ends after round 3 of 4" in summary["note"]
+    (release,) = released(ledgers[0])  # all that it holds are alike
+    four = replace(release, count=4 * release.count)
+    assert summary["releases"] == [asdict(four)]
+    assert summary["epsilon"] == epsilon((four,), 1e-5).epsilon <= 8
+    assert summary["epsilon"] < Ledger(ledgers[0]).spent("data")["example"]  # a filter, which is dearer
+
+
+def charges(ledger: Path, *runs: int) -> tuple[list[int], ...]:
+    """The rounds that a ledger holds of each of these runs, and none of others."""
+    with closing(sqlite3.connect(ledger)) as db:
+        held = db.execute("SELECT run, round FROM events ORDER BY number").fetchall()
+    found = {run: [at for name, at in held if name.partition("/")[0] == str(run)] for run in runs}
+    assert sum(map(len, found.values())) == len(held)
+    return tuple(found.values())
+
+
+def released(ledger: Path) -> set[Gaussian]:
+    with closing(sqlite3.connect(ledger)) as db:
+        texts = db.execute("SELECT DISTINCT release FROM events").fetchall()
+    return {Gaussian(**json.loads(text)) for (text,) in texts}
 
 
 def test_a_server_killed_before_a_run_had_written_anything_begins_it_again(shell: Shell) -> None:
