@@ -287,6 +287,29 @@ def private(federation: Federation) -> None:
         assert not [secret for secret in secrets if secret in said], log
 
 
+def test_a_researcher_elsewhere_needs_an_address_and_two_files(shell: Shell) -> None:
+    """At a home of its own, with nothing of the server's but copies of ca.pem and operator.token."""
+    federation, seat = Federation(shell, 2), shell.home / "seat"
+    seat.mkdir()
+    for name in ("ca.pem", "operator.token"):
+        shutil.copy(shell.home / ".fedapp/server" / name, seat)
+    at = f"env HOME={seat} "
+    there = f"FEDAPP_SERVER=127.0.0.1:{federation.port} FEDAPP_CA=ca.pem FEDAPP_TOKEN_FILE=operator.token "
+    log = shell._log()
+    assert shell.start(f"{at} fedapp submit {SETTINGS}", home="seat").wait(120) == 1
+    assert "operator.token" in log.read_text()
+    submitted = shell.start(f"{at}{there} fedapp submit {SETTINGS} rounds=2 run_dir=got", home="seat")
+    assert submitted.wait(300) == 0
+    assert {path.name for path in (seat / "got").iterdir()} == {
+        *("config.yaml", "model.safetensors", "report.html", "rounds.jsonl", "summary.json")
+    }
+    assert [(r["replies"], r["failures"]) for r in lines(seat / "got")] == [(2, 0)] * 2
+    listed = shell._log()
+    assert shell.start(f"{at}{there} fedapp runs list", home="seat").wait(120) == 0
+    assert "completed" in listed.read_text()
+    assert not (seat / ".fedapp").exists()
+
+
 def test_settings_that_make_no_job_are_told_before_anything_is_sent(shell: Shell) -> None:
     log = shell._log()
     assert shell.start("fedapp submit codec.rate=-1").wait(120) == 1
