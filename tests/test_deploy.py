@@ -287,6 +287,34 @@ def private(federation: Federation) -> None:
         assert not [secret for secret in secrets if secret in said], log
 
 
+def test_a_run_that_was_stopped_waits_for_who_resumes_it(shell: Shell) -> None:
+    """Whatever becomes of the server meanwhile; it then ends as one that nobody stopped.
+
+    (A coded downlink begins anew with what it sends, so only a plain one leaves the same bits.)
+    """
+    federation = Federation(shell, 2)
+    settings = f"{SETTINGS} downlink=plain rounds=6 trainer.epochs=40 checkpoint=0"
+    log = shell._log()
+    submitted = shell.start(f"fedapp submit {settings} run_dir=got")
+    wait(lambda: "round 2: train took" in federation.said(0), submitted)
+    number = log.read_text().partition("run ")[2].split()[0]
+    assert f"run {number} is stopped" in shell.run(f"fedapp runs stop {number}")
+    assert submitted.wait(60) == 1
+    assert f"run {number} stopped" in log.read_text()
+    folder = shell.home / ".fedapp/server/runs" / number
+    wait(lambda: (folder / "summary.json").exists(), federation.server)
+    federation.server.send_signal(signal.SIGTERM)
+    assert federation.server.wait(60) == 0
+    federation.serve()
+    resumed = shell.run(f"fedapp runs resume {number} --into again", timeout=300)
+    assert "Going on after round" in resumed
+    rounds = lines(shell.home / "again")
+    assert [(r["round"], r["replies"], r["failures"]) for r in rounds] == [(n, 2, 0) for n in range(1, 7)]
+    same_as_simulated(shell, settings, shell.home / "again")
+    listed = shell.run("fedapp runs list")
+    assert (listed.count("stopped"), listed.count("completed")) == (1, 1)
+
+
 def test_a_researcher_elsewhere_needs_an_address_and_two_files(shell: Shell) -> None:
     """At a home of its own, with nothing of the server's but copies of ca.pem and operator.token."""
     federation, seat = Federation(shell, 2), shell.home / "seat"
