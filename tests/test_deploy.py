@@ -290,6 +290,7 @@ def private(federation: Federation) -> None:
 def test_a_run_that_was_stopped_waits_for_who_resumes_it(shell: Shell) -> None:
     """Whatever becomes of the server meanwhile; it then ends as one that nobody stopped.
 
+    So does one that was stopped while it waited for nodes, and has no summary.
     (A coded downlink begins anew with what it sends, so only a plain one leaves the same bits.)
     """
     federation = Federation(shell, 2)
@@ -303,6 +304,10 @@ def test_a_run_that_was_stopped_waits_for_who_resumes_it(shell: Shell) -> None:
     assert f"run {number} stopped" in log.read_text()
     folder = shell.home / ".fedapp/server/runs" / number
     wait(lambda: (folder / "summary.json").exists(), federation.server)
+    shell.run(f"fedapp submit --detach {settings} clients=3", timeout=120)
+    wait(lambda: len(list(folder.parent.glob("*/config.yaml"))) == 2, federation.server)
+    (other,) = (run.name for run in folder.parent.iterdir() if run.name != number)
+    shell.run(f"fedapp runs stop {other}")
     federation.server.send_signal(signal.SIGTERM)
     assert federation.server.wait(60) == 0
     federation.serve()
@@ -312,7 +317,8 @@ def test_a_run_that_was_stopped_waits_for_who_resumes_it(shell: Shell) -> None:
     assert [(r["round"], r["replies"], r["failures"]) for r in rounds] == [(n, 2, 0) for n in range(1, 7)]
     same_as_simulated(shell, settings, shell.home / "again")
     listed = shell.run("fedapp runs list")
-    assert (listed.count("stopped"), listed.count("completed")) == (1, 1)
+    assert (listed.count("stopped"), listed.count("completed"), listed.count("running")) == (2, 1, 0)
+    assert len(list(folder.parent.iterdir())) == 3
 
 
 def test_a_researcher_elsewhere_needs_an_address_and_two_files(shell: Shell) -> None:

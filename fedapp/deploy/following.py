@@ -82,9 +82,9 @@ def fetch(at: Access, number: int, into: Path | None) -> None:
     print(f"Run folder: {into}")
 
 
-def of(at: Access, number: int | None = None) -> list[Run]:
-    """The runs of a server, the newest first; or the one asked for."""
-    request = ListRunsRequest(run_id=number) if number is not None else ListRunsRequest(limit=_SHOWN)
+def of(at: Access, number: int | None = None, most: int = _SHOWN) -> list[Run]:
+    """The runs of a server, the newest first, or the one asked for. Raises FedappError."""
+    request = ListRunsRequest(run_id=number) if number is not None else ListRunsRequest(limit=most)
     with at.control() as client:
         found = [run_from_proto(one) for one in client.ListRuns(request).run_dict.values()]
     return sorted(found, key=lambda run: run.pending_at, reverse=True)

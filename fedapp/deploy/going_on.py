@@ -17,6 +17,7 @@ from fedapp.errors import ConfigError, FedappError
 from fedapp.report.folder import alone
 
 _MOST = 3  # times that one experiment is taken up again by itself: what fails each time is left to people
+_LOOKED_AT = 1000  # runs, the newest
 _FREE_S = 60.0  # for the processes of a server that was killed to be gone
 SILENT = "No heartbeat received from the task"  # what Flower says of a process that is gone
 _log = logging.getLogger("fedapp.server")
@@ -29,58 +30,40 @@ def take_up(at: Access, runs: Path, since: datetime) -> None:
     taken up is logged.
     """
     try:
-        folders = [*broken_off(runs), *(runs / str(number) for number in unbegun(of(at), runs, since))]
+        left = list(broken_off(of(at, most=_LOOKED_AT), runs, since))
     except FedappError as error:
         _log.error("what was broken off is not known (%s): fedapp runs list, fedapp runs resume RUN", error)
         return
-    for folder in folders:
-        _take_up(at, folder)
+    for number in left:
+        try:
+            _wait(runs / str(number))
+            _take_up(at, number)
+        except FedappError as error:
+            _log.error("run %d cannot be taken up again (%s): fedapp runs resume %d", number, error, number)
 
 
-def _take_up(at: Access, folder: Path) -> None:
-    try:
-        _wait(folder)
-        known = of(at)
-        first = (
-            next((run for run in known if run.run_id == int(folder.name)), None)
-            or of(at, int(folder.name))[0]
-        )
-        with at.control() as client:
-            new = go_on(client, first)
-            _log.warning("run %s goes on as run %d", folder.name, new)
-            for run in known:
-                if _origin(run) == first.run_id and run.status.status != Status.FINISHED:
-                    client.StopRun(StopRunRequest(run_id=run.run_id))
-    except (FedappError, IndexError) as error:
-        _log.error(
-            "run %s cannot be taken up again (%s): fedapp runs resume %s", folder.name, error, folder.name
-        )
+def broken_off(known: Iterable[Run], runs: Path, since: datetime) -> Iterator[int]:
+    """The experiments whose processes a server's end took along; one that ended, or was stopped, is none.
 
-
-def broken_off(runs: Path) -> Iterator[Path]:
-    """The folders of runs that began and neither ended nor were stopped: then there would be a summary."""
-    for folder in sorted(runs.iterdir()):
-        if folder.is_symlink() or not folder.name.isdecimal():
-            continue
-        begun, ended = (folder / "config.yaml").exists(), (folder / "summary.json").exists()
-        later = sum(link.is_symlink() and link.resolve() == folder.resolve() for link in runs.iterdir())
-        if begun and not ended and later < _MOST:
-            yield folder
-
-
-def unbegun(known: Iterable[Run], runs: Path, since: datetime) -> Iterator[int]:
-    """The experiments whose processes a server's end took along before they had written their settings.
-
-    `known` runs, the newest first, of which those that are `since` then are this server's. A run that had no
-    process yet needs nothing: it gets one.
+    `known` runs, the newest first. One that had no process yet needs nothing: Flower starts it.
     """
     tried = dict[int, list[Run]]()
     for run in known:
         tried.setdefault(_origin(run), []).append(run)
     for number, (newest, *before) in tried.items():
-        begun = (runs / str(number) / "config.yaml").exists()
-        if not begun and _cut_short(newest, since) and len(before) < _MOST:
+        ended = (runs / str(number) / "summary.json").exists()
+        if not ended and _cut_short(newest, since) and len(before) < _MOST:
             yield number
+
+
+def _take_up(at: Access, number: int) -> None:
+    (first,), known = of(at, number), of(at, most=_LOOKED_AT)
+    with at.control() as client:
+        new = go_on(client, first)
+        _log.warning("run %d goes on as run %d", number, new)
+        for run in known:
+            if _origin(run) == number and run.status.status != Status.FINISHED:
+                client.StopRun(StopRunRequest(run_id=run.run_id))
 
 
 def _cut_short(run: Run, since: datetime) -> bool:
