@@ -46,7 +46,7 @@ class Shell:
         self._running.append(process)
         return process
 
-    def run(self, command: str, timeout: float = 60) -> str:
+    def run(self, command: str, timeout: float = 120) -> str:
         """Run a command to its end, which must come in time and be a success; returns what it said."""
         log = self._log()
         assert self.start(command).wait(timeout) == 0, command
