@@ -14,12 +14,12 @@ from numpy.typing import NDArray
 from scipy.special import logsumexp
 from test_mechanisms import WRONG, is_noise_of
 
+from fedapp.codec.rotate import rotated, rotated_back
 from fedapp.errors import ConfigError, DecodeError, FedappError
 from fedapp.privacy import accounting, distributed
 from fedapp.privacy.accounting import ORDERS
 from fedapp.privacy.discrete import discrete_gaussian
 from fedapp.privacy.distributed import DistributedGaussian, Terms
-from fedapp.privacy.integer_sum import rotated, rotated_back
 from fedapp.privacy.secret import Secret, source
 
 Vector = NDArray[np.float32]

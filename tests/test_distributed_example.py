@@ -20,6 +20,7 @@ from torch import nn
 from torch.func import functional_call, grad, vmap
 
 from fedapp import config
+from fedapp.codec.rotate import rotated_back
 from fedapp.dp_step import DpStep, Step
 from fedapp.errors import ConfigError, DecodeError, FedappError
 from fedapp.job import Job
@@ -27,7 +28,6 @@ from fedapp.models import Cnn, Logistic, Mlp
 from fedapp.privacy import distributed_example
 from fedapp.privacy.accounting import ORDERS, Gaussian, epsilon, rdp
 from fedapp.privacy.distributed_example import DistributedExample, StepTerms
-from fedapp.privacy.integer_sum import rotated_back
 from fedapp.privacy.policy import Policy, PolicyRefusal
 from fedapp.privacy.secret import source
 from fedapp.tasks import Data

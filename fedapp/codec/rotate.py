@@ -103,6 +103,37 @@ def hadamard(x: NDArray[Any], block: int = _BLOCK) -> None:
         blocks *= x.dtype.type(1 / math.sqrt(width))
 
 
+def rotated(x: NDArray[np.float64], turn: bytes) -> NDArray[np.float64]:
+    """Two Walsh-Hadamard transforms behind random signs, of the first `width` values, then of the last.
+
+    They reach every value, each in a transform of more than half of all, and nothing is filled in.
+    """
+    x = x.copy()
+    for part, signs in _turns(x, turn):
+        part *= signs
+        hadamard(part, len(part))
+    return x
+
+
+def rotated_back(x: NDArray[np.float64], turn: bytes) -> NDArray[np.float64]:
+    x = x.copy()
+    for part, signs in reversed(_turns(x, turn)):
+        hadamard(part, len(part))
+        part *= signs
+    return x
+
+
+def _turns(x: NDArray[np.float64], turn: bytes) -> list[tuple[NDArray[np.float64], NDArray[np.int8]]]:
+    span = width(len(x))
+    signs = seed.signs(turn, 2 * span)
+    return [(x[:span], signs[:span]), (x[-span:], signs[span:])]
+
+
+def width(count: int) -> int:
+    """The largest power of two within the count."""
+    return 1 << count.bit_length() - 1
+
+
 def _padded(count: int) -> int:
     """The next number of values that blocks of 4096 and a last power of two hold."""
     full, left = divmod(count, _BLOCK)

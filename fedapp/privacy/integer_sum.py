@@ -1,4 +1,4 @@
-"""Sums of whole numbers under noise that clients share: how far they reach, how they are rotated and read."""
+"""Sums of whole numbers under noise that clients share: how far they reach, how they are read."""
 
 import math
 from typing import Any
@@ -6,8 +6,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fedapp.codec import seed
-from fedapp.codec.rotate import hadamard
+from fedapp.codec.rotate import width
 from fedapp.errors import DecodeError, FedappError
 
 WRAPS = 1e-6  # the chance at most that any coordinate of a round's sum leaves the modulus
@@ -45,34 +44,3 @@ def lifted(
     half = 1 << bits - 1
     whole: NDArray[np.int64] = (total.astype(np.int64) + half & 2 * half - 1) - half
     return whole
-
-
-def rotated(x: NDArray[np.float64], turn: bytes) -> NDArray[np.float64]:
-    """Two Walsh-Hadamard transforms behind random signs, of the first `width` values, then of the last.
-
-    They reach every value, each in a transform of more than half of all, and nothing is filled in.
-    """
-    x = x.copy()
-    for part, signs in _turns(x, turn):
-        part *= signs
-        hadamard(part, len(part))
-    return x
-
-
-def rotated_back(x: NDArray[np.float64], turn: bytes) -> NDArray[np.float64]:
-    x = x.copy()
-    for part, signs in reversed(_turns(x, turn)):
-        hadamard(part, len(part))
-        part *= signs
-    return x
-
-
-def _turns(x: NDArray[np.float64], turn: bytes) -> list[tuple[NDArray[np.float64], NDArray[np.int8]]]:
-    span = width(len(x))
-    signs = seed.signs(turn, 2 * span)
-    return [(x[:span], signs[:span]), (x[-span:], signs[span:])]
-
-
-def width(count: int) -> int:
-    """The largest power of two within the count."""
-    return 1 << count.bit_length() - 1
