@@ -35,7 +35,7 @@ _NAMES = {  # group: where its classes live, and which
         "prune.TopK prune.RandomMask quantize.DeadZone uniform.Uniform uniform.Stochastic uniform.Dither "
         "rate_distortion.default rate_distortion.RateDistortion "
         "ternary.Ternary sign.Sign rotate.Eden lowrank.LowRank entropy.Ans huffman.Huffman zstd.Zstd "
-        "founding.rules founding.RandomPrune founding.FixedPoint per_layer.PerLayer",
+        "founding.rules founding.RandomPrune founding.FixedPoint per_layer.PerLayer public_step.PublicStep",
     ),
     "downlink": ("fedapp.downlink", "Plain Coded"),
     "strategy": (

@@ -20,6 +20,7 @@ from fedapp.codec.lowrank import LowRank
 from fedapp.codec.packet import decode_update, pack, unpack
 from fedapp.codec.per_layer import PerLayer
 from fedapp.codec.prune import RandomMask, TopK
+from fedapp.codec.public_step import PublicStep
 from fedapp.codec.quantize import DeadZone
 from fedapp.codec.rate_distortion import RateDistortion, default  # noqa: F401  (by name in eval)
 from fedapp.codec.rotate import Eden
@@ -92,6 +93,8 @@ CODECS: dict[str, Codec] = {
     "eden_of_four_bits": Eden(4),
     "eden_biased": Eden(2, unbiased=False),
     "feedback_eden": staged(Eden(1, unbiased=False), feedback=True),
+    "public_step": PublicStep(),
+    "public_step_fine": PublicStep(8, 0.05, norm=2000.0),
     "low_rank": LowRank(2),
     "feedback_low_rank": staged(LowRank(2), feedback=True),
 }
@@ -107,7 +110,7 @@ LOSSY = ("default", "default_low_rate", "trellis", "trellis_low_rate", "dead_zon
          "fixed_point_drop", "per_layer")  # fmt: skip
 UNBIASED = ("identity", "random_mask", "random_mask_dither", "stochastic", "stochastic_of_one_level",
             "dither", "dither_fine", "eden", "eden_of_four_bits", "prune", "prune_kernels", "prune_quantize",
-            "fixed_point", "fixed_point_drop", "fixed_point_ans")  # fmt: skip
+            "fixed_point", "fixed_point_drop", "fixed_point_ans", "public_step_fine")  # fmt: skip
 BIASED = ("default_low_rate", "dead_zone", "top_k", "random_mask_unscaled", "ternary", "sign", "uniform",
           "eden_biased", "prune_written", "prune_kernels_written", "fixed_point_written")  # fmt: skip
 CONTRACTION: dict[str, Callable[[int], float]] = {  # the delta of a vector of n values

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,9 @@ from fedapp.codec.entropy import Ans
 from fedapp.codec.huffman import Huffman, code_lengths
 from fedapp.codec.lowrank import LowRank
 from fedapp.codec.prune import RandomMask, TopK, largest
+from fedapp.codec.public_step import PublicStep
 from fedapp.codec.quantize import DeadZone
-from fedapp.codec.rotate import Eden, hadamard
+from fedapp.codec.rotate import Eden, hadamard, rotated
 from fedapp.codec.sign import Sign
 from fedapp.codec.ternary import Ternary
 from fedapp.codec.uniform import Dither, Stochastic, Uniform
@@ -268,6 +270,45 @@ def test_the_last_block_of_eden_is_a_power_of_two(size: int) -> None:
     codes = size - last + (2 ** int(np.ceil(np.log2(last))) if last else 0)
     packet, _ = Eden(8).encode(x, one_layer(size), {}, np.random.default_rng(0))
     assert len(packet.body) == codes
+
+
+# Public steps
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_packets_of_a_public_step_have_one_size_whatever_is_in_them(bits: int) -> None:
+    codec = PublicStep(bits)
+    vectors = np.zeros(5000), np.full(5000, 1e30), np.eye(5000)[7], gaussian(5000), 1e-30 * gaussian(5000)
+    assert {length(codec, x.astype(np.float32)) for x in vectors} == {4 + -(-5000 * bits // 8)}
+
+
+@pytest.mark.parametrize(("share", "squared"), [(1.0, 0.06), (0.1, 0.038), (0.0, 0.0)])
+def test_a_public_step_is_the_same_for_any_vector(share: float, squared: float) -> None:
+    """Fractions f of a step err by f (1 - f) squared steps in the mean: a sixth, or less of short vectors."""
+    x = gaussian(20_000)
+    x *= np.float32(3 * share / np.linalg.norm(x))
+    steps = PublicStep(4, 0.6, norm=3.0)
+    packet, _ = steps.encode(x, one_layer(len(x)), {}, np.random.default_rng(0))
+    levels = rotated(decoded(steps, x), packet.header) / (0.6 * 3 / np.sqrt(len(x)))
+    assert levels == pytest.approx(np.rint(levels), abs=1e-3)
+    error = float(np.sum((decoded(steps, x) - x) ** 2)) / 9
+    assert error == pytest.approx(squared, rel=0.05)
+
+
+def test_a_public_step_is_fine_enough_for_an_update_of_one_value() -> None:
+    x = np.eye(26_146, dtype=np.float32)[5]
+    means = np.mean([decoded(PublicStep(), x, start=start) for start in range(40)], axis=0)
+    assert means[5] == pytest.approx(1, abs=0.02)
+    assert np.abs(np.delete(means, 5)).max() < 0.01
+
+
+def test_codes_that_stand_for_no_level_are_refused() -> None:
+    layout = one_layer(8)
+    good, _ = PublicStep(2).encode(gaussian(8), layout, {}, np.random.default_rng(0))
+    for bad in (replace(good, header=b"abc"), replace(good, body=np.full(2, 255, np.uint8)),
+                replace(good, body=good.body[:1])):  # fmt: skip
+        with pytest.raises(DecodeError, match="packet"):
+            PublicStep(2).decode(bad, layout)
 
 
 def test_the_hadamard_transform_is_its_own_inverse() -> None:

@@ -124,6 +124,8 @@ def rotated_back(x: NDArray[np.float64], turn: bytes) -> NDArray[np.float64]:
 
 
 def _turns(x: NDArray[np.float64], turn: bytes) -> list[tuple[NDArray[np.float64], NDArray[np.int8]]]:
+    if not len(x):
+        return []
     span = width(len(x))
     signs = seed.signs(turn, 2 * span)
     return [(x[:span], signs[:span]), (x[-span:], signs[span:])]
