@@ -9,14 +9,16 @@ from torch import nn
 from fedapp import check
 from fedapp.ckks import Ckks
 from fedapp.codec import Codec, Layout, Slot
-from fedapp.codec.chain import ErrorFeedback
+from fedapp.codec.chain import ErrorFeedback, Identity
 from fedapp.codec.packet import pack, padded
+from fedapp.codec.public_step import PublicStep
 from fedapp.dp_step import DpStep
 from fedapp.errors import ConfigError
 from fedapp.fedbuff import FedBuff
 from fedapp.privacy.central import CentralGaussian
 from fedapp.privacy.distributed_example import DistributedExample
 from fedapp.privacy.example import ExamplePrivacy
+from fedapp.privacy.local import LocalGaussian
 from fedapp.secagg.wire import Summed
 from fedapp.selection import Poisson, PowerOfChoice, Uniform
 from fedapp.tasks.stream import Stream
@@ -147,6 +149,8 @@ def check_privacy(job: "Job") -> None:
     if job.privacy.unit is None:
         return
     example, central = job.privacy.unit == "example", isinstance(job.privacy, CentralGaussian)
+    watched = isinstance(job.privacy, CentralGaussian) and job.privacy.seen
+    adaptive = isinstance(job.privacy, CentralGaussian) and job.privacy.quantile is not None
     summed = isinstance(job.privacy, Summed)
     refused = (
         (strategy == "QFedAvg", "strategy=qfedavg needs the clients' losses: choose strategy=fedavg"),
@@ -158,6 +162,26 @@ def check_privacy(job: "Job") -> None:
             strategy not in (*STREAMED, "FedBuff") and (summed or not example),
             f"strategy={job.choices['strategy']} needs each update by itself, and what is private is "
             f"their mean: choose strategy=fedavg",
+        ),
+        (
+            watched and job.sampling == "poisson",
+            "who watches privacy.network=untrusted sees who is drawn, and Poisson cohorts are to be secret: "
+            "set sampling=fixed",
+        ),
+        (
+            watched and not isinstance(job.codec, (PublicStep, Identity)),
+            f"under privacy.network=untrusted the step of codec={job.choices['codec']} or the size of its "
+            f"packets would tell of an update: set codec=public_step",
+        ),
+        (
+            isinstance(job.codec, PublicStep) and isinstance(job.privacy, LocalGaussian),
+            "noise makes updates far longer than codec=public_step is for, and tells by no size: "
+            "choose another codec",
+        ),
+        (
+            isinstance(job.codec, PublicStep) and adaptive,
+            "privacy.quantile moves the clip norm, and the step of codec=public_step follows the first one: "
+            "set privacy.quantile=null, or codec=identity",
         ),
         (
             central and isinstance(job.codec, ErrorFeedback),

@@ -126,9 +126,9 @@ class Job:
     def _decide_sampling(self) -> None:
         """`sampling` and `selection` say the same of who is drawn."""
         combinations.check_sampling(self)
-        central, alike = isinstance(self.privacy, CentralGaussian), isinstance(self.selection, Uniform)
+        alike = isinstance(self.selection, Uniform)
         poisson = isinstance(self.selection, Poisson) or self.sampling == "poisson"
-        poisson |= central and alike and self.sampling == "auto"
+        poisson |= self.hides_cohorts and alike and self.sampling == "auto"
         object.__setattr__(self, "sampling", "poisson" if poisson else "fixed")
         if poisson:
             object.__setattr__(self, "selection", Poisson())
@@ -143,7 +143,7 @@ class Job:
 
     def _plan(self) -> Plan:
         """What the accounting needs: who takes part how often is public where nobody claims amplification."""
-        most = self.rounds if isinstance(self.privacy, CentralGaussian) else self._most
+        most = self.rounds if self.hides_cohorts else self._most
         return Plan(cast(Sampling, self.sampling), self.in_round, self.clients, self.rounds, most)
 
     @cached_property
@@ -155,6 +155,11 @@ class Job:
             return self.rounds
         drawn = Counter(i for r in range(1, self.rounds + 1) for i in self.draw(r, self.clients))
         return max(drawn.values(), default=0)
+
+    @property
+    def hides_cohorts(self) -> bool:
+        """Whether noise counts on nobody but the server seeing who takes part."""
+        return isinstance(self.privacy, CentralGaussian) and not self.privacy.seen
 
     @property
     def keeps_to(self) -> int:
@@ -173,7 +178,7 @@ class Job:
         By the operating system's randomness where amplification counts on it, else by the seed.
         """
         secret: Secret = self.public_rng(server_round, partition=0, use=2).bytes
-        if isinstance(self.privacy, CentralGaussian):
+        if self.hides_cohorts:
             secret = source(self.privacy.test_seed, COHORT, server_round)
         return self.selection.draw(facts or [Facts()] * nodes, min(self.at_once, nodes), secret)
 

@@ -146,6 +146,7 @@ MECHANISMS = {
     "central": f"{CLIENTS} cohort=600",
     "central, adaptive clip": f"{CLIENTS} cohort=600 privacy.quantile=0.5",
     "central, fixed": f"{CLIENTS} cohort=600 sampling=fixed",
+    "central, watched": f"{CLIENTS} cohort=1200 privacy.network=untrusted codec=public_step",
     "local": CLIENTS.replace("central", "local"),
     "local, cohorts": CLIENTS.replace("central", "local") + " cohort=1200",
 }

@@ -20,7 +20,9 @@ from scipy.stats import kstest
 
 from fedapp import config
 from fedapp.client_app import FAILED, client_app
-from fedapp.codec.packet import pack, padded, unpadded
+from fedapp.codec.packet import pack, padded, unpack, unpadded
+from fedapp.codec.public_step import PublicStep
+from fedapp.codec.rotate import rotated
 from fedapp.errors import ConfigError, DecodeError
 from fedapp.job import Job
 from fedapp.privacy import accounting
@@ -247,12 +249,14 @@ class Watched(Elsewhere):
         super().__init__(client_app(lambda _: job), list(range(2, job.clients + 2)))
         self.replies: list[Message] = []
         self.sizes: list[int] = []
+        self.packets: list[bytes] = []
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         (reply,) = super().pull_messages(message_ids)
         if reply.has_content() and METRICS in reply.content:
             self.replies.append(reply)
             self.sizes.append(size_of(reply.content))
+            self.packets += [a.data for n, a in reply.content.array_records[ARRAYS].items() if n == UPDATE]
         return [reply]
 
 
@@ -376,6 +380,89 @@ def test_padding_that_is_not_padding_is_refused() -> None:
         padded(b"packet", b"nil", 5)
 
 
+# On a network that is watched
+
+WATCHED = "privacy=central_gaussian privacy.network=untrusted"
+
+
+@pytest.mark.parametrize("codec", ["public_step", "identity"])
+def test_a_watched_network_sees_replies_of_one_size_whatever_is_in_them(codec: str) -> None:
+    """Updates of zero, of training, and enormous ones, in all rounds."""
+    seen = set[tuple[int, int]]()
+    adaptive = "privacy.quantile=0.5" if codec == "identity" else ""
+    for training in ("trainer.epochs=0", "trainer.epochs=1", "trainer.epochs=2 trainer.lr=1000"):
+        job = job_of(f"{WATCHED} codec={codec} {adaptive} {training}")
+        grid = Watched(job)
+        _, rounds = run(job, grid)
+        assert [record.replies for record in rounds] == [6, 6, 6]
+        seen |= {(size, len(sent)) for size, sent in zip(grid.sizes, grid.packets, strict=True)}
+    ((whole, packed),) = seen
+    size = layout_of(job.initial).size
+    assert packed == (-(-size * 4 // 8) + 11 if codec == "public_step" else 4 * size + 7)
+    assert whole > packed
+
+
+def test_the_step_on_a_watched_network_follows_public_numbers_alone() -> None:
+    """Only the clip norm and the size of the model, whatever an update is; and the sum comes out right."""
+    chosen = "privacy.clip=2 privacy.epsilon=null privacy.noise_multiplier=0.01 rounds=1 trainer.epochs=1"
+    job = job_of(f"{WATCHED} {chosen} codec=public_step codec.bits=8 codec.step=0.03")
+    assert job.codec == PublicStep(8, 0.03, norm=2.0)
+    layout, grid = layout_of(job.initial), Watched(job)
+    coded, _ = run(job, grid)
+    for data in grid.packets:
+        sent = unpack(data, job.codec, layout)
+        levels = rotated(job.codec.decode(sent, layout).astype(float), sent.header)
+        levels /= 0.03 * 2 / math.sqrt(layout.size)
+        assert levels == pytest.approx(np.rint(levels), abs=1e-3)
+    plain = job_of(f"{WATCHED} {chosen} codec=identity")
+    exact = moved(run(plain)[0], plain)
+    assert np.linalg.norm(moved(coded, job) - exact) < 0.2 * np.linalg.norm(exact)  # most of it is noise
+
+
+def test_who_takes_part_is_public_on_a_watched_network_and_amplifies_nothing() -> None:
+    chosen = f"{WATCHED} codec=public_step clients=20 cohort=4 rounds=10 privacy.epsilon=6"
+    job, again = job_of(chosen), job_of(chosen)
+    drawn = [job.draw(number, 20) for number in range(1, 11)]
+    assert drawn == [again.draw(number, 20) for number in range(1, 11)]
+    assert {len(cohort) for cohort in drawn} == {4}
+    most = max(sum(i in cohort for cohort in drawn) for i in range(20))
+    assert most < 10
+    local = job_of(chosen.replace(f"{WATCHED} codec=public_step", "privacy=local_gaussian"))
+    assert isinstance(job.privacy, CentralGaussian)
+    assert isinstance(local.privacy, LocalGaussian)
+    assert job.privacy.noise == local.privacy.noise
+    assert job.releases(10, most) == local.releases(10, most)
+    _, rounds = run(job)
+    assert 5.9 < (rounds[-1].epsilon or 0) <= 6
+    assert "network" in job.privacy.against
+
+
+@pytest.mark.parametrize(
+    ("chosen", "said"),
+    [
+        ("", r"codec=default or the size of its packets would tell of an update: set codec=public_step"),
+        ("codec=eden", "the step of codec=eden"),
+        ("codec=dither", "the step of codec=dither"),
+        ("codec=public_step sampling=poisson", "sees who is drawn, .*: set sampling=fixed"),
+        ("codec=public_step selection=poisson", "sees who is drawn, .*: set sampling=fixed"),
+        (
+            "codec=public_step privacy.quantile=0.5",
+            "quantile moves the clip norm, .*: set privacy.quantile=null",
+        ),
+        (
+            "codec=public_step privacy.network=tor",
+            "network must be one of trusted, untrusted",
+        ),
+        ("codec=public_step codec.bits=9", "codec.bits must be a whole number from 2 to 8, got 9"),
+        ("codec=public_step codec.step=0", "codec.step must be a number at least 1e-06"),
+        ("codec=public_step codec.norm=.nan", "codec.norm must be a number above 0"),
+    ],
+)
+def test_what_a_watched_network_would_tell_is_refused(chosen: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        config.job(config.compose(f"task=digits {WATCHED} {chosen}"))
+
+
 def test_a_test_seed_fixes_all_and_vouches_for_nothing() -> None:
     chosen = "privacy=central_gaussian cohort=3 privacy.test_seed=1 trainer.epochs=1"
     (one, rounds), (other, _) = run(job_of(chosen)), run(job_of(chosen))
@@ -448,6 +535,7 @@ def test_the_clip_norm_of_a_round_reaches_clients_and_stays_public() -> None:
         ("privacy=local_gaussian privacy.epsilon=-1", "privacy.epsilon must be a number at least 0.01"),
         ("privacy=central_gaussian privacy.quantile=1", "privacy.quantile"),
         ("privacy=central_gaussian privacy.noise_multiplier=1", "set exactly one of"),
+        ("privacy=local_gaussian codec=public_step", "noise makes updates far longer than codec=public_step"),
         ("privacy=none sampling=systematic", "sampling must be one of auto, fixed, poisson"),
     ],
 )

@@ -421,6 +421,11 @@ def test_a_repeat_whose_reply_was_not_kept_is_charged_again(
     [
         ("local_gaussian", [1, 2], (Gaussian(4.0, "none", 1.0, 1, "replace"),)),
         ("central_gaussian", [1, 1], (Gaussian(4.0, "poisson", 2 / 3, 3, "add_remove"),)),
+        (
+            "central_gaussian privacy.network=untrusted codec=public_step",
+            [1, 2],
+            (Gaussian(4.0, "none", 1.0, 1, "replace"),),
+        ),
     ],
 )
 def test_client_level_rounds_are_charged_by_what_they_hide(
@@ -428,7 +433,7 @@ def test_client_level_rounds_are_charged_by_what_they_hide(
 ) -> None:
     """Each reply where it is noised itself; all rounds at the first where being drawn or not hides it."""
     job = job_of(f"privacy={choice} privacy.epsilon=null privacy.noise_multiplier=4.0 cohort=2")
-    node = Node(job, tmp_path, RULES.replace("none, example", choice))
+    node = Node(job, tmp_path, RULES.replace("none, example", str(job.choices["privacy"])))
     assert releases(job) == known
     spent = []
     for number, count in enumerate(counted, 1):

@@ -53,6 +53,12 @@ PLANS = {
     "privacy=central_gaussian cohort=2": ("add_remove", "poisson", 1 / 3, 2),
     "privacy=central_gaussian cohort=2 sampling=fixed": ("replace", "fixed", 1 / 3, 2),
     "privacy=central_gaussian privacy.quantile=0.5 cohort=3": ("add_remove", "poisson", 0.5, 2),
+    "privacy=central_gaussian privacy.network=untrusted codec=public_step cohort=2 rounds=4": (
+        "replace",
+        "none",
+        1.0,
+        2,
+    ),
     "privacy=distributed_gaussian": ("replace", None, None, 2),
     "privacy=distributed_gaussian cohort=3 rounds=5": ("replace", None, None, 4),
 }

@@ -23,8 +23,9 @@ class Central:
     """All rounds of a job whose every client is a canary, by both ends of its mechanism and its draws.
 
     An update is `SIZE` times as long as the clip norm. With sampling=poisson a canary that is out is no
-    client; with sampling=fixed its update is the opposite. Released are the means of all rounds. Trainer,
-    codec and strategy have no part: what they do is before the clip or after the noise.
+    client; with sampling=fixed its update is the opposite. Released are the means of all rounds, to an
+    untrusted network of those that each client is seen to take part in. Trainer, codec and strategy have no
+    part: what they do is before the clip or after the noise.
     """
 
     job: Job
@@ -32,21 +33,25 @@ class Central:
 
     def claim(self) -> Claim:
         """Epsilon of all rounds, about one client."""
-        plan, spent = self.privacy.plan, self.job.spent(self.job.rounds, self.job.rounds)
+        plan = self.privacy.plan
         assert plan is not None
+        spent = self.job.spent(self.job.rounds, plan.most)
         assert spent is not None
+        rate = 1.0 if self.privacy.seen else plan.rate
         out = 0.0 if plan.sampling == "poisson" else -1.0
-        return Claim(spent.epsilon, self.privacy.delta, self.privacy.noise, plan.rate, self.job.rounds, out)
+        return Claim(spent.epsilon, self.privacy.delta, self.privacy.noise, rate, plan.most, out)
 
     def __call__(self, included: NDArray[np.bool_]) -> NDArray[np.float64]:
-        """A `Release`."""
+        """A `Release`: row t has the t-th mean of those to whom a client may have added."""
         privacy, m = self.privacy, len(included)
         kept: Numbers = {}
         assert privacy.plan is not None
-        signs, released = np.where(included, 1.0, self.claim().out), []
+        signs, times = np.where(included, 1.0, self.claim().out), np.zeros(m, np.int64)
+        released = np.zeros((privacy.plan.most, m))
         for number in range(1, self.job.rounds + 1):
             total, sides, terms = ExactSum(m), Counter[str](), privacy.terms(kept)
-            for j in self.job.draw(number, m):
+            drawn = self.job.draw(number, m)
+            for j in drawn:
                 if signs[j]:
                     secret = source(privacy.test_seed, CLIENT, number, j)
                     update = _along(j, m, signs[j] * SIZE * terms[CLIP])
@@ -56,8 +61,10 @@ class Central:
                     sides.update(side)
             secret = source(privacy.test_seed, SERVER, number)
             mean, kept = privacy.on_server(total.total(), sides, total.weight, kept, secret)
-            released.append(mean * privacy.plan.cohort / terms[CLIP])
-        return np.stack(released)
+            who = np.array(drawn) if privacy.seen else np.arange(m)
+            released[times[who], who] = (mean * privacy.plan.cohort / terms[CLIP])[who]
+            times[who] += 1
+        return released
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 from functools import cached_property
-from typing import ClassVar, Literal
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,11 +33,19 @@ class CentralGaussian:
     weighs the same. Against: observers of the models; with sampling=poisson other clients among them, all
     together, since their draws tell nothing of this one's. With sampling=fixed K clients who pool their draws
     know this one's chance in each round, which is at most cohort / (clients - K), so the more of them, the
-    larger epsilon is. The *server is trusted*: it sees every update. So is the network, which transport
-    encryption makes true for contents, so that the step of a quantizer may follow the update, and
-    `packet_bytes` for lengths: all packets are padded to it, and an update that does not fit counts as zero.
-    Not covered: timing, the choice of hyper-parameters on private data, and floating-point noise, which is
-    not exactly Gaussian.
+    larger epsilon is. The *server is trusted*: it sees every update. Not covered: timing, the choice of
+    hyper-parameters on private data, and floating-point noise, which is not exactly Gaussian.
+
+    With network=trusted nobody watches it, neither who sends nor what; `packet_bytes` hides lengths all the
+    same: all packets are padded to it, and an update that does not fit counts as zero. With network=untrusted
+    the guarantee holds against who watches the network, too, and sees the models, but reads no contents: that
+    takes transport encryption, for an update is noised at the server only. Who takes part is seen then.
+    So cohorts have a set size, the seed draws them, nothing is amplified, and the noise is set as that of
+    `LocalGaussian`: one client's data are replaced by any other (twice the clip norm), in the most rounds
+    that the public draws give one client. All packets have one size: the codec must be one whose step is
+    public before the rounds and whose codes have one length, so every update fits, and what lies beyond the
+    codes is cut to them. Not covered either way: that a client fails, declines or leaves, which a reply shows
+    by its size or by not coming; and when it comes.
 
     With `quantile` the clip norm follows that quantile of the updates' norms: each client sends, beside the
     update, whether its norm is below the clip, as +1/2 or -1/2, and the server adds noise of standard
@@ -54,11 +62,11 @@ class CentralGaussian:
     quantile: float | None = None
     clip_rate: float = 0.2
     bit_noise: float | None = None
+    network: str = "trusted"
     packet_bytes: int | None = None
     test_seed: int | None = None
     plan: Plan | None = None
     unit: Literal["client"] = "client"
-    against: ClassVar[str] = "observers of the models"
 
     def __post_init__(self) -> None:
         require_budget(self.epsilon, self.delta, self.noise_multiplier, self.test_seed)
@@ -68,6 +76,7 @@ class CentralGaussian:
         check.real("privacy.clip_rate", self.clip_rate, above=0.0, high=10.0)
         if self.bit_noise is not None:
             check.real("privacy.bit_noise", self.bit_noise, above=0.0, high=1e6)
+        check.choice("privacy.network", self.network, ("trusted", "untrusted"))
         if self.packet_bytes is not None:
             check.whole("privacy.packet_bytes", self.packet_bytes, 128, 2**31)
 
@@ -81,8 +90,9 @@ class CentralGaussian:
         plan, noise = self.plan, self.noise_multiplier
         if noise is None:
             assert self.epsilon is not None
-            rounds = max(1, plan.rounds)
-            noise = noise_for(self.epsilon, self.delta, plan.sampling, plan.rate, rounds, self._adjacency)
+            one = self._release(1.0, max(1, plan.rounds), max(1, plan.most))
+            of = one.sampling, one.rate, one.count, one.adjacency
+            noise = noise_for(self.epsilon, self.delta, *of)
         if self.quantile is not None and self.bit_noise is not None and 2 * self.bit_noise <= noise:
             raise ConfigError(
                 f"privacy.bit_noise={self.bit_noise:g} spends more than noise multiplier {noise:.4g} allows: "
@@ -100,13 +110,23 @@ class CentralGaussian:
         return (self.noise**-2 - (2 * bits) ** -2) ** -0.5, bits
 
     @property
-    def _adjacency(self) -> Adjacency:
-        assert self.plan is not None
-        return "add_remove" if self.plan.sampling == "poisson" else "replace"
+    def seen(self) -> bool:
+        """Whether others than the server see who takes part, and how much each sends."""
+        return self.network == "untrusted"
+
+    @property
+    def against(self) -> str:
+        return "observers of the models and of the network" if self.seen else "observers of the models"
 
     def releases(self, rounds: int, participations: int) -> tuple[Gaussian, ...]:
+        return (self._release(self.noise, rounds, participations),)
+
+    def _release(self, noise: float, rounds: int, participations: int) -> Gaussian:
         assert self.plan is not None
-        return (Gaussian(self.noise, self.plan.sampling, self.plan.rate, rounds, self._adjacency),)
+        if self.seen:
+            return Gaussian(noise, "none", 1.0, participations, "replace")
+        adjacency: Adjacency = "add_remove" if self.plan.sampling == "poisson" else "replace"
+        return Gaussian(noise, self.plan.sampling, self.plan.rate, rounds, adjacency)
 
     def terms(self, state: Numbers) -> Numbers:
         return {CLIP: float(state.get(CLIP, self.clip))}

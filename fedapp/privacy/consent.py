@@ -37,7 +37,6 @@ from fedapp.errors import ConfigError, DataError, FedappError
 from fedapp.facts import OF_DATA, SPEED, Told, of_data, of_machine, speed_of
 from fedapp.job import Job
 from fedapp.privacy.accounting import Release
-from fedapp.privacy.central import CentralGaussian
 from fedapp.privacy.ledger import BudgetSpent, Ledger, TwiceInRun, fingerprint
 from fedapp.privacy.policy import Policy, PolicyRefusal
 from fedapp.records import CONFIG, DRIFT, METRICS, STREAM, load_state, store_state
@@ -112,8 +111,8 @@ def data_of(job: Job, message: Message, context: Context) -> Data:
         ledger, data_id = books
         own = context.node_config.get("data")
         content = None if own is None else fingerprint(Path(str(own)).expanduser())
-        central, released, asked = isinstance(job.privacy, CentralGaussian), releases(job), _round(message)
-        if central and not 1 <= asked <= job.rounds:
+        released, asked = releases(job), _round(message)
+        if job.hides_cohorts and not 1 <= asked <= job.rounds:
             raise PolicyRefusal("epsilon", f"round {asked} is outside the {job.rounds} planned rounds")
         ledger.charge(
             data_id,
@@ -125,7 +124,7 @@ def data_of(job: Job, message: Message, context: Context) -> Data:
             mechanism=job.choices["privacy"] if released else None,
             adversary=job.privacy.against if released else None,
             fingerprint=content,
-            once=central and bool(released),
+            once=job.hides_cohorts and bool(released),
             node=context.node_id,
         )
     return data
@@ -217,7 +216,7 @@ def _of_round(task: Stream, data: Data, server_round: int, context: Context) -> 
 def releases(job: Job) -> Sequence[Release]:
     """What one reply of a job releases; nothing where it is unprotected.
 
-    In the central model a client is hidden among those that might have been drawn, in every round of the run,
+    Where cohorts are hidden a client is one of those that might have been drawn, in every round of the run,
     so its first reply stands for all of them.
     """
     return job.releases(job.rounds, 1) if job.note is None else ()
