@@ -136,18 +136,18 @@ class Job:
     def _tell_what_they_need(self) -> None:
         """Trainer and mechanism learn of the run what their accounting needs."""
         if isinstance(self.trainer, DpSgd) and isinstance(self.privacy, ExamplePrivacy):
-            trainer = replace(self.trainer, privacy=self.privacy, rounds=max(1, self._most))
+            trainer = replace(self.trainer, privacy=self.privacy, rounds=max(1, self.most))
             object.__setattr__(self, "trainer", trainer)
         elif isinstance(self.privacy, (LocalGaussian, CentralGaussian)):
             object.__setattr__(self, "privacy", replace(self.privacy, plan=self._plan()))
 
     def _plan(self) -> Plan:
         """What the accounting needs: who takes part how often is public where nobody claims amplification."""
-        most = self.rounds if self.hides_cohorts else self._most
+        most = self.rounds if self.hides_cohorts else self.most
         return Plan(cast(Sampling, self.sampling), self.in_round, self.clients, self.rounds, most)
 
     @cached_property
-    def _most(self) -> int:
+    def most(self) -> int:
         """Rounds that public draws give one client at most; any, where answers or facts decide."""
         everyone = self.in_round == self.clients and self.sampling == "fixed"
         alike = isinstance(self.selection, (Uniform, Poisson))
@@ -170,7 +170,7 @@ class Job:
         """
         counts = isinstance(self.privacy, LocalGaussian)
         counts |= isinstance(self.privacy, ExamplePrivacy) and self.privacy.epsilon is not None
-        return self._most if counts else self.rounds
+        return self.most if counts else self.rounds
 
     def draw(self, server_round: int, nodes: int, facts: Sequence[Facts] = ()) -> list[int]:
         """Who is drawn for a round: of so many nodes, by partition; what the selection asks is in `facts`.
@@ -256,7 +256,7 @@ class Job:
     @cached_property
     def terms(self) -> Terms | StepTerms | None:
         """What clients and server agree on where only sums are to be seen; None elsewhere."""
-        of = layout_of(self.initial).size, self.in_round, max(1, self._most)
+        of = layout_of(self.initial).size, self.in_round, max(1, self.most)
         if isinstance(self.privacy, DistributedGaussian):
             return self.privacy.terms(*of)
         if not isinstance(self.privacy, DistributedExample):
@@ -395,7 +395,7 @@ class Job:
         model = self.task.model(self.seed)
         combinations.check_model(self, model)
         combinations.check_padding(self)
-        self.spent(self.rounds, self._most)  # finds the noise, and imports accountants
+        self.spent(self.rounds, self.most)  # finds the noise, and imports accountants
         if self.terms is not None:
             combinations.check_dropouts(self)
             t = self.terms

@@ -252,6 +252,15 @@ def test_shared_noise_of_examples_is_audited(monkeypatch: pytest.MonkeyPatch, re
     assert removed is not None or found.bound < 1
 
 
+def test_the_shared_claim_is_the_runs_where_cohorts_are_drawn() -> None:
+    release, _ = shared_examples("clients=10 cohort=5 rounds=12")
+    job = release.job
+    assert 0 < job.most < 12
+    assert release.claim().steps == job.most
+    assert 1.9 < release.claim().epsilon <= 2
+    assert release(np.zeros(1500, np.bool_)).shape == (job.most, 1500)
+
+
 def test_a_canary_example_adds_the_clip_norm(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without noise and data, everybody drawn: 1 for who is in, within rounding to the grid, else 0."""
     monkeypatch.setattr(distributed_example, "discrete_gaussian", no_shares)
@@ -336,10 +345,10 @@ def test_a_client_of_a_cohort_is_audited_in_as_many_rounds_as_it_takes_part_in()
     job = config.job(config.compose(f"{SMALL} rounds=6 cohort=30 trainer.steps=2"))
     release = examples(job, 1000, np.random.default_rng(0))
     assert isinstance(release, Examples)
-    assert job._most < 6
-    assert release.claim().steps == 2 * job._most
+    assert job.most < 6
+    assert release.claim().steps == 2 * job.most
     assert 1.9 < release.claim().epsilon <= 2
-    assert release(np.ones(1000, bool)).shape == (2 * job._most, 1000)
+    assert release(np.ones(1000, bool)).shape == (2 * job.most, 1000)
 
 
 @pytest.mark.parametrize(

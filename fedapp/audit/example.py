@@ -62,24 +62,24 @@ class Examples:
 
 @dataclass(frozen=True)
 class SharedExamples:
-    """All rounds of a distributed job, with canaries beside its clients' examples as in `Examples`.
+    """As many rounds of a distributed job as one client takes part in at most: for these noise is set.
 
-    Released is the mean gradient of each round, from the sum modulo 2^bits that secure aggregation would
-    show. Of a cohort that is drawn as many have dropped out, or told their noise, as are tolerated; canaries
-    are at those that are left, which carry the least noise that is claimed. The weights stay the first ones:
-    what is made of them is after the noise.
+    Canaries are beside its clients' examples as in `Examples`. Released is the mean gradient of each round,
+    from the sum modulo 2^bits that secure aggregation would show. Of a cohort that is drawn as many have
+    dropped out, or told their noise, as are tolerated; canaries are at those that are left, which carry the
+    least noise that is claimed. The weights stay the first ones: what is made of them is after the noise.
     """
 
     job: Job
     coordinates: torch.Tensor  # as in `Examples`
 
     def claim(self) -> Claim:
-        """Epsilon of a client that takes part in all rounds of the job."""
-        spent, terms = self.job.spent(self.job.rounds, self.job.rounds), self._terms
+        """Epsilon of the client that takes part most often, which is the run's."""
+        spent, terms = self.job.spent(self.job.rounds, self.job.most), self._terms
         assert spent is not None
         assert self.job.privacy.delta is not None
         noise = terms.step * math.sqrt(terms.honest * terms.share) / self._trainer.max_grad_norm
-        return Claim(spent.epsilon, self.job.privacy.delta, noise, terms.rate, self.job.rounds)
+        return Claim(spent.epsilon, self.job.privacy.delta, noise, terms.rate, self.job.most)
 
     def __call__(self, included: NDArray[np.bool_]) -> NDArray[np.float64]:
         """A `Release`: canary j is an example of client j modulo those that are left."""
@@ -91,7 +91,7 @@ class SharedExamples:
             with_canaries(job.task.client_data({"partition-id": i}), included & (place == i))
             for i in range(terms.honest)
         ]
-        for number in range(1, job.rounds + 1):
+        for number in range(1, job.most + 1):
             total = np.zeros(terms.size, np.int64)
             for i, own in enumerate(data):
                 here = Data(own.x.to(job.torch_device), own.y.to(job.torch_device))
