@@ -56,6 +56,10 @@ if TYPE_CHECKING:
     from fedapp.engine.local import Local
 
 
+MOST_ROUNDS = 1_000_000
+_COUNTED = 10**8  # draws, of each client in each round: half a minute or more, on server and clients
+
+
 @dataclass(frozen=True)
 class Job:
     """One run: the same on the server and on every client, since each composes it from the same YAML."""
@@ -95,7 +99,7 @@ class Job:
             check.whole("begin_with", self.begin_with, 1, self.clients)
         if self.cohort is not None:
             check.whole("cohort", self.cohort, 1, self.clients)
-        check.whole("rounds", self.rounds, 0)
+        check.whole("rounds", self.rounds, 0, MOST_ROUNDS)
         check.whole("seed", self.seed, 0, 2**32 - 1)
         check.choice("sampling", self.sampling, ("auto", "fixed", "poisson"))
         check.real("over_selection", self.over_selection, low=1.0, high=100.0)
@@ -143,16 +147,24 @@ class Job:
 
     def _plan(self) -> Plan:
         """What the accounting needs: who takes part how often is public where nobody claims amplification."""
-        most = self.rounds if self.hides_cohorts else self.most
-        return Plan(cast(Sampling, self.sampling), self.in_round, self.clients, self.rounds, most)
+        return Plan(cast(Sampling, self.sampling), self.in_round, self.clients, self.rounds, self.most)
 
     @cached_property
     def most(self) -> int:
-        """Rounds that public draws give one client at most; any, where answers or facts decide."""
+        """Rounds that public draws give one client at most; all, where draws are secret or not all there is.
+
+        Raises ConfigError where there are too many draws to count.
+        """
         everyone = self.in_round == self.clients and self.sampling == "fixed"
         alike = isinstance(self.selection, (Uniform, Poisson))
-        if everyone or not alike or isinstance(self.strategy, FedBuff):
+        if everyone or not alike or self.hides_cohorts or isinstance(self.strategy, FedBuff):
             return self.rounds
+        if self.rounds * self.clients > _COUNTED:
+            raise ConfigError(
+                f"rounds={self.rounds} with clients={self.clients} are too many to count how often each is "
+                f"drawn, which sets the noise: set rounds={_COUNTED // self.clients} or fewer, or leave "
+                f"cohort out"
+            )
         drawn = Counter(i for r in range(1, self.rounds + 1) for i in self.draw(r, self.clients))
         return max(drawn.values(), default=0)
 
@@ -256,11 +268,12 @@ class Job:
     @cached_property
     def terms(self) -> Terms | StepTerms | None:
         """What clients and server agree on where only sums are to be seen; None elsewhere."""
+        if not isinstance(self.privacy, Summed):
+            return None
         of = layout_of(self.initial).size, self.in_round, max(1, self.most)
         if isinstance(self.privacy, DistributedGaussian):
             return self.privacy.terms(*of)
-        if not isinstance(self.privacy, DistributedExample):
-            return None
+        assert isinstance(self.privacy, DistributedExample)
         dp = self.trainer
         assert isinstance(dp, DpStep)
         return self.privacy.terms(
@@ -395,7 +408,8 @@ class Job:
         model = self.task.model(self.seed)
         combinations.check_model(self, model)
         combinations.check_padding(self)
-        self.spent(self.rounds, self.most)  # finds the noise, and imports accountants
+        if self.privacy.unit is not None:
+            self.spent(self.rounds, self.most)  # finds the noise, and imports accountants
         if self.terms is not None:
             combinations.check_dropouts(self)
             t = self.terms

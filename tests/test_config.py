@@ -39,6 +39,19 @@ def job_of(overrides: str) -> Job:
     return config.job(config.compose(overrides))
 
 
+@pytest.mark.parametrize("privacy", ["none", "example", "local_gaussian", "distributed_gaussian"])
+def test_absurdly_many_rounds_are_refused_at_once(privacy: str) -> None:
+    """And those that are too many where it is counted how often each client is drawn, and only there."""
+    with pytest.raises(ConfigError, match=r"rounds must be .* from 0 to 1000000, got 1000000000: set rounds"):
+        job_of(f"task=digits privacy={privacy} clients=10 cohort=3 rounds=1000000000")
+    many = f"task=digits privacy={privacy} clients=20000 cohort=3 rounds=1000000"
+    if privacy == "none":
+        assert job_of(many).terms is None
+        return
+    with pytest.raises(ConfigError, match=r"too many to count .*: set rounds=5000 or fewer, or leave cohort"):
+        _ = job_of(many).most
+
+
 @pytest.fixture
 def data(tmp_path: Path) -> dict[str, str]:
     """Settings that point the tasks without data of their own at some."""
@@ -132,7 +145,7 @@ SAID = [
     ("clients=null", r"clients .* got None"),
     ("cohort=11", r"cohort .* from 1 to 10, got 11"),
     ("cohort=0", r"cohort .* from 1 to 10, got 0"),
-    ("rounds=-1", r"rounds .* at least 0, got -1"),
+    ("rounds=-1", r"rounds .* from 0 to 1000000, got -1"),
     ("rounds=2.5", r"rounds .* got 2.5"),
     ("rounds=1e3", r"rounds .* got 1000.0"),
     ("rounds=", r"rounds .* got ''"),

@@ -186,7 +186,7 @@ def test_a_cohort_costs_what_a_client_lets_itself_be_asked_for(chosen: str) -> N
 def test_a_cohort_costs_all_rounds_where_no_client_counts_them(chosen: str) -> None:
     given = "privacy.epsilon=null privacy.noise_multiplier=2 rounds=8"
     job = job_of(f"privacy={chosen} {given} clients=6 cohort=3")
-    few, all_ = (job.spent(8, rounds) for rounds in (job._most, 8))
+    few, all_ = (job.spent(8, rounds) for rounds in (job.most, 8))
     assert few is not None
     assert all_ is not None
     assert few.epsilon < all_.epsilon
