@@ -177,6 +177,17 @@ def test_clients_are_canaries(monkeypatch: pytest.MonkeyPatch, settings: str, re
     assert found.bound > 0.1
 
 
+def test_a_watched_client_is_audited_in_the_rounds_it_is_seen_in() -> None:
+    job = config.job(config.compose(MECHANISMS["central, watched"].replace("rounds=5", "rounds=9")))
+    assert isinstance(job.privacy, CentralGaussian)
+    release = Central(job, job.privacy)
+    claim = release.claim()
+    assert (claim.sampling_rate, claim.out, claim.steps) == (1.0, -1.0, job.most)
+    times = np.bincount([j for number in range(1, 10) for j in job.draw(number, 2000)], minlength=2000)
+    released = release(np.ones(2000, np.bool_))
+    assert (np.count_nonzero(released, axis=0) == times).all()
+
+
 # --- mechanisms whose noise clients share ---------------------------------------------------------------
 
 SHARED = (

@@ -18,8 +18,9 @@ from sessions import STAGES, Lie, Round, held, reach, vectors
 
 from fedapp.errors import ConfigError, DecodeError, FedappError
 from fedapp.privacy import secret
-from fedapp.secagg import Graph, Plan, Record, keys, masks, residues, shamir
+from fedapp.secagg import Client, Graph, Plan, Record, keys, masks, residues, shamir
 from fedapp.secagg import client as client_module
+from fedapp.secagg.record import split
 
 MODULI = st.one_of(st.integers(2, 1 << 31), st.sampled_from([2, 3, 256, 2551, 2560, 2**31 - 1, 2**31]))
 
@@ -164,6 +165,22 @@ def test_two_rounds_share_no_masks() -> None:
     advertised = [held(r, "keys") for o in rounds for r in o.seen["advertise"].values()]
     public = [part for one in advertised for part in (one[:32], one[32:])]
     assert len(set(public)) == 16
+
+
+def test_a_session_that_breaks_off_leaves_no_key_to_the_next() -> None:
+    client = Client(10, 2560)
+    first, state = client.advertise({"session": 1}, {})
+    second, _ = client.advertise({"session": 2}, state)
+    public = [part for one in (first, second) for part in split(held(one, "keys"), keys.KEY)]
+    assert len(set(public)) == 4
+
+
+def test_the_mask_of_two_clients_is_one_at_both_and_another_in_each_session() -> None:
+    one, other = (bytes([n]) * keys.KEY for n in (1, 2))
+    sessions = [number.to_bytes(8, "little") for number in (1, 2)]
+    made = [keys.pair_mask(one, keys.public(other), session) for session in sessions]
+    assert made == [keys.pair_mask(other, keys.public(one), session) for session in sessions]
+    assert made[0] != made[1]
 
 
 # What clients refuse
