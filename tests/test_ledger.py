@@ -366,8 +366,9 @@ def in_child(work: Callable[[], object], statements: int | None = None) -> int:
             _die_after(statements)
         try:
             work()
-        finally:
             os._exit(0)
+        finally:
+            os._exit(1)
     return pid
 
 
@@ -463,8 +464,7 @@ def test_two_nodes_at_once_pass_no_limit_and_lose_nothing(tmp_path: Path) -> Non
                 file.write(b"x")
 
     children = [in_child(lambda name=name: work(name)) for name in ("a", "b", "a")]  # type: ignore[misc]
-    for child in children:
-        os.waitpid(child, 0)
+    assert [os.waitpid(child, 0)[1] for child in children] == [0, 0, 0]  # waited for each other, and no more
     assert len(released.read_bytes()) == ledger.count("a") == 20  # of the 45 that were asked
 
 
