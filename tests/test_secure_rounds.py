@@ -5,6 +5,7 @@ import json
 import math
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -31,6 +32,7 @@ from fedapp.rounds import Federation
 from fedapp.secagg import Client, wire
 from fedapp.secagg.residues import unpack
 from fedapp.server_app import simulate
+from fedapp.training import Sgd
 from fedapp.vector import layout_of, ravel
 
 PLAIN = "task=digits model=logistic clients=6 rounds=2 evaluate=none"
@@ -140,6 +142,26 @@ def test_a_server_gets_one_sum_a_round_and_of_no_others(told: int, session: int,
     else:
         with pytest.raises(FedappError, match="secure aggregation has failed"):
             summed.mean()
+
+
+def test_a_message_that_comes_twice_is_not_trained_on_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A ledger would charge for it, and nothing could be sent."""
+    job, fit, trained = job_of(f"{SHARP} rounds=1"), Sgd.fit, list[int]()
+
+    def counted(*given: Any) -> Any:
+        trained.append(1)
+        return fit(*given)
+
+    monkeypatch.setattr(Sgd, "fit", counted)
+    federation = Federation(job, Watched(job))
+    summed = federation._summed(1, list(federation.places.nodes.values()))
+    assert isinstance(summed, wire.SecureSum)
+    beside = RecordDict({ARRAYS: job.initial, CONFIG: ConfigRecord({"server-round": 1})})
+    contents = summed.begin()
+    for answered in (6, 0):
+        messages = [Message(RecordDict({**beside, **c}), node, "train") for node, c in contents.items()]
+        assert sum(reply.has_content() for reply in federation._exchange(messages)) == answered
+        assert len(trained) == 6
 
 
 @pytest.mark.parametrize("stage", STAGES)
