@@ -54,8 +54,12 @@ class PublicStep:
         codes = unpack_bits(packet.body, layout.size, self.bits)
         if codes.max(initial=0) > 2 * self._most:
             raise DecodeError(f"packet holds levels beyond {self._most}")
-        steps = rotated_back(codes.astype(np.float64) - self._most, packet.header)
-        return (steps * self._step(layout)).astype(np.float32)
+        steps = codes.astype(np.float32)
+        del codes  # a decoder's memory is bounded
+        steps -= np.float32(self._most)
+        steps = rotated_back(steps, packet.header)
+        steps *= np.float32(self._step(layout))
+        return steps
 
     def _step(self, layout: Layout) -> float:
         return self.step * self.norm / float(np.sqrt(max(1, layout.size)))

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +15,7 @@ from fedapp.codec.scale import LARGEST, even_runs, read_scales, times
 from fedapp.codec.varint import Reader, varint
 
 _BLOCK = 4096
+Real = TypeVar("Real", np.float32, np.float64)
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ def hadamard(x: NDArray[Any], block: int = _BLOCK) -> None:
         blocks *= x.dtype.type(1 / math.sqrt(width))
 
 
-def rotated(x: NDArray[np.float64], turn: bytes) -> NDArray[np.float64]:
+def rotated(x: NDArray[Real], turn: bytes) -> NDArray[Real]:
     """Two Walsh-Hadamard transforms behind random signs, of the first `width` values, then of the last.
 
     They reach every value, each in a transform of more than half of all, and nothing is filled in.
@@ -115,7 +116,7 @@ def rotated(x: NDArray[np.float64], turn: bytes) -> NDArray[np.float64]:
     return x
 
 
-def rotated_back(x: NDArray[np.float64], turn: bytes) -> NDArray[np.float64]:
+def rotated_back(x: NDArray[Real], turn: bytes) -> NDArray[Real]:
     x = x.copy()
     for part, signs in reversed(_turns(x, turn)):
         hadamard(part, len(part))
@@ -123,7 +124,7 @@ def rotated_back(x: NDArray[np.float64], turn: bytes) -> NDArray[np.float64]:
     return x
 
 
-def _turns(x: NDArray[np.float64], turn: bytes) -> list[tuple[NDArray[np.float64], NDArray[np.int8]]]:
+def _turns(x: NDArray[Real], turn: bytes) -> list[tuple[NDArray[Real], NDArray[np.int8]]]:
     if not len(x):
         return []
     span = width(len(x))
