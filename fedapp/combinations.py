@@ -149,7 +149,7 @@ def check_privacy(job: "Job") -> None:
     if job.privacy.unit is None:
         return
     example, central = job.privacy.unit == "example", isinstance(job.privacy, CentralGaussian)
-    watched = isinstance(job.privacy, CentralGaussian) and job.privacy.seen
+    watched = central and not job.hides_cohorts
     adaptive = isinstance(job.privacy, CentralGaussian) and job.privacy.quantile is not None
     summed = isinstance(job.privacy, Summed)
     refused = (

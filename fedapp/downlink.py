@@ -31,8 +31,8 @@ from numpy.typing import NDArray
 from fedapp import check
 from fedapp.codec import Layout
 from fedapp.codec import context as coder
+from fedapp.codec.layers import shapes
 from fedapp.codec.quantizer import edges
-from fedapp.codec.rate_distortion import shapes
 from fedapp.codec.varint import Reader, varint
 from fedapp.errors import DecodeError
 from fedapp.lattice import COARSEST, Version, first, peak_exponent, quantized

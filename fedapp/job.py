@@ -237,12 +237,13 @@ class Job:
             return self.speeds.times(self.clients, epochs, rng)
         return (lambda partition, examples: 0.0) if isinstance(self.strategy, FedBuff) else None
 
-    def speed(self, partition: int) -> int:
+    @property
+    def speed(self) -> Callable[[int], int]:
         """Examples a second that a simulated client trains on; of this CPU where speeds are real."""
         if not isinstance(self.speeds, Stragglers):
-            return self._speed
-        seconds = self.speeds.times(self.clients, 1, self.public_rng(0, 0, use=5))(partition, 1)
-        return int(1 / seconds)
+            return lambda partition: self._speed
+        seconds = self.speeds.times(self.clients, 1, self.public_rng(0, 0, use=5))
+        return lambda partition: int(1 / seconds(partition, 1))
 
     @cached_property
     def _speed(self) -> int:

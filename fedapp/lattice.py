@@ -3,7 +3,6 @@
 And what of a difference goes onto it, at so many bits a value.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,18 +10,15 @@ from numpy.typing import NDArray
 
 from fedapp.codec import Layout
 from fedapp.codec import context as coder
-from fedapp.codec.layers import size
+from fedapp.codec.layers import shapes
 from fedapp.codec.model import Floats
-from fedapp.codec.pilot import eighth
+from fedapp.codec.pilot import Layers, eighth
 from fedapp.codec.quantizer import LAMBDA, edges
-from fedapp.codec.rate_distortion import shapes
 
 BOUND = 2**23  # of levels: so far float32 holds them, and halves, which the coder adds
 COARSEST = 127  # the exponent of no way at all
 _NEAR = 0.02  # of the rate
 _LONG = 2**19  # values from which on a search goes by a part of them
-Layers = tuple[Floats, Sequence[tuple[int, ...]]]
-"""Values of layers, end to end, and their shapes."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +83,7 @@ def quantized(
     goal, whole = rate * len(x) / 8, (x, shapes(layout))
     begin = min(max(begin, finest), max(peak_exponent(x), finest))
     if len(x) > _LONG:
-        part = eighth([(x[slot.offset : slot.offset + size(slot)], slot.shape) for slot in layout.slots])
+        part = eighth(whole)
         share = _coded(part, begin)[0] / max(1, _coded(whole, begin)[0])
         exponent, least, _ = _searched(part, share * goal, begin, finest)
         taken, levels = _coded(whole, exponent, least)

@@ -170,8 +170,11 @@ class Tags:
 
     @property
     def asks(self) -> tuple[str, ...]:
-        asked = {TAGS: self.tags, LABELS: self.labels, CORES: self.cores, MEMORY: self.memory_gb}
-        return tuple(name for name, value in {**asked, SPEED: self.examples_per_second}.items() if value)
+        asked = {
+            TAGS: self.tags, LABELS: self.labels,
+            CORES: self.cores, MEMORY: self.memory_gb, SPEED: self.examples_per_second,
+        }  # fmt: skip
+        return tuple(name for name, value in asked.items() if value)
 
     def draw(self, facts: Sequence[Facts], size: int, secret: Secret) -> list[int]:
         fitting = [place for place, node in enumerate(facts) if self.fits(node)]

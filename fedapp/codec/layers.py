@@ -59,6 +59,11 @@ def size(slot: Slot) -> int:
     return prod(slot.shape)
 
 
+def shapes(layout: Layout) -> list[tuple[int, ...]]:
+    """The shapes of all arrays, in order."""
+    return [slot.shape for slot in layout.slots]
+
+
 def runs(layout: Layout, per: str) -> NDArray[np.int64]:
     """Lengths, none 0, of the runs of the vector that share one scale.
 

@@ -1,20 +1,22 @@
 """What an estimate of the bits of a long update misses: told from a part of it, which is coded."""
 
 from collections.abc import Callable, Sequence
+from math import prod
 
 import numpy as np
 
 from fedapp.codec import Layout
 from fedapp.codec.estimate import Like, Magnitudes
 from fedapp.codec.factors import Factors
-from fedapp.codec.layers import size
+from fedapp.codec.layers import shapes
 from fedapp.codec.model import Floats
 from fedapp.codec.quantizer import Quantizer
 
 _EIGHTH, _TOGETHER = 8, 16  # the part: of so many times as many columns, so many in a row
 _DEARER = 0.035  # log of what it takes more than its share, of 2^20 values: rows learn from fewer columns
 
-Layers = Sequence[tuple[Floats, tuple[int, ...]]]  # values, shape
+Layers = tuple[Floats, Sequence[tuple[int, ...]]]
+"""Values of layers, end to end, and their shapes."""
 
 
 def pilot(factors: Factors, layout: Layout, coder: Quantizer, like: Like) -> Callable[[float], float]:
@@ -25,12 +27,12 @@ def pilot(factors: Factors, layout: Layout, coder: Quantizer, like: Like) -> Cal
     """
     x, (left, vectors, _) = factors.residual, factors.magnitudes
     share = np.exp(-_DEARER * (2**20 / len(x)) ** 0.5)
-    part = eighth([(x[slot.offset : slot.offset + size(slot)], slot.shape) for slot in layout.slots])
+    part = eighth((x, shapes(layout)))
 
-    def off(part: tuple[Floats, list[tuple[int, ...]]], scale: float) -> float:
+    def off(part: Layers, scale: float) -> float:
         """Bits taken over estimated ones."""
-        values, shapes = part
-        code, *_ = coder.encode(values, scale, shapes, keep=False)
+        values, of = part
+        code, *_ = coder.encode(values, scale, of, keep=False)
         return 8 * max(len(code), 1) / Magnitudes(values, 0.0).bits(1 / scale, like)
 
     def miss(step: float) -> float:
@@ -38,16 +40,17 @@ def pilot(factors: Factors, layout: Layout, coder: Quantizer, like: Like) -> Cal
         rest, those = left.bits(step, like), vectors.bits(step, like)
         taken = off(part, 1 / step) * share * rest
         if those:
-            ends = np.cumsum([count * side for count, side in products.shapes])[:-1]
-            taken += off(eighth(list(zip(np.split(values, ends), products.shapes, strict=True))), 1.0) * those
+            taken += off(eighth((values, products.shapes)), 1.0) * those
         return float(np.log(taken / (rest + those)))
 
     return miss
 
 
-def eighth(layers: Layers) -> tuple[Floats, list[tuple[int, ...]]]:
-    """Some columns of each, and their shapes."""
-    parts = [_columns(x, shape) for x, shape in layers]
+def eighth(layers: Layers) -> Layers:
+    """Some columns of each, as layers of their own."""
+    values, of = layers
+    cuts = np.cumsum([prod(shape) for shape in of])[:-1]
+    parts = [_columns(x, shape) for x, shape in zip(np.split(values, cuts), of, strict=True)]
     return np.concatenate([part.ravel() for part in parts]), [part.shape for part in parts]
 
 

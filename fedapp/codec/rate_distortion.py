@@ -15,7 +15,7 @@ from fedapp.codec.chain import with_feedback
 from fedapp.codec.estimate import Like
 from fedapp.codec.factors import Factors
 from fedapp.codec.feedback import AutoFeedback
-from fedapp.codec.layers import extent, require_finite, require_whole
+from fedapp.codec.layers import extent, require_finite, require_whole, shapes
 from fedapp.codec.model import Floats
 from fedapp.codec.pilot import pilot
 from fedapp.codec.products import Products
@@ -257,10 +257,6 @@ class RateDistortion:
         error = x - (self.decode(packet, layout) if packet.known is None else packet.known)
         scale = 1 / extent(x)[0]  # the smallest float32 have no squares in float64
         return extent(error, scale)[1] / extent(x, scale)[1]
-
-
-def shapes(layout: Layout) -> list[tuple[int, ...]]:
-    return [slot.shape for slot in layout.slots]
 
 
 def _remembered(state: State, name: str, low: float, high: float) -> float | None:

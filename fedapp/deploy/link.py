@@ -47,7 +47,7 @@ from fedapp.errors import FedappError
 
 _BUSY = (429, 500, 502, 503, 504)  # of a server, or of a proxy before it, that will be back
 # Seconds. Who gives no sign for twice _BEAT is gone; a beat may be _OFTEN old when the link is cut, and the
-# first after it takes _AGAIN and a call's five seconds more: half a minute's cut leaves ten seconds to spare.
+# first after it takes _AGAIN and a call's five seconds more: a cut of half a minute leaves nine more.
 _BEAT, _OFTEN, _AGAIN = 25.0, 5.0, 1.0
 _SHORTEST, _LONGEST = 0.2, 5.0  # seconds between tries; doubles
 _Request = TypeVar("_Request")
