@@ -127,9 +127,8 @@ class Asynchronous:
         messages = sorted(asked, key=lambda message: self.places.partitions[message.metadata.dst_node_id])
         if self.downlink is not None:
             with ENCODE:
-                messages = self.downlink.send(arrays, messages)
-        self.traffic.sent(messages)
-        return self._push(messages, number, tries)
+                messages = list(self.downlink.send(arrays, messages))
+        return self._push(list(self.traffic.sent(messages)), number, tries)
 
     def _push(self, messages: list[Message], number: int, tries: int) -> int:
         sent = now(self.grid)

@@ -16,7 +16,7 @@ Dieuleveut 2021, "Preserved central model for faster bidirectional compression i
 import os
 import struct
 import zlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -86,33 +86,39 @@ class Downlink:
         self._sent: dict[int, int] = {}  # by node, the version that it was sent and has not answered
         self._weights = initial
 
-    def send(self, weights: ArrayRecord, messages: Iterable[Message]) -> list[Message]:
-        """The messages; instead of weights they hold what their nodes need to make this version of them."""
+    def send(self, weights: ArrayRecord, messages: Iterable[Message]) -> Iterator[Message]:
+        """The messages; instead of weights they hold what their nodes need to make this version of them.
+
+        Each as soon as it is ready: what others need is made after it, or beside it.
+        """
         if weights is not self._weights:
             self._weights = weights
             self._publish(ravel(weights, self._layout))
         messages = list(messages)
         held_by = {m.metadata.dst_node_id: self._held.get(m.metadata.dst_node_id, 0) for m in messages}
-        bases, crc = set(held_by.values()), _crc(self._now.weights(self._initial))
-        arrays = self._made(bases, crc)
+        crc = _crc(self._now.weights(self._initial))
+        made, arrays = self._made(dict.fromkeys(held_by.values()), crc), dict[int, ArrayRecord]()
         contents: dict[tuple[int, int], RecordDict] = {}  # and are told the same beside
         for message in messages:
             node = message.metadata.dst_node_id
             held, told = held_by[node], id(message.content)
+            if held not in arrays:
+                arrays[held] = next(made)
             self._sent[node] = self._now.number
             if (held, told) not in contents:
                 contents[held, told] = RecordDict({**message.content, ARRAYS: arrays[held]})
             message.content = contents[held, told]
-        return messages
+            yield message
 
-    def _made(self, bases: set[int], crc: int) -> dict[int, ArrayRecord]:
-        """What nodes that hold these versions are sent: one for all that hold the same."""
+    def _made(self, bases: Collection[int], crc: int) -> Iterator[ArrayRecord]:
+        """What nodes that hold these versions are sent, in this order: one for all that hold the same."""
         make, values = partial(self._arrays, crc=crc), max(1, self._layout.size)
         threads = min(len(os.sched_getaffinity(0)), len(bases), _AT_ONCE // values) or 1
         if threads == 1 or len(bases) * values < _ALONE:
-            return {base: make(base) for base in bases}
+            yield from map(make, bases)
+            return
         with ThreadPoolExecutor(threads) as pool:  # the coder runs without Python's lock
-            return dict(zip(bases, pool.map(make, bases), strict=True))
+            yield from pool.map(make, bases)
 
     def again(self, reply: Message) -> bool:
         """Note what the node holds; whether it could make nothing of its message, and another may help."""

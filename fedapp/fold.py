@@ -43,12 +43,14 @@ class Fold:
         memory = np.frombuffer(mmap.mmap(-1, 8 * slots * (1 + 2 * size)), np.int64).reshape(slots, -1)
         self._adding, self._limbs = memory[:, 0], memory[:, 1:].reshape(slots, 2, size)
         self._sums = [RunningSum(weights, ExactSum(size, limbs)) for limbs in self._limbs]
+        self._answers, self._arrived = 0, [0] * slots  # of this worker; of the one in each slot
         self._spoiled = set[int]()
         ExactSum(size).add(np.zeros(size, np.float32), 1)  # compiled once, for all workers
 
     @AGGREGATE
     def add(self, slot: int, message: Message, reply: Message) -> Answer:
         """A worker's end: add a train reply to the sum of this slot; one that does not decode is an error."""
+        self._answers += 1
         train = message.metadata.message_type == MessageType.TRAIN
         if reply.has_error() or not train or ARRAYS not in reply.content.array_records:
             return as_it_is(reply)
@@ -56,21 +58,21 @@ class Fold:
             size = size_of(reply.content)
         received = message.content.array_records[ARRAYS]
         terms = terms_in(message.content.config_records[CONFIG])
-        self._adding[slot] = 1  # until the answer has arrived: see `lost`
+        self._adding[slot] = self._answers  # see `lost`
         try:
             return self._sums[slot].take(reply, self._read, received, terms), size
         except Exception as error:
             return Error(ErrorCode.MOD_FAILED_PRECONDITION, str(error))
 
     def arrived(self, slot: int) -> None:
-        """The answer that a slot was working on is here."""
-        self._adding[slot] = 0
+        """The next answer of a slot is here."""
+        self._arrived[slot] += 1
 
     def lost(self, slot: int) -> None:
-        """The worker of a slot is dead: if it was adding, nobody knows how much of that is in the sum."""
-        if self._adding[slot]:
+        """The worker of a slot is dead: what it added and nobody heard of is in the sum, or a part of it."""
+        if self._adding[slot] > self._arrived[slot]:
             self._spoiled.add(slot)
-            self._adding[slot] = 0
+        self._adding[slot] = self._arrived[slot] = 0
 
     def collect(self) -> Iterator[ExactSum | None]:
         """The sum of each slot where it lies, None where it is spoiled; all are zero again at the end."""

@@ -47,21 +47,23 @@ class Traffic:
     drifted: int = 0  # replies that say so
 
     def exchange(
-        self, grid: Grid, messages: list[Message], timeout: float, until: float = float("inf")
+        self, grid: Grid, messages: Iterable[Message], timeout: float, until: float = float("inf")
     ) -> Iterator[Message]:
         """Send the messages, yield the replies, count both; times as in `arrivals`."""
-        self.sent(messages)
-        for replies in arrivals(grid, messages, timeout, until):
+        for replies in arrivals(grid, self.sent(messages), timeout, until):
             self.came(replies)
             yield from replies
 
-    @TRANSFER
-    def sent(self, messages: list[Message]) -> None:
-        """Count messages that are to be sent."""
-        sizes = {id(m.content): 0 for m in messages}  # a broadcast's one content is measured once
+    def sent(self, messages: Iterable[Message]) -> Iterator[Message]:
+        """The messages, counted as they are taken to be sent."""
+        sizes = dict[int, tuple[int, RecordDict]]()  # a broadcast's one content is measured once
         for message in messages:
-            sizes[id(message.content)] = sizes[id(message.content)] or size_of(message.content)
-            self.downlink += sizes[id(message.content)]
+            content = message.content
+            if id(content) not in sizes:
+                with TRANSFER:
+                    sizes[id(content)] = size_of(content), content
+            self.downlink += sizes[id(content)][0]
+            yield message
 
     @TRANSFER
     def came(self, replies: list[Message]) -> None:

@@ -1,7 +1,7 @@
 """The rounds: draw a cohort, send the weights, take the updates, step, test. Works on any Flower Grid."""
 
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from logging import WARNING
 from typing import Any, cast
@@ -323,11 +323,13 @@ class Federation:
         """Send the weights, yield the replies; a node that cannot decode is sent others, at most twice."""
         self.messages += len(messages)
         for tries_left in (2, 1, 0):
-            if self._downlink is not None:
-                with ENCODE:
-                    messages = self._downlink.send(self.arrays, messages)
+            if isinstance(self.grid, LocalGrid):
+                messages = self.grid.in_order(messages)
             asked, others = {message.metadata.dst_node_id: message for message in messages}, []
-            for reply in self.traffic.exchange(self.grid, messages, self.job.round_timeout, until):
+            sent: Iterable[Message] = messages
+            if self._downlink is not None:
+                sent = ENCODE.each(self._downlink.send(self.arrays, messages))
+            for reply in self.traffic.exchange(self.grid, sent, self.job.round_timeout, until):
                 if self._downlink is not None and self._downlink.again(reply) and tries_left:
                     others.append(_anew(asked[reply.metadata.src_node_id]))
                 else:

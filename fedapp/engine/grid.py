@@ -38,11 +38,7 @@ def arrivals(
     timeout: in seconds that really pass. until: a time on the grid's clock (`now`), which may be simulated.
     A message that nobody waits for any more has expired: no node is given it, and no reply to it is taken.
     """
-    messages = list(messages)
-    if _timeline(grid) is None:
-        for message in messages:
-            message.metadata.ttl = max(0.0, min(timeout, until - now(grid))) + _GRACE
-    waiting = push(grid, messages)
+    waiting = push(grid, messages, min(timeout, until - now(grid)))
     deadline = time.monotonic() + timeout
     while waiting and time.monotonic() < deadline and now(grid) < until:
         replies = []
@@ -54,12 +50,20 @@ def arrivals(
 
 
 @TRANSFER
-def push(grid: Grid, messages: list[Message]) -> dict[str, Message]:
-    """Give each message a nonce and push all; returns them by name, without those that the grid refused."""
-    for message in messages:
-        message.metadata.__dict__["_group_id"] = secrets.token_hex(16)
-    names = list(grid.push_messages(messages))  # empty ones, or none at all, of what is too large
-    return {name: message for name, message in zip(names, messages, strict=False) if name}
+def push(grid: Grid, messages: Iterable[Message], seconds: float | None = None) -> dict[str, Message]:
+    """Give each message a nonce and push all; returns them by name, without those that the grid refused.
+
+    A reply is waited for so many seconds. A grid that `streams` is given each message as soon as it is made.
+    """
+    pushed = dict[str, Message]()
+    for some in ([one] for one in messages) if getattr(grid, "streams", False) else (list(messages),):
+        for message in some:
+            message.metadata.__dict__["_group_id"] = secrets.token_hex(16)
+            if seconds is not None and _timeline(grid) is None:
+                message.metadata.ttl = max(0.0, seconds) + _GRACE
+        names = grid.push_messages(some)  # empty ones, or none at all, of what is too large
+        pushed |= {name: message for name, message in zip(names, some, strict=False) if name}
+    return pushed
 
 
 def answer(asked: Message, reply: Message) -> Message:

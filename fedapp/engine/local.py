@@ -4,10 +4,12 @@ import gc
 import multiprocessing.connection
 import os
 import time
+from bisect import insort
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from copy import copy
 from dataclasses import dataclass
+from itertools import islice
 from logging import ERROR
 from pathlib import Path
 from uuid import uuid4
@@ -90,6 +92,7 @@ class LocalGrid(Grid):
     """
 
     longest_pause = 0.0  # a pull waits for replies itself; a pause after it would leave workers idle
+    streams = True  # workers begin with the first message while others are made
 
     def __init__(
         self,
@@ -141,14 +144,17 @@ class LocalGrid(Grid):
         for message in messages:
             ids.append(uuid4().hex)
             message.metadata.__dict__["_message_id"] = ids[-1]
-            self._queue.append(message)
             if self.timeline is not None:
                 self.timeline.sent(message)
-        if self.timeline is not None:
-            self._queue.sort(key=self.timeline.due)
-        else:
-            self._queue.sort(key=lambda m: -self._sizes[self.partitions[m.metadata.dst_node_id]])
+                insort(self._queue, message, key=self.timeline.due)
+            else:
+                insort(self._queue, message, key=lambda message: -self._size_of(message))
+                self._dispatch(tests=False)  # before the next one is made
         return ids
+
+    def in_order(self, messages: list[Message]) -> list[Message]:
+        """The messages as they are best pushed: those to the largest clients first."""
+        return sorted(messages, key=lambda message: -self._size_of(message))
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         """Replies to these messages that are there; waits a moment for the first one.
@@ -192,7 +198,7 @@ class LocalGrid(Grid):
     def _work_done(self, pause: float) -> list[Answer]:
         """Give idle workers work, and take what others have done; waits so many seconds for the first one."""
         self._dispatch()
-        busy = {worker.channel.pipe: worker for worker in self._workers if worker.message is not None}
+        busy = {worker.channel.pipe: worker for worker in self._workers if worker.given}
         ready = multiprocessing.connection.wait(list(busy), pause)
         done = [self._receive(worker) for pipe, worker in busy.items() if pipe in ready]
         done += [self._give_up(worker) for worker in busy.values() if self._overdue(worker)]
@@ -201,14 +207,13 @@ class LocalGrid(Grid):
 
     def _overdue(self, worker: Worker) -> bool:
         """Whether the client that a worker works for has had its time, which passes in fact."""
-        if self._client_timeout is None or worker.message is None or worker.tests:
+        if self._client_timeout is None or not worker.given or worker.tests:
             return False
         return time.monotonic() - worker.began > self._client_timeout
 
     def _give_up(self, worker: Worker) -> Answer:
         """The answer of a client whose time is over, in its place; it keeps what it had."""
-        asked = worker.message
-        assert asked is not None
+        asked = worker.given.popleft()
         self._replace(worker)
         log(
             ERROR,
@@ -232,35 +237,63 @@ class LocalGrid(Grid):
     def collect(self) -> Iterable[ExactSum | None]:
         """What all replies of a round add up to, by slot. Ends whoever is still at it: their time is over."""
         for worker in self._workers:
-            if worker.message is not None and not worker.tests:
+            if worker.given and not worker.tests:
+                worker.given.clear()
                 self._replace(worker)
         return self._fold.collect() if self._fold else ()
 
-    def _dispatch(self) -> None:
+    def _dispatch(self, tests: bool = True) -> None:
         for worker in list(self._workers):
-            if worker.message is None and (waiting := self._queue or self._tests):
+            if not worker.given and (waiting := self._queue or (self._tests if tests else [])):
                 if not worker.process.is_alive():
                     worker = self._replace(worker)
-                worker.message, worker.began = waiting.pop(0), time.monotonic()
-                content = worker.message.content
-                known = content is worker.content
-                worker.content = content
-                envelope = copy(worker.message)
-                envelope.content = RecordDict()
-                node = worker.message.metadata.dst_node_id
-                with TRANSFER:
-                    context = self._context(node) if worker.tests else self._contexts[node]
-                with suppress(OSError):  # died this moment: the end of its pipe says so to the next pull
-                    worker.channel.send((envelope, None if known else content, context))
+                worker.began = time.monotonic()
+                self._give(worker, waiting.pop(0))
+        for worker in self._workers:
+            if self._ahead(worker):
+                self._give(worker, self._queue.pop(0))
+
+    def _ahead(self, worker: Worker) -> bool:
+        """Whether a busy worker is given the next message too, so that it need not wait for it.
+
+        Only where the others have as much to do meanwhile, and what the node keeps is here.
+        """
+        if self.timeline is not None or not self._queue or len(worker.given) != 1 or worker.tests:
+            return False
+        node = self._queue[0].metadata.dst_node_id
+        if any(node == message.metadata.dst_node_id for other in self._workers for message in other.given):
+            return False
+        left = (len(self._workers) - 1) * (self._size_of(worker.given[0]) + self._size_of(self._queue[0]))
+        for message in islice(self._queue, 1, None):
+            if left <= 0:
+                break
+            left -= self._size_of(message)
+        return left <= 0
+
+    def _size_of(self, message: Message) -> int:
+        return self._sizes[self.partitions[message.metadata.dst_node_id]]
+
+    def _give(self, worker: Worker, message: Message) -> None:
+        content, node = message.content, message.metadata.dst_node_id
+        worker.given.append(message)
+        known = content is worker.content
+        worker.content = content
+        envelope = copy(message)
+        envelope.content = RecordDict()
+        with TRANSFER:
+            context = self._context(node) if worker.tests else self._contexts[node]
+        with suppress(OSError):  # died this moment: the end of its pipe says so to the next pull
+            worker.channel.send((envelope, None if known else content, context))
 
     @TRANSFER
     def _receive(self, worker: Worker) -> Answer:
-        asked, worker.message = worker.message, None
-        assert asked is not None
+        asked = worker.given.popleft()
         try:
             answer, context, told = worker.channel.receive()
         except (EOFError, OSError):  # killed, for memory perhaps; the next dispatch replaces it
             worker.process.join()
+            self._queue[:0] = worker.given  # not begun
+            worker.given.clear()
             if self._fold:
                 self._fold.lost(worker.slot)
             partition = self.partitions[asked.metadata.dst_node_id]
@@ -269,6 +302,7 @@ class LocalGrid(Grid):
             error = Error(ErrorCode.CLIENT_APP_CRASHED, "its worker process died")
             return Message(error, reply_to=asked), None
         CLOCK.hear(told, worker.slot + 1, self.partitions[asked.metadata.dst_node_id])
+        worker.began = time.monotonic()
         if self._fold:
             self._fold.arrived(worker.slot)
         if isinstance(answer, tuple):
@@ -283,6 +317,7 @@ class LocalGrid(Grid):
 
     def _replace(self, worker: Worker) -> Worker:
         worker.end()
+        self._queue[:0] = worker.given
         if self._fold:
             self._fold.lost(worker.slot)
         self._workers[worker.slot] = Worker(self._app, self._fold, worker.slot, self._arena)

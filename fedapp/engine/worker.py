@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import signal
 import traceback
+from collections import deque
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 
@@ -22,7 +23,7 @@ TEST = "query.test"  # asks a worker to test for the server: no client's work, t
 
 
 class Worker:
-    """One resident process and the message it works on.
+    """One resident process and the messages it is given: it works on the first, the next one waits there.
 
     To be made in a thread that lives as long as the run: on Linux the worker ends with it (`end_with`).
     """
@@ -36,15 +37,15 @@ class Worker:
         self.process: BaseProcess = context.Process(target=_work, args=arguments, daemon=True)
         self.process.start()
         theirs.close()
-        self.slot, self.channel = slot, Channel(ours, arena, writes=True)
-        self.message: Message | None = None
-        self.began = 0.0  # when it was given that, by `time.monotonic`
+        self.slot, self.channel = slot, Channel(ours, arena, asks=True)
+        self.given = deque[Message]()
+        self.began = 0.0  # when the first became that, by `time.monotonic`
         self.content: RecordDict | None = None  # what this worker received last, so that it is sent once
 
     @property
     def tests(self) -> bool:
         """Whether it tests the model for the server, and no client works here."""
-        return self.message is not None and self.message.metadata.message_type == TEST
+        return bool(self.given) and self.given[0].metadata.message_type == TEST
 
     def end(self) -> None:
         self.process.kill()
