@@ -5,6 +5,7 @@ import os
 import signal
 import threading
 import time
+from collections import deque
 from dataclasses import replace
 from typing import Any
 
@@ -234,8 +235,9 @@ def test_a_folded_reply_says_whom_it_answers() -> None:
 
 
 def ends() -> tuple[Channel, Channel]:
+    """The end that asks, and the one that answers."""
     one, other = multiprocessing.get_context("fork").Pipe()
-    return Channel(one), Channel(other)
+    return Channel(one, asks=True), Channel(other)
 
 
 def passed(sender: Channel, receiver: Channel, thing: object) -> tuple[Any, int]:
@@ -278,28 +280,91 @@ def test_equal_pieces_that_are_not_the_same_both_cross() -> None:
     assert passed(here, there, [one, other])[1] > 20_000
 
 
-@settings(deadline=None, max_examples=60)
-@given(st.lists(st.lists(st.integers(0, 11), max_size=5), min_size=1, max_size=30))
-def test_both_ends_remember_and_forget_the_same(turns: list[list[int]]) -> None:
+class Here:
+    """A pipe between two ends of one process, where what is written waits; nothing takes any room."""
+
+    def __init__(self, mine: deque[bytes], theirs: deque[bytes]) -> None:
+        self._mine, self._theirs = mine, theirs
+
+    def send_bytes(self, data: bytes) -> None:
+        self._theirs.append(bytes(bytearray(data)))  # as another process has it
+
+    def recv_bytes(self) -> bytes:
+        return self._mine.popleft()
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.lists(st.tuples(st.booleans(), st.lists(st.integers(0, 11), max_size=5)), max_size=60), st.booleans())
+def test_requests_that_do_not_wait_for_answers_all_arrive(
+    steps: list[tuple[bool, list[int]]], large: bool
+) -> None:
+    """Pieces that go both ways at any time, and more than are remembered."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(channel, "MOST", 30_000)
         here, there = ends()
+        if large:
+            here._room = 0  # all that is asked while another is not answered waits
+        ours, theirs = deque[bytes](), deque[bytes]()
+        here.pipe, there.pipe = Here(ours, theirs), Here(theirs, ours)  # type: ignore[assignment]
         pieces = [os.urandom(5000 + 500 * i) for i in range(12)]
-        for turn, chosen in enumerate(turns):
-            sender, receiver = (here, there) if turn % 2 == 0 else (there, here)
-            sent = [pieces[i] for i in chosen]
-            got, _ = passed(sender, receiver, sent)
-            assert got == sent
-            assert list(here._pieces) == list(there._pieces)
-            assert here._size == there._size == sum(map(len, here._pieces.values())) <= 30_000
-            assert len(here._names) == len(here._pieces)
+        known = [{piece: piece for piece in pieces} for _ in range(2)]  # the object that each end has of each
+        asked, answered = deque[list[bytes]](), deque[list[bytes]]()
+
+        def answer(chosen: list[int]) -> None:
+            assert (got := there.receive()) == asked.popleft()
+            known[1] |= {piece: piece for piece in got}
+            answered.append([known[1][pieces[i]] for i in chosen])
+            there.send(answered[-1])
+
+        def hear() -> None:
+            assert (got := here.receive()) == answered.popleft()
+            known[0] |= {piece: piece for piece in got}
+
+        for asks, chosen in steps:
+            if asks and len(asked) + len(answered) < 3:
+                asked.append([known[0][pieces[i]] for i in chosen])
+                here.send(asked[-1])
+            elif theirs:
+                answer(chosen)
+            elif answered:
+                hear()
+            assert here._size == sum(map(len, here._pieces.values()))
+        while asked or answered:
+            if theirs:
+                answer([])
+            hear()
+        here.send(None)
+        there.receive()
+        there.send(None)
+        here.receive()
+        assert here._pieces == there._pieces
+        assert here._size == there._size == sum(map(len, here._pieces.values())) <= 30_000
+        assert len(here._names) == len(there._names) == len(here._pieces)
+        assert not any(here._leaving)
+
+
+def test_a_request_that_the_pipe_has_no_room_for_waits_for_the_answer_before_it() -> None:
+    """Else both ends could write, and none read."""
+    here, there = ends()
+    first, second = os.urandom(1000), [os.urandom(1 << 20) for _ in range(3)]
+    here.send(first)
+    here.send(second)  # returns, though nobody reads
+    assert there.receive() == first
+    assert not there.pipe.poll(0.05)
+    there.send("done")
+    got: list[Any] = []
+    reader = threading.Thread(target=lambda: got.append(there.receive()))
+    reader.start()
+    assert here.receive() == "done"
+    reader.join()
+    assert got == [second]
 
 
 def test_a_large_piece_of_the_server_lies_in_memory_that_its_workers_read() -> None:
     arena = Arena()
     (one, first), (two, second) = (multiprocessing.get_context("fork").Pipe() for _ in range(2))
-    here, there, elsewhere = Channel(one, arena, writes=True), Channel(first, arena), Channel(second, arena)
-    other = Channel(two, arena, writes=True)
+    here, there, elsewhere = Channel(one, arena, asks=True), Channel(first, arena), Channel(second, arena)
+    other = Channel(two, arena, asks=True)
     piece = os.urandom(200_000)
     for writer, reader in ((here, there), (other, elsewhere)):
         got, size = passed(writer, reader, {"a": piece})
@@ -309,6 +374,9 @@ def test_a_large_piece_of_the_server_lies_in_memory_that_its_workers_read() -> N
     back, size = passed(there, here, [piece, got["a"]])  # a worker's own crosses the pipe
     assert back == [piece, piece]
     assert size > 200_000
+    here.send(os.urandom(200_000))
+    assert len(arena._told) == 2  # neither has answered
+    here.close()
     other.close()
     assert not arena._told  # neither of them will ask again
     arena.close()

@@ -40,7 +40,9 @@ class Channel:
         new, body = list[int](), io.BytesIO()
         with TRANSFER:
             pickler = pickle.Pickler(body, pickle.HIGHEST_PROTOCOL)
-            pickler.persistent_id = lambda piece: self._name(piece, new)  # type: ignore[method-assign]
+            pickler.persistent_id = (  # type: ignore[method-assign]
+                lambda one: self._name(one, new) if type(one) is bytes and len(one) >= LEAST else None
+            )
             pickler.dump(thing)
             places = {name: self._put(self._pieces[name]) for name in new}
             told = [(name, place, len(self._pieces[name])) for name, place in places.items()]
@@ -106,9 +108,7 @@ class Channel:
         assert self._arena is not None
         return self._arena.get(place, size)
 
-    def _name(self, piece: object, new: list[int]) -> int | None:
-        if type(piece) is not bytes or len(piece) < LEAST:
-            return None
+    def _name(self, piece: bytes, new: list[int]) -> int:
         name = self._names.get(id(piece))
         if name is None:
             name, self._next = self._next, self._next + 2

@@ -53,10 +53,10 @@ def arrivals(
 def push(grid: Grid, messages: Iterable[Message], seconds: float | None = None) -> dict[str, Message]:
     """Give each message a nonce and push all; returns them by name, without those that the grid refused.
 
-    A reply is waited for so many seconds. A grid that `streams` is given each message as soon as it is made.
+    A reply is waited for so many seconds. A grid that `streams` is given what an iterator makes one by one.
     """
-    pushed = dict[str, Message]()
-    for some in ([one] for one in messages) if getattr(grid, "streams", False) else (list(messages),):
+    pushed, streams = dict[str, Message](), getattr(grid, "streams", False) and isinstance(messages, Iterator)
+    for some in ([one] for one in messages) if streams else [list(messages)]:
         for message in some:
             message.metadata.__dict__["_group_id"] = secrets.token_hex(16)
             if seconds is not None and _timeline(grid) is None:

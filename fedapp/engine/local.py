@@ -7,9 +7,7 @@ import time
 from bisect import insort
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from copy import copy
 from dataclasses import dataclass
-from itertools import islice
 from logging import ERROR
 from pathlib import Path
 from uuid import uuid4
@@ -149,8 +147,12 @@ class LocalGrid(Grid):
                 insort(self._queue, message, key=self.timeline.due)
             else:
                 insort(self._queue, message, key=lambda message: -self._size_of(message))
-                self._dispatch(tests=False)  # before the next one is made
+        if self.timeline is None:
+            self._dispatch(tests=False)  # before the next ones are made
         return ids
+
+    def _size_of(self, message: Message) -> int:
+        return self._sizes[self.partitions[message.metadata.dst_node_id]]
 
     def in_order(self, messages: list[Message]) -> list[Message]:
         """The messages as they are best pushed: those to the largest clients first."""
@@ -200,20 +202,22 @@ class LocalGrid(Grid):
         self._dispatch()
         busy = {worker.channel.pipe: worker for worker in self._workers if worker.given}
         ready = multiprocessing.connection.wait(list(busy), pause)
-        done = [self._receive(worker) for pipe, worker in busy.items() if pipe in ready]
+        came = [self._receive(worker) for pipe, worker in busy.items() if pipe in ready]
+        done = [answer for answer in came if answer is not None]
         done += [self._give_up(worker) for worker in busy.values() if self._overdue(worker)]
         self._tested += [reply for reply, _ in done if reply.metadata.message_type == TEST]
         return [answer for answer in done if answer[0].metadata.message_type != TEST]
 
     def _overdue(self, worker: Worker) -> bool:
         """Whether the client that a worker works for has had its time, which passes in fact."""
-        if self._client_timeout is None or not worker.given or worker.tests:
+        if self._client_timeout is None or not worker.at_work:
             return False
         return time.monotonic() - worker.began > self._client_timeout
 
     def _give_up(self, worker: Worker) -> Answer:
         """The answer of a client whose time is over, in its place; it keeps what it had."""
         asked = worker.given.popleft()
+        assert asked is not None
         self._replace(worker)
         log(
             ERROR,
@@ -237,72 +241,74 @@ class LocalGrid(Grid):
     def collect(self) -> Iterable[ExactSum | None]:
         """What all replies of a round add up to, by slot. Ends whoever is still at it: their time is over."""
         for worker in self._workers:
-            if worker.given and not worker.tests:
+            if worker.at_work:
                 worker.given.clear()
                 self._replace(worker)
         return self._fold.collect() if self._fold else ()
 
     def _dispatch(self, tests: bool = True) -> None:
+        """Give idle workers work, and busy ones the next message too, so that they need not wait for it."""
         for worker in list(self._workers):
-            if not worker.given and (waiting := self._queue or (self._tests if tests else [])):
-                if not worker.process.is_alive():
-                    worker = self._replace(worker)
-                worker.began = time.monotonic()
-                self._give(worker, waiting.pop(0))
-        for worker in self._workers:
-            if self._ahead(worker):
+            if worker.given:
+                continue
+            if (message := self._next(tests)) is None:
+                break
+            if not worker.process.is_alive():
+                worker = self._replace(worker)
+            worker.began = time.monotonic()
+            self._give(worker, message)
+        for worker in self._workers if self.timeline is None else ():
+            if self._queue and worker.at_work and len(worker.given) == 1 and not self._answering():
                 self._give(worker, self._queue.pop(0))
 
-    def _ahead(self, worker: Worker) -> bool:
-        """Whether a busy worker is given the next message too, so that it need not wait for it.
+    def _next(self, tests: bool) -> Message | None:
+        """What an idle worker is to do; what waits for another worker too, before tests."""
+        if self._queue:
+            return self._queue.pop(0)
+        for worker in self._workers:
+            if (waiting := worker.take_back()) is not None:
+                return waiting
+        return self._tests.pop(0) if tests and self._tests else None
 
-        Only where the others have as much to do meanwhile, and what the node keeps is here.
-        """
-        if self.timeline is not None or not self._queue or len(worker.given) != 1 or worker.tests:
-            return False
+    def _answering(self) -> bool:
+        """Whether the node that is next in the queue still answers an earlier message."""
         node = self._queue[0].metadata.dst_node_id
-        if any(node == message.metadata.dst_node_id for other in self._workers for message in other.given):
-            return False
-        left = (len(self._workers) - 1) * (self._size_of(worker.given[0]) + self._size_of(self._queue[0]))
-        for message in islice(self._queue, 1, None):
-            if left <= 0:
-                break
-            left -= self._size_of(message)
-        return left <= 0
-
-    def _size_of(self, message: Message) -> int:
-        return self._sizes[self.partitions[message.metadata.dst_node_id]]
+        given = (message for worker in self._workers for message in worker.given)
+        return any(message is not None and message.metadata.dst_node_id == node for message in given)
 
     def _give(self, worker: Worker, message: Message) -> None:
-        content, node = message.content, message.metadata.dst_node_id
-        worker.given.append(message)
-        known = content is worker.content
+        node, content = message.metadata.dst_node_id, message.content
+        fresh = None if content is worker.content else content
         worker.content = content
-        envelope = copy(message)
-        envelope.content = RecordDict()
         with TRANSFER:
-            context = self._context(node) if worker.tests else self._contexts[node]
+            test = message.metadata.message_type == TEST
+            context = self._context(node) if test else self._contexts[node]
         with suppress(OSError):  # died this moment: the end of its pipe says so to the next pull
-            worker.channel.send((envelope, None if known else content, context))
+            worker.give(message, fresh, context)
 
     @TRANSFER
-    def _receive(self, worker: Worker) -> Answer:
+    def _receive(self, worker: Worker) -> Answer | None:
+        """What a worker has done; None of a message that was taken back."""
         asked = worker.given.popleft()
         try:
-            answer, context, told = worker.channel.receive()
+            received = worker.channel.receive()
         except (EOFError, OSError):  # killed, for memory perhaps; the next dispatch replaces it
             worker.process.join()
-            self._queue[:0] = worker.given  # not begun
-            worker.given.clear()
+            self._again(worker)
             if self._fold:
                 self._fold.lost(worker.slot)
+            if asked is None:
+                return None
             partition = self.partitions[asked.metadata.dst_node_id]
             died = "a worker process died with exit code %s at the client of partition %s"
             log(ERROR, died, worker.process.exitcode, partition)
             error = Error(ErrorCode.CLIENT_APP_CRASHED, "its worker process died")
             return Message(error, reply_to=asked), None
-        CLOCK.hear(told, worker.slot + 1, self.partitions[asked.metadata.dst_node_id])
         worker.began = time.monotonic()
+        if asked is None:
+            return None
+        answer, context, told = received
+        CLOCK.hear(told, worker.slot + 1, self.partitions[asked.metadata.dst_node_id])
         if self._fold:
             self._fold.arrived(worker.slot)
         if isinstance(answer, tuple):
@@ -317,11 +323,16 @@ class LocalGrid(Grid):
 
     def _replace(self, worker: Worker) -> Worker:
         worker.end()
-        self._queue[:0] = worker.given
+        self._again(worker)
         if self._fold:
             self._fold.lost(worker.slot)
         self._workers[worker.slot] = Worker(self._app, self._fold, worker.slot, self._arena)
         return self._workers[worker.slot]
+
+    def _again(self, worker: Worker) -> None:
+        """What a worker was given and has not begun goes to others."""
+        self._queue[:0] = filter(None, worker.given)
+        worker.given.clear()
 
     def commit(self, finished: int, oldest: int) -> int:
         """Bring what nodes keep to the disk (`States.commit`); returns how many keep something."""
