@@ -294,7 +294,8 @@ class Here:
 
 
 @settings(deadline=None, max_examples=200)
-@given(st.lists(st.tuples(st.booleans(), st.lists(st.integers(0, 11), max_size=5)), max_size=60), st.booleans())
+@given(st.lists(st.tuples(st.booleans(), st.lists(st.integers(0, 11), max_size=5)), max_size=60),
+       st.booleans())  # fmt: skip
 def test_requests_that_do_not_wait_for_answers_all_arrive(
     steps: list[tuple[bool, list[int]]], large: bool
 ) -> None:
@@ -311,13 +312,15 @@ def test_requests_that_do_not_wait_for_answers_all_arrive(
         asked, answered = deque[list[bytes]](), deque[list[bytes]]()
 
         def answer(chosen: list[int]) -> None:
-            assert (got := there.receive()) == asked.popleft()
+            got = there.receive()
+            assert got == asked.popleft()
             known[1] |= {piece: piece for piece in got}
             answered.append([known[1][pieces[i]] for i in chosen])
             there.send(answered[-1])
 
         def hear() -> None:
-            assert (got := here.receive()) == answered.popleft()
+            got = here.receive()
+            assert got == answered.popleft()
             known[0] |= {piece: piece for piece in got}
 
         for asks, chosen in steps:

@@ -143,6 +143,6 @@ class Channel:
 
 
 def _room(pipe: Connection) -> int:
-    """Bytes that a pipe surely takes that nobody reads; of what the system says, its own records take some."""
+    """Bytes that a pipe takes though nobody reads: not all that the system says, which counts its own too."""
     with socket.fromfd(pipe.fileno(), socket.AF_UNIX, socket.SOCK_STREAM) as end:
         return end.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF) // 4
