@@ -21,7 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
@@ -211,19 +211,42 @@ def _said(reply: Message) -> int | None:
 # --- the client's end --------------------------------------------------------------------------------------
 
 
+class _Made(NamedTuple):
+    """A version as a node makes it: the checksum of its weights, what the node keeps, and the weights."""
+
+    version: Version
+    crc: int
+    holds: ArrayRecord
+    floats: dict[str, Array]
+
+    def same(self, version: Version, crc: int) -> bool:
+        """Whether that would come to the same."""
+        mine, other = self.version, version
+        told = (mine.number, mine.exponent, self.crc) == (other.number, other.exponent, crc)
+        return told and np.array_equal(mine.levels, other.levels)
+
+
 def receive(initial: ArrayRecord) -> Mod:
     """The client mod: replaces a coded version in a message by its weights; `initial` is the seed's model.
 
     What this node holds stays in `context.state["downlink"]`. A node that can make nothing of the message
-    says what it holds, and does nothing else. Where one process serves many nodes, those that hold the same
-    version and are sent the same bytes share what comes out.
+    says what it holds, and does nothing else. Where one process serves many nodes, those that come to the
+    same version share it.
     """
     layout = layout_of(initial)
     like, fresh = ravel(initial, layout), first(layout)
-    last: tuple[Array, int, ArrayRecord, dict[str, Array]] | None = None
+    last: _Made | None = None
+    by: tuple[Array, int] | None = None  # what was sent, and the version held before, that came to the last
+
+    def made(version: Version, kept: ArrayRecord) -> _Made:
+        weights = version.weights(values(kept[INITIAL]) if INITIAL in kept else like)
+        at = array_of(np.array([version.number, version.exponent]))
+        holds = ArrayRecord({**kept, AT: at, LEVELS: array_of(version.levels)})
+        floats = {name: array_of(one) for name, one in unravel(weights, layout, initial).items()}
+        return _Made(version, _crc(weights), holds, floats)
 
     def mod(message: Message, context: Context, call_next: Callable[[Message, Context], Message]) -> Message:
-        nonlocal last
+        nonlocal last, by
         arrays = message.content.array_records[ARRAYS]
         kept = context.state.array_records.get(DOWNLINK, ArrayRecord())
         if INITIAL in arrays:
@@ -232,23 +255,19 @@ def receive(initial: ArrayRecord) -> Mod:
         if LEVELS in kept:
             number, exponent = values(kept[AT]).tolist()
             held = Version(number, exponent, values(kept[LEVELS]))
-        if last and INITIAL not in kept and last[0] is arrays[VERSION] and last[1] == held.number:
-            _, _, holds, floats = last
-        else:
-            start = values(kept[INITIAL]) if INITIAL in kept else like
+        shared = None if INITIAL in kept else last
+        if shared is None or by is None or by[0] is not arrays[VERSION] or by[1] != held.number:
             version, crc = _decode(arrays[VERSION], held, layout)
-            weights = None if version is None else version.weights(start)
-            if version is None or weights is None or _crc(weights) != crc:
+            if version is None or shared is None or not shared.same(version, crc):
+                shared = None if version is None else made(version, kept)
+            if shared is None or shared.crc != crc:
                 says = held.number if version is None else 0
                 return Message(RecordDict({CONFIG: ConfigRecord({HOLDS: says})}), reply_to=message)
-            at = array_of(np.array([version.number, version.exponent]))
-            holds = ArrayRecord({**kept, AT: at, LEVELS: array_of(version.levels)})
-            floats = {name: array_of(one) for name, one in unravel(weights, layout, initial).items()}
             if INITIAL not in kept:
-                last = arrays[VERSION], held.number, holds, floats
-        context.state[DOWNLINK] = holds
-        made = {name: floats[name] if name in floats else arrays[name] for name in initial}
-        message.content = RecordDict({**message.content, ARRAYS: ArrayRecord(made)})
+                last, by = shared, (arrays[VERSION], held.number)
+        context.state[DOWNLINK] = shared.holds
+        weights = {name: shared.floats[name] if name in shared.floats else arrays[name] for name in initial}
+        message.content = RecordDict({**message.content, ARRAYS: ArrayRecord(weights)})
         return call_next(message, context)
 
     return mod

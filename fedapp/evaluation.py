@@ -97,7 +97,7 @@ class ServerTest:
         """Of nobody else: on a grid in this process clients train the job's, while a thread tests."""
         if self._thread is None:
             return self._job.model
-        return self._job.task.model(self._job.seed).to(self._job.torch_device)
+        return self._job.new_model()
 
     def _ask(self, grid: LocalGrid) -> None:
         """Have workers test each part that nobody has tested."""

@@ -402,7 +402,13 @@ class Job:
     @cached_property
     def model(self) -> nn.Module:
         """The one resident model of this process; weights are copied into it in place."""
-        return self.task.model(self.seed).to(self.torch_device)
+        return self.new_model()
+
+    def new_model(self) -> nn.Module:
+        """A model where it trains, its convolutions laid out in memory as the trainer wants them."""
+        model = self.task.model(self.seed).to(self.torch_device)
+        last = isinstance(self.trainer, Sgd) and self.trainer.channels_last
+        return model.to(memory_format=torch.channels_last) if last else model
 
     def prepare(self) -> None:
         """Do once what every worker would do again, and refuse a model that the trainer cannot train."""

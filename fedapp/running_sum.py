@@ -115,9 +115,8 @@ class RunningSum:
 
     def reply(self, mean: NDArray[np.float64], weights: ArrayRecord) -> Message:
         """A reply as of one client that trained the mean of all: weights, buffers, total weight."""
-        made: dict[str, NDArray[Any]] = unravel(
-            ravel(weights, self.layout) + mean[: self.layout.size], self.layout, weights
-        )
+        trained = ravel(weights, self.layout) + mean[: self.layout.size]
+        made: dict[str, NDArray[Any]] = unravel(trained, self.layout, weights)
         offset = self.layout.size
         for name, like in self.buffers.items():
             size = int(np.prod(like.shape, dtype=np.int64))

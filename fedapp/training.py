@@ -57,6 +57,7 @@ class Sgd:
 
     Clients weigh by their number of examples. Momentum starts at zero each round. Of a `part` of the work,
     the update is scaled to as far as all steps would have gone along one gradient (`reach`).
+    `channels_last` has convolutions keep the channels of a pixel together: quicker, and other last bits.
     Source of `proximal_mu`: Li et al. 2020, "Federated optimization in heterogeneous networks".
     """
 
@@ -67,6 +68,7 @@ class Sgd:
     batch_size: int = 32
     epochs: int = 1
     proximal_mu: float = 0.0
+    channels_last: bool = False
     part: Part = WHOLE
 
     def __post_init__(self) -> None:
@@ -77,6 +79,7 @@ class Sgd:
         check.whole("trainer.batch_size", self.batch_size, 1)
         check.whole("trainer.epochs", self.epochs, 0)
         check.real("trainer.proximal_mu", self.proximal_mu, low=0.0, high=1e3)
+        check.flag("trainer.channels_last", self.channels_last)
 
     def pulled(self, mu: float) -> "Sgd":
         """The same trainer with the pull that the FedProx strategy asks for."""

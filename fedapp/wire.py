@@ -202,7 +202,8 @@ class Wire(Strategy):
             weights = {tally.node: tally.weight for tally in tallies}
             mean = self.controls.mean(server_round, exact.total(), weights)
         else:
-            mean = exact.total() / exact.weight
+            mean = exact.total()
+            mean /= exact.weight
             if self.workloads:
                 mean *= self.workloads.pace({tally.node: tally.weight for tally in tallies})
         return self._stepped(server_round, [total.reply(mean, self._weights)])

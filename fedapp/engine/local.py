@@ -24,6 +24,7 @@ from fedapp import check
 from fedapp.assignment import SECONDS, part_in
 from fedapp.engine.arena import Arena
 from fedapp.engine.grid import stream
+from fedapp.engine.heap import keep_freed_memory
 from fedapp.engine.states import States
 from fedapp.engine.timeline import Answer, Timeline
 from fedapp.engine.worker import TEST, Worker
@@ -74,6 +75,7 @@ class Local:
         # What is there now stays: the collector of cycles would look through all modules now and then, and
         # what it touches a forked worker no longer shares.
         gc.freeze()
+        keep_freed_memory()
         grid = LocalGrid(app, sizes, workers, fold and fold(workers), *of_time)
         try:
             grid._contexts = States(grid.partitions, grid._context, self.state_mb * 1e6, file, finished)
