@@ -20,8 +20,10 @@ from fedapp.codec import Layout, Slot
 from fedapp.codec import context as coder
 from fedapp.codec.quantizer import edges
 from fedapp.downlink import (
+    DOWNLINK,
     HOLDS,
     INITIAL,
+    LEVELS,
     STYPE,
     VERSION,
     Coded,
@@ -342,6 +344,33 @@ def result(data: bytes, initial: ArrayRecord, stype: str = STYPE) -> NDArray[np.
         assert reply.content.config_records[CONFIG][HOLDS] == 0
         assert not context.state
     return got[0] if got else None
+
+
+def test_nodes_of_a_process_that_come_to_one_version_share_it() -> None:
+    """Whatever they held before; but for one whose message names another checksum."""
+    initial = model(0)
+    server, mod = Downlink(Coded(2.0), initial), receive(initial)
+    contexts = {node: Context(1, node, {}, RecordDict(), {}) for node in (2, 3, 4)}
+
+    def train(message: Message, context: Context) -> Message:
+        return Message(RecordDict(), reply_to=message)
+
+    for round_, nodes in ((1, [2]), (2, [3, 2, 4])):
+        for message in server.send(moved(initial, round_), asking(nodes)):
+            if message.metadata.dst_node_id == 4:
+                array = message.content.array_records[ARRAYS][VERSION]
+                other = bytearray(array.data)
+                other[1] ^= 1
+                arrays = ArrayRecord(
+                    {**message.content[ARRAYS], VERSION: Array("uint8", array.shape, STYPE, bytes(other))}
+                )
+                message.content = RecordDict({**message.content, ARRAYS: arrays})
+            server.again(mod(message, contexts[message.metadata.dst_node_id], train))
+    held = {node: context.state.array_records.get(DOWNLINK) for node, context in contexts.items()}
+    assert held[2] is not None
+    assert held[3] is not None
+    assert held[2][LEVELS].data is held[3][LEVELS].data
+    assert held[4] is None
 
 
 def test_golden_bytes_of_a_version() -> None:

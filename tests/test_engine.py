@@ -67,6 +67,7 @@ def model_after(overrides: str) -> bytes:
         "strategy=fedmedian",
         "strategy=fedprox trainer.momentum=0.9 cohort=null",
         "strategy=scaffold codec.rate=0.3",
+        "model=small_cnn trainer.channels_last=true evaluate=server",
     ],
 )
 def test_any_number_of_workers_gives_the_same_bits(setting: str, workers: int) -> None:
@@ -566,6 +567,32 @@ def test_more_workers_than_messages_and_fewer_than_clients() -> None:
         assert sorted(told(stream(grid, orders(grid.partitions), 60), "node")) == [2, 3, 4]
     with Local().grid(echo(), [1], 1) as grid:
         assert told(stream(grid, orders([2]), 60), "node") == [2]
+
+
+def test_what_waits_for_a_busy_worker_is_taken_by_an_idle_one(grid: LocalGrid) -> None:
+    """4 is given to the worker of 3 while that one is at work; the other worker is done before."""
+    for number in (1, 2):
+        replies = list(stream(grid, orders(grid.partitions, n3="1.5"), 60))
+        assert told(replies, "node")[-1] == 3
+        assert told(replies, WEIGHT) == [number] * 4  # each was done once
+        assert len(set(told(replies, "pid")[:3])) == 1
+
+
+def test_a_message_is_begun_before_the_next_one_is_made(grid: LocalGrid) -> None:
+    def made() -> Iterator[Message]:
+        for number, message in enumerate(orders(grid.partitions, n2="0.1")):
+            assert sum(len(worker.given) for worker in grid._workers) == number
+            yield message
+
+    assert sorted(told(stream(grid, made(), 60), "node")) == [2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("order", ["die", "exit"])
+def test_what_waits_for_a_worker_that_dies_is_done(order: str) -> None:
+    with Local(workers=1).grid(echo(), [10, 40, 20, 30], 4) as grid:
+        replies = list(stream(grid, orders(grid.partitions, n3=order), 60))
+        assert [reply.has_error() for reply in replies] == [True, False, False, False]
+        assert told(replies, "node") == [5, 4, 2]
 
 
 @pytest.mark.parametrize("order", ["die", "exit"])

@@ -6,12 +6,13 @@ import signal
 import threading
 import time
 from collections import deque
+from copy import deepcopy
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
-from flwr.app import ConfigRecord, Context, Message, RecordDict
+from flwr.app import ConfigRecord, Context, Error, Message, RecordDict
 from grids import Elsewhere, bits, rounds_on
 from grids import rounds_here as run
 from hypothesis import given, settings
@@ -25,7 +26,7 @@ from fedapp.engine import channel
 from fedapp.engine.arena import Arena
 from fedapp.engine.channel import Channel
 from fedapp.exact_sum import ExactSum
-from fedapp.fold import Folded
+from fedapp.fold import Fold, Folded
 from fedapp.job import Job
 from fedapp.running_sum import Own, RunningSum
 
@@ -186,6 +187,40 @@ def test_a_worker_killed_while_it_adds_spoils_its_own_sum_only(monkeypatch: pyte
     assert rounds[0].replies + rounds[0].failures == 5
     assert [(r.replies, r.failures) for r in rounds[1:]] == [(5, 0)]
     assert np.isfinite(federation.arrays["linear.bias"].numpy()).all()
+
+
+def answered(job: Job) -> tuple[Fold, Message, Message]:
+    """A fold, and a train message with its reply."""
+    makes = job.fold
+    assert makes is not None
+    content = RecordDict({"arrays": job.initial, "config": ConfigRecord({"server-round": 1})})
+    message = Message(content, 2, "train")
+    context = Context(1, 2, {"partition-id": 0, "num-partitions": job.clients}, RecordDict(), {})
+    return makes(1), message, client_app(lambda _: job)(message, context)
+
+
+@pytest.mark.parametrize(("added", "heard", "spoiled"), [(1, 1, False), (2, 1, True), (2, 2, False)])
+def test_a_sum_is_spoiled_where_an_answer_to_what_was_added_never_came(
+    added: int, heard: int, spoiled: bool
+) -> None:
+    """A worker may add the next update before the server hears of the one before."""
+    fold, message, reply = answered(job_of("downlink=plain"))
+    for _ in range(added):
+        assert isinstance(fold.add(0, message, deepcopy(reply)), tuple)
+    for _ in range(heard):
+        fold.arrived(0)
+    fold.lost(0)
+    assert [one is None for one in fold.collect()] == [spoiled]
+
+
+def test_answers_that_add_nothing_are_counted_too() -> None:
+    fold, message, reply = answered(job_of("downlink=plain"))
+    nothing = Message(Error(1, "no"), reply_to=message)
+    for answer in (nothing, reply, nothing):
+        fold.add(0, message, answer)
+        fold.arrived(0)
+    fold.lost(0)
+    assert [one is None for one in fold.collect()] == [False]
 
 
 def test_an_update_that_does_not_decode_costs_its_client(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ from torch import nn
 from torchvision.models import resnet18
 
 from fedapp.errors import ConfigError
-from fedapp.models import Cnn, Logistic, Mlp, Resnet18, SmallCnn
+from fedapp.models import Cnn, Logistic, Mlp, Resnet18, SmallCnn, _MaxPool
 
 CONF = Path(__file__).parents[1] / "conf" / "model"
 FASHION, DIGITS, COLOUR = (1, 28, 28), (1, 8, 8), (3, 32, 32)
@@ -64,6 +64,14 @@ def test_forward_gives_one_logit_per_class(build: Any, shape: tuple[int, ...]) -
     assert output.shape == (2, 7)
     assert output.dtype == torch.float32
     assert torch.isfinite(output).all()
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_what_is_pooled_lies_as_it_came(layout: torch.memory_format) -> None:
+    x = torch.rand(2, 3, 9, 9).contiguous(memory_format=layout)
+    pooled = _MaxPool(2, 1)(x)
+    assert pooled.is_contiguous(memory_format=layout)
+    assert torch.equal(pooled, nn.functional.max_pool2d(x, 2, 1))
 
 
 @pytest.mark.parametrize("build", [Logistic(), Mlp()])

@@ -77,6 +77,15 @@ def test_time_belongs_to_the_innermost_stage(ticks: Clock) -> None:
     assert list(found) == list(NAMES)
 
 
+def test_making_each_thing_belongs_to_a_stage_and_using_it_does_not(ticks: Clock) -> None:
+    ticks.begin_round(1)
+    for _ in ENCODE.each(range(3)):  # enters and leaves four times: the last finds the end
+        with TRAIN:
+            pass
+    found = ticks.end_round(0)
+    assert (found["encode"], found["train"]) == (4, 3)
+
+
 def test_a_stage_that_raises_is_left(ticks: Clock) -> None:
     @TRAIN
     def fit() -> None:

@@ -15,6 +15,7 @@ from scipy.stats import binom, chi2
 from test_mechanisms import WRONG, is_noise_of
 from torch import nn
 
+from fedapp import config
 from fedapp.dp_step import Step
 from fedapp.errors import ConfigError
 from fedapp.models import Cnn, Logistic, Mlp, Resnet18, SmallCnn
@@ -33,6 +34,7 @@ TRAINERS = [  # a new trainer joins with one row
     Sgd(),
     Sgd(momentum=0.9, weight_decay=1e-3, epochs=2),
     Sgd(proximal_mu=0.1, schedule="cosine"),
+    Sgd(channels_last=True),
     PRIVATE,
     replace(PRIVATE, momentum=0.5, physical_batch_size=7),
     replace(PRIVATE, ghost_above=0),
@@ -60,7 +62,9 @@ def fit(
     return flat(model) - before, metrics, after
 
 
-@pytest.mark.parametrize("trainer", TRAINERS, ids=["sgd", "momentum", "prox", "dp_sgd", "chunked", "ghost"])
+@pytest.mark.parametrize(
+    "trainer", TRAINERS, ids=["sgd", "momentum", "prox", "last", "dp_sgd", "chunked", "ghost"]
+)
 class TestLaws:
     def test_same_seed_same_bits(self, trainer: Trainer) -> None:
         assert np.array_equal(fit(trainer, 100)[0], fit(trainer, 100)[0])
@@ -103,6 +107,20 @@ def test_sgd_is_the_plain_loop() -> None:
     assert np.array_equal(update, flat(model) - flat(TASK.model(0)))
     assert metrics["num-examples"] == 100
     assert 0 < metrics["train_loss"] < 3
+
+
+def test_channels_last_changes_how_it_is_computed_and_not_what() -> None:
+    trained = []
+    for last in (False, True):
+        overrides = f"task=digits privacy=none model=small_cnn clients=4 trainer.channels_last={last}"
+        job = config.job(config.compose(overrides))
+        convolution = next(m for m in job.model.modules() if isinstance(m, nn.Conv2d) and m.in_channels > 1)
+        assert convolution.weight.is_contiguous() == (not last)
+        assert isinstance(job.trainer, Sgd)
+        job.trainer.fit(job.task, job.model, data(200), {}, np.random.default_rng(0), 0.0)
+        trained.append(flat(job.model))
+    moved = np.abs(trained[0] - flat(job.task.model(job.seed))).max()
+    assert 0 < np.abs(trained[1] - trained[0]).max() < 1e-4 * moved
 
 
 def test_proximal_term_pulls_back() -> None:
