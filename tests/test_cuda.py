@@ -163,18 +163,18 @@ def test_a_worker_that_is_killed_is_replaced_by_one_that_trains(device: str) -> 
     job.prepare()
     sizes = [len(part) for part in job.task.partitions()]
     with local(job).grid(local_app(job), sizes, job.in_round, job.fold) as grid:
-        first = [worker.process.pid for worker in grid._workers]
+        first = [worker.process.pid for worker in grid._pool.workers]
 
         class Killer:
             def reply(self, number: int, done: int, total: int) -> None:
                 if done == 0:
-                    for worker in grid._workers:
+                    for worker in grid._pool.workers:
                         os.kill(worker.process.pid, signal.SIGKILL)  # type: ignore[arg-type]
                         worker.process.join()
 
         federation = Federation(job, grid)
         records = [one for some in federation.run(Killer()) for one in some]  # type: ignore[arg-type]
-        last = [worker.process.pid for worker in grid._workers]
+        last = [worker.process.pid for worker in grid._pool.workers]
     assert [(record.replies, record.failures) for record in records] == [(5, 0)] * 3
     assert not set(first) & set(last)
     assert all(record.accuracy is not None for record in records)
@@ -209,7 +209,7 @@ def test_a_worker_killed_while_it_trains_costs_a_reply(device: str) -> None:
         for some in federation.run(Progress(Console(file=io.StringIO()), 3)):
             records += [(record.replies, record.failures) for record in some]
             if federation.finished == 1:
-                victim = grid._workers[0].process.pid
+                victim = grid._pool.workers[0].process.pid
                 assert victim is not None
                 threading.Timer(0.1, os.kill, (victim, signal.SIGKILL)).start()
     assert records == [(5, 0), (4, 1), (5, 0)]

@@ -563,7 +563,7 @@ def test_every_node_answers_for_itself(grid: LocalGrid) -> None:
 
 def test_more_workers_than_messages_and_fewer_than_clients() -> None:
     with Local(workers=8).grid(echo(), [1] * 3, 2) as grid:
-        assert len(grid._workers) == 2
+        assert len(grid._pool.workers) == 2
         assert sorted(told(stream(grid, orders(grid.partitions), 60), "node")) == [2, 3, 4]
     with Local().grid(echo(), [1], 1) as grid:
         assert told(stream(grid, orders([2]), 60), "node") == [2]
@@ -581,7 +581,7 @@ def test_what_waits_for_a_busy_worker_is_taken_by_an_idle_one(grid: LocalGrid) -
 def test_a_message_is_begun_before_the_next_one_is_made(grid: LocalGrid) -> None:
     def made() -> Iterator[Message]:
         for number, message in enumerate(orders(grid.partitions, n2="0.1")):
-            assert sum(len(worker.given) for worker in grid._workers) == number
+            assert sum(len(worker.given) for worker in grid._pool.workers) == number
             yield message
 
     assert sorted(told(stream(grid, made(), 60), "node")) == [2, 3, 4, 5]
@@ -608,7 +608,7 @@ def test_a_worker_that_dies_is_replaced(grid: LocalGrid, order: str) -> None:
 
 
 def test_a_worker_killed_in_the_middle_is_replaced(grid: LocalGrid) -> None:
-    victim = grid._workers[0].process.pid
+    victim = grid._pool.workers[0].process.pid
     assert victim is not None
     timer = threading.Timer(0.3, os.kill, (victim, signal.SIGKILL))
     timer.start()
@@ -619,7 +619,7 @@ def test_a_worker_killed_in_the_middle_is_replaced(grid: LocalGrid) -> None:
 
 
 def test_workers_killed_while_idle_cost_nothing(grid: LocalGrid) -> None:
-    for worker in grid._workers:
+    for worker in grid._pool.workers:
         worker.process.kill()
         worker.process.join()
     assert len(told(stream(grid, orders(grid.partitions), 60), "node")) == 4
@@ -628,7 +628,7 @@ def test_workers_killed_while_idle_cost_nothing(grid: LocalGrid) -> None:
 def test_a_worker_killed_between_the_look_and_the_send_is_one_failure(
     grid: LocalGrid, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    worker = grid._workers[0]
+    worker = grid._pool.workers[0]
     worker.process.kill()
     worker.process.join()
     looks = iter([True])
@@ -654,7 +654,7 @@ def test_late_replies_are_not_counted_in_a_later_round() -> None:
         late = list(stream(grid, orders([2, 3]), 60))
         assert sorted(told(late, "node")) == [2, 3]
         assert told(late, WEIGHT) == [2, 1]  # node 3 did train in the round it was late for; node 2 did not
-        assert not grid._queue
+        assert not grid._pool.queue
 
 
 def test_a_round_that_times_out_counts_the_silent_as_failures() -> None:
@@ -738,7 +738,7 @@ def test_memory_does_not_grow_with_the_rounds(setting: str, caplog: pytest.LogCa
         federation = Federation(job, grid)
         for _ in federation.run(Progress(Console(file=io.StringIO()), job.rounds)):
             if federation.finished in (50, 300):
-                workers = [worker.process.pid for worker in grid._workers]
+                workers = [worker.process.pid for worker in grid._pool.workers]
                 seen[federation.finished] = [_resident(pid) for pid in (os.getpid(), *workers)]
     grown = np.subtract(seen[300], seen[50])
     assert len(grown) == 3

@@ -216,6 +216,7 @@ def test_workers_test_beside_the_next_round_once_no_client_waits(tmp_path: Path)
         return fit(trainer, task, model, data, *rest, **others)
 
     def scores(model: torch.nn.Module, data: Data) -> list[Score]:
+        time.sleep(0.1)  # a client that was begun at the same moment has written by then
         written("tests")
         return Many.scores(job.task, model, data)  # type: ignore[arg-type]
 

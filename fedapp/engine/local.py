@@ -1,37 +1,33 @@
 """The local engine: a Flower Grid whose nodes live in resident worker processes on this machine."""
 
 import gc
-import multiprocessing.connection
 import os
 import time
-from bisect import insort
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
-from logging import ERROR
 from pathlib import Path
 from uuid import uuid4
 
-from flwr.app import Context, Error, Message, MessageType, RecordDict
+from flwr.app import Context, Message, MessageType, RecordDict
 from flwr.clientapp import ClientApp
-from flwr.common.constant import SUPERLINK_NODE_ID, ErrorCode
+from flwr.common.constant import SUPERLINK_NODE_ID
 from flwr.serverapp import Grid
-from flwr.supercore import log
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
 from fedapp import check
 from fedapp.assignment import SECONDS, part_in
-from fedapp.engine.arena import Arena
 from fedapp.engine.grid import stream
 from fedapp.engine.heap import keep_freed_memory
+from fedapp.engine.pool import Pool
 from fedapp.engine.states import States
 from fedapp.engine.timeline import Answer, Timeline
-from fedapp.engine.worker import TEST, Worker
+from fedapp.engine.worker import TEST
 from fedapp.exact_sum import ExactSum
-from fedapp.fold import Fold, Folded
+from fedapp.fold import Fold
 from fedapp.records import size_of
-from fedapp.stages import CLOCK, TRANSFER, WAIT
+from fedapp.stages import WAIT
 
 _WAIT = 0.05  # seconds that a pull waits for a reply before it returns with none
 
@@ -107,14 +103,12 @@ class LocalGrid(Grid):
         # Message() reads the run from here, process-wide, outside Flower's own runtimes.
         TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, SUPERLINK_NODE_ID, 1
         self.partitions = {SUPERLINK_NODE_ID + 1 + i: i for i in range(len(sizes))}
-        self._app, self._sizes, self._fold = app, sizes, fold
-        self._seconds, self._sending, self._client_timeout = seconds, sending, client_timeout
+        self._sizes, self._fold, self._seconds, self._sending = sizes, fold, seconds, sending
         self.timeline = None if seconds is None else Timeline(self._seconds_of)
         self._contexts = States(self.partitions, self._context)
-        self._queue: list[Message] = []
-        self._tests, self._tested = list[Message](), list[Message]()  # not begun; what others came to
-        self._arena = Arena() if workers and hasattr(os, "memfd_create") else None  # on Linux
-        self._workers = [Worker(app, fold, slot, self._arena) for slot in range(workers)]
+        self._tested = list[Message]()  # what tests came to
+        of_nodes = self.partitions, self._kept
+        self._pool = Pool(app, fold, workers, *of_nodes, self.timeline is None, client_timeout)
 
     def _context(self, node: int) -> Context:
         config: dict[str, bool | float | int | str] = {
@@ -122,6 +116,11 @@ class LocalGrid(Grid):
             "num-partitions": len(self._sizes),
         }
         return Context(1, node, config, RecordDict(), {})
+
+    def _kept(self, message: Message) -> Context:
+        """What the node of a message keeps; a test is in the name of one, and none of its business."""
+        node = message.metadata.dst_node_id
+        return self._context(node) if message.metadata.message_type == TEST else self._contexts[node]
 
     def _seconds_of(self, message: Message) -> float:
         """How long a client takes to answer; all but training takes no time."""
@@ -146,19 +145,19 @@ class LocalGrid(Grid):
             message.metadata.__dict__["_message_id"] = ids[-1]
             if self.timeline is not None:
                 self.timeline.sent(message)
-                insort(self._queue, message, key=self.timeline.due)
+                self._pool.add(message, self.timeline.due)
             else:
-                insort(self._queue, message, key=lambda message: -self._size_of(message))
+                self._pool.add(message, self._largest_first)
         if self.timeline is None:
-            self._dispatch(tests=False)  # before the next ones are made
+            self._pool.dispatch(tests=False)  # before the next ones are made
         return ids
-
-    def _size_of(self, message: Message) -> int:
-        return self._sizes[self.partitions[message.metadata.dst_node_id]]
 
     def in_order(self, messages: list[Message]) -> list[Message]:
         """The messages as they are best pushed: those to the largest clients first."""
-        return sorted(messages, key=lambda message: -self._size_of(message))
+        return sorted(messages, key=self._largest_first)
+
+    def _largest_first(self, message: Message) -> int:
+        return -self._sizes[self.partitions[message.metadata.dst_node_id]]
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         """Replies to these messages that are there; waits a moment for the first one.
@@ -166,11 +165,11 @@ class LocalGrid(Grid):
         What is not among `message_ids` belongs to a round that timed out: it is not begun, or not returned.
         """
         wanted = set(message_ids)
-        self._queue = [message for message in self._queue if message.metadata.message_id in wanted]
+        self._pool.keep(wanted)
         if self.timeline is not None:
             return self._pull_next(self.timeline, wanted)
         replies = [self._delivered(answer) for answer in self._work_done(_WAIT)]
-        self._dispatch()
+        self._pool.dispatch()
         return [reply for reply in replies if reply.metadata.reply_to_message_id in wanted]
 
     def _pull_next(self, timeline: Timeline, wanted: set[str]) -> list[Message]:
@@ -179,20 +178,20 @@ class LocalGrid(Grid):
         for pause in (0.0, _WAIT):
             for answer in self._work_done(pause):
                 timeline.done(answer, self._sending_of(answer[0]))
-            self._dispatch()
+            self._pool.dispatch()
             if (due := timeline.next()) is not None:
                 return [self._delivered(due)]
         return []
 
     def test(self, contents: Iterable[RecordDict]) -> None:
         """Have workers that no client needs test the model: each takes one of these after the other."""
-        self._tests += [Message(content, next(iter(self.partitions)), TEST) for content in contents]
+        self._pool.tests += [Message(content, next(iter(self.partitions)), TEST) for content in contents]
 
     @WAIT
     def tested(self, timeout: float) -> list[Message]:
         """What tests came to since this was asked last, those that failed too; waits for all of them."""
         until = time.monotonic() + timeout
-        while self._tests or any(worker.tests for worker in self._workers):
+        while self._pool.testing:
             self._work_done(_WAIT)  # what clients still send belongs to a round that is over
             if time.monotonic() >= until:
                 break
@@ -200,38 +199,18 @@ class LocalGrid(Grid):
         return done
 
     def _work_done(self, pause: float) -> list[Answer]:
-        """Give idle workers work, and take what others have done; waits so many seconds for the first one."""
-        self._dispatch()
-        busy = {worker.channel.pipe: worker for worker in self._workers if worker.given}
-        ready = multiprocessing.connection.wait(list(busy), pause)
-        came = [self._receive(worker) for pipe, worker in busy.items() if pipe in ready]
-        done = [answer for answer in came if answer is not None]
-        done += [self._give_up(worker) for worker in busy.values() if self._overdue(worker)]
-        self._tested += [reply for reply, _ in done if reply.metadata.message_type == TEST]
-        return [answer for answer in done if answer[0].metadata.message_type != TEST]
-
-    def _overdue(self, worker: Worker) -> bool:
-        """Whether the client that a worker works for has had its time, which passes in fact."""
-        if self._client_timeout is None or not worker.at_work:
-            return False
-        return time.monotonic() - worker.began > self._client_timeout
-
-    def _give_up(self, worker: Worker) -> Answer:
-        """The answer of a client whose time is over, in its place; it keeps what it had."""
-        asked = worker.given.popleft()
-        assert asked is not None
-        self._replace(worker)
-        log(
-            ERROR,
-            "the client of partition %s was ended after %.1f s of a %s message: "
-            "where clients may take longer, set engine.client_timeout above %g",
-            self.partitions[asked.metadata.dst_node_id],
-            time.monotonic() - worker.began,
-            asked.metadata.message_type,
-            self._client_timeout,
-        )
-        error = Error(ErrorCode.CLIENT_APP_CRASHED, f"engine.client_timeout={self._client_timeout:g} is over")
-        return Message(error, reply_to=asked), None
+        """What workers have done for clients; waits so many seconds for the first one."""
+        answers = list[Answer]()
+        for asked, reply, context in self._pool.done(pause):
+            if asked.metadata.message_type == TEST:
+                self._tested.append(reply)
+                continue
+            if self.timeline is not None and reply.has_content():
+                for metrics in reply.content.metric_records.values():
+                    if SECONDS in metrics:  # the client's clock is simulated too
+                        metrics[SECONDS] = self._seconds_of(asked)
+            answers.append((reply, context))
+        return answers
 
     def _delivered(self, answer: Answer) -> Message:
         """The reply, now that its node has sent it."""
@@ -242,99 +221,8 @@ class LocalGrid(Grid):
 
     def collect(self) -> Iterable[ExactSum | None]:
         """What all replies of a round add up to, by slot. Ends whoever is still at it: their time is over."""
-        for worker in self._workers:
-            if worker.at_work:
-                worker.given.clear()
-                self._replace(worker)
+        self._pool.stop()
         return self._fold.collect() if self._fold else ()
-
-    def _dispatch(self, tests: bool = True) -> None:
-        """Give idle workers work, and busy ones the next message too, so that they need not wait for it."""
-        for worker in list(self._workers):
-            if worker.given:
-                continue
-            if (message := self._next(tests)) is None:
-                break
-            if not worker.process.is_alive():
-                worker = self._replace(worker)
-            worker.began = time.monotonic()
-            self._give(worker, message)
-        for worker in self._workers if self.timeline is None else ():
-            if self._queue and worker.at_work and len(worker.given) == 1 and not self._answering():
-                self._give(worker, self._queue.pop(0))
-
-    def _next(self, tests: bool) -> Message | None:
-        """What an idle worker is to do; what waits for another worker too, before tests."""
-        if self._queue:
-            return self._queue.pop(0)
-        for worker in self._workers:
-            if (waiting := worker.take_back()) is not None:
-                return waiting
-        return self._tests.pop(0) if tests and self._tests else None
-
-    def _answering(self) -> bool:
-        """Whether the node that is next in the queue still answers an earlier message."""
-        node = self._queue[0].metadata.dst_node_id
-        given = (message for worker in self._workers for message in worker.given)
-        return any(message is not None and message.metadata.dst_node_id == node for message in given)
-
-    def _give(self, worker: Worker, message: Message) -> None:
-        node, content = message.metadata.dst_node_id, message.content
-        fresh = None if content is worker.content else content
-        worker.content = content
-        with TRANSFER:
-            test = message.metadata.message_type == TEST
-            context = self._context(node) if test else self._contexts[node]
-        with suppress(OSError):  # died this moment: the end of its pipe says so to the next pull
-            worker.give(message, fresh, context)
-
-    @TRANSFER
-    def _receive(self, worker: Worker) -> Answer | None:
-        """What a worker has done; None of a message that was taken back."""
-        asked = worker.given.popleft()
-        try:
-            received = worker.channel.receive()
-        except (EOFError, OSError):  # killed, for memory perhaps; the next dispatch replaces it
-            worker.process.join()
-            self._again(worker)
-            if self._fold:
-                self._fold.lost(worker.slot)
-            if asked is None:
-                return None
-            partition = self.partitions[asked.metadata.dst_node_id]
-            died = "a worker process died with exit code %s at the client of partition %s"
-            log(ERROR, died, worker.process.exitcode, partition)
-            error = Error(ErrorCode.CLIENT_APP_CRASHED, "its worker process died")
-            return Message(error, reply_to=asked), None
-        worker.began = time.monotonic()
-        if asked is None:
-            return None
-        answer, context, told = received
-        CLOCK.hear(told, worker.slot + 1, self.partitions[asked.metadata.dst_node_id])
-        if self._fold:
-            self._fold.arrived(worker.slot)
-        if isinstance(answer, tuple):
-            tally, size = answer
-            return Folded(worker.slot, tally, size, asked), context
-        reply = Message(answer, reply_to=asked)
-        if self.timeline is not None and reply.has_content():
-            for metrics in reply.content.metric_records.values():
-                if SECONDS in metrics:  # the client's clock is simulated too
-                    metrics[SECONDS] = self._seconds_of(asked)
-        return reply, context
-
-    def _replace(self, worker: Worker) -> Worker:
-        worker.end()
-        self._again(worker)
-        if self._fold:
-            self._fold.lost(worker.slot)
-        self._workers[worker.slot] = Worker(self._app, self._fold, worker.slot, self._arena)
-        return self._workers[worker.slot]
-
-    def _again(self, worker: Worker) -> None:
-        """What a worker was given and has not begun goes to others."""
-        self._queue[:0] = filter(None, worker.given)
-        worker.given.clear()
 
     def commit(self, finished: int, oldest: int) -> int:
         """Bring what nodes keep to the disk (`States.commit`); returns how many keep something."""
@@ -344,7 +232,7 @@ class LocalGrid(Grid):
     @property
     def workers(self) -> int:
         """How many processes work."""
-        return len(self._workers)
+        return len(self._pool.workers)
 
     @property
     def remembering(self) -> int:
@@ -353,10 +241,7 @@ class LocalGrid(Grid):
 
     def close(self) -> None:
         """End the worker processes, and drop what was not committed of their states."""
-        for worker in self._workers:
-            worker.end()
-        if self._arena is not None:
-            self._arena.close()
+        self._pool.close()
         self._contexts.close()
 
     def send_and_receive(
