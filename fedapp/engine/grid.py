@@ -38,7 +38,7 @@ def arrivals(
     timeout: in seconds that really pass. until: a time on the grid's clock (`now`), which may be simulated.
     A message that nobody waits for any more has expired: no node is given it, and no reply to it is taken.
     """
-    waiting = push(grid, messages, min(timeout, until - now(grid)))
+    waiting = push(grid, messages, timeout, until)
     deadline = time.monotonic() + timeout
     while waiting and time.monotonic() < deadline and now(grid) < until:
         replies = []
@@ -50,17 +50,20 @@ def arrivals(
 
 
 @TRANSFER
-def push(grid: Grid, messages: Iterable[Message], seconds: float | None = None) -> dict[str, Message]:
+def push(
+    grid: Grid, messages: Iterable[Message], timeout: float | None = None, until: float = float("inf")
+) -> dict[str, Message]:
     """Give each message a nonce and push all; returns them by name, without those that the grid refused.
 
-    A reply is waited for so many seconds. A grid that `streams` is given what an iterator makes one by one.
+    Replies are waited for as in `arrivals`; the grid says for how long where there is no timeout. A grid that
+    `streams` is given one by one what an iterator makes.
     """
     pushed, streams = dict[str, Message](), getattr(grid, "streams", False) and isinstance(messages, Iterator)
     for some in ([one] for one in messages) if streams else [list(messages)]:
         for message in some:
             message.metadata.__dict__["_group_id"] = secrets.token_hex(16)
-            if seconds is not None and _timeline(grid) is None:
-                message.metadata.ttl = max(0.0, seconds) + _GRACE
+            if timeout is not None and _timeline(grid) is None:
+                message.metadata.ttl = max(0.0, min(timeout, until - now(grid))) + _GRACE
         names = grid.push_messages(some)  # empty ones, or none at all, of what is too large
         pushed |= {name: message for name, message in zip(names, some, strict=False) if name}
     return pushed
