@@ -173,6 +173,7 @@ class Resnet18:
         model: nn.Module = ResNet(_residual_block(), [2, 2, 2, 2], num_classes=classes, norm_layer=norm)
         if channels != 3:
             model.conv1 = nn.Conv2d(channels, 64, kernel_size=7, stride=2, padding=3, bias=False)
+        model.maxpool = _MaxPool(3, 2, 1)
         for module in model.modules():
             if isinstance(module, nn.ReLU):
                 module.inplace = False  # Opacus hooks need the values that would be overwritten

@@ -30,7 +30,7 @@ from torch import nn
 from fedapp import config, server_app, wire
 from fedapp.client_app import FAILED, client_app, local_app
 from fedapp.downlink import HOLDS
-from fedapp.engine.grid import stream
+from fedapp.engine.grid import next_replies, push, stream
 from fedapp.engine.local import Local, LocalGrid
 from fedapp.errors import ConfigError, FedappError
 from fedapp.evaluation import Evaluated
@@ -585,6 +585,48 @@ def test_a_message_is_begun_before_the_next_one_is_made(grid: LocalGrid) -> None
             yield message
 
     assert sorted(told(stream(grid, made(), 60), "node")) == [2, 3, 4, 5]
+
+
+def test_what_waits_when_its_time_is_over_is_not_begun(grid: LocalGrid) -> None:
+    """3 and 5 are at work then, and 4 and 2 wait for their workers."""
+    late = orders(grid.partitions, n3="1.2", n5="0.8")
+    assert told(stream(grid, late, 0.3), "node") == []
+    time.sleep(1.5)
+    replies = list(stream(grid, orders(grid.partitions), 60))
+    assert dict(zip(told(replies, "node"), told(replies, WEIGHT), strict=True)) == {2: 1, 3: 2, 4: 1, 5: 2}
+
+
+def test_what_is_not_begun_when_its_time_is_over_is_never_begun() -> None:
+    """Though the next messages are pushed one by one, before anything is pulled."""
+    with Local(workers=1).grid(echo(), [10] * 6, 6) as grid:
+        assert told(stream(grid, orders(grid.partitions, n2="0.8"), 0.3), "node") == []
+        assert told(stream(grid, iter(orders([7, 6])), 60), WEIGHT) == [1, 1]
+        assert told(stream(grid, iter(orders(grid.partitions)), 60), "node") == [2, 3, 4, 5, 6, 7]
+        again = list(stream(grid, orders(grid.partitions), 60))
+        assert told(again, WEIGHT) == [3, 2, 2, 2, 3, 3]  # 2 was at work, and 3 to 5 only waited
+
+
+def test_unequal_clients_end_as_soon_as_if_none_were_given_ahead() -> None:
+    """The worker of the largest one gets what is least worth doing first."""
+    with Local(workers=2).grid(echo(), [100, 50, 49, *[1] * 8], 11) as grid:
+        times = {f"n{node}": "0.05" for node in grid.partitions} | {"n2": "1.0", "n3": "0.5", "n4": "0.49"}
+        began = time.monotonic()
+        assert len(told(stream(grid, orders(grid.partitions, **times), 60), "node")) == 11
+        assert time.monotonic() - began < 1.45  # 1.2, and 1.7 where 4 waits for the end of 2
+
+
+def test_an_answer_counts_though_its_worker_dies_before_the_next_request_reaches_it() -> None:
+    with Local(workers=1).grid(echo(), [10, 10], 2) as grid:
+        large = {f"x{number}": os.urandom(1500).hex() for number in range(100)}
+        waiting = push(grid, [orders([node], **large)[0] for node in (2, 3)])
+        grid._pool.dispatch()
+        time.sleep(0.5)  # 2 is answered, and the request to 3 is too large to wait in the pipe
+        os.kill(grid._pool.workers[0].process.pid or 0, signal.SIGKILL)
+        replies = [reply for _ in range(2) for reply in next_replies(grid, waiting, time.monotonic() + 10)]
+        assert [(reply.metadata.src_node_id, reply.has_error()) for reply in replies] == [
+            (2, False),
+            (3, True),
+        ]
 
 
 @pytest.mark.parametrize("order", ["die", "exit"])

@@ -257,6 +257,28 @@ def test_who_is_late_is_ended_and_not_in_a_later_sum(setting: str) -> None:
     assert bits(federation.arrays) == without(job_of(setting), {1})
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+def test_what_a_round_that_is_over_left_undone_is_in_no_later_sum(workers: int) -> None:
+    """Clients sleep in round 1 until its time is over; those behind them are never asked on its weights."""
+    setting = f"clients=6 rounds=2 engine.workers={workers} round_timeout=2"
+    job, begun = job_of(setting), multiprocessing.get_context("fork").SimpleQueue()
+    app = client_app(lambda _: job)
+
+    def sleeps(message: Message, context: Context) -> Message:
+        number = message.content.config_records["config"]["server-round"]
+        if message.metadata.message_type == "train":
+            begun.put((number, partition_of(context)))
+        if number == 1 and message.metadata.message_type == "train":
+            time.sleep(60)
+        return app(message, context)
+
+    _, rounds = run(job, sleeps)
+    assert [(r.replies, r.failures) for r in rounds] == [(0, 6), (6, 0)]
+    asked = [begun.get() for _ in range(workers + 6)]
+    assert begun.empty()
+    assert [number for number, _ in asked] == [1] * workers + [2] * 6
+
+
 def test_a_folded_reply_says_whom_it_answers() -> None:
     Elsewhere(client_app(lambda _: job_of()), [3])
     asked = Message(RecordDict(), 7, "train")

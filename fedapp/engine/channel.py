@@ -5,6 +5,7 @@ import pickle
 import socket
 from collections import deque
 from collections.abc import Sequence
+from contextlib import suppress
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -77,7 +78,8 @@ class Channel:
                 self._arena.read(self._reader(self._begun - len(self._leaving)))
             self._leaving.popleft()
             if self._held:
-                self._write(self._held.popleft())
+                with suppress(OSError):  # gone by now: the next answer, which does not come, says so
+                    self._write(self._held.popleft())
         return thing
 
     def close(self) -> None:

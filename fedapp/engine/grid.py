@@ -40,13 +40,17 @@ def arrivals(
     """
     waiting = push(grid, messages, timeout, until)
     deadline = time.monotonic() + timeout
-    while waiting and time.monotonic() < deadline and now(grid) < until:
-        replies = []
-        for reply in next_replies(grid, waiting.keys(), deadline, until):
-            asked = waiting.pop(reply.metadata.reply_to_message_id, None)
-            if asked is not None:  # each message is answered once
-                replies.append(answer(asked, reply))
-        yield replies
+    try:
+        while waiting and time.monotonic() < deadline and now(grid) < until:
+            replies = []
+            for reply in next_replies(grid, waiting.keys(), deadline, until):
+                asked = waiting.pop(reply.metadata.reply_to_message_id, None)
+                if asked is not None:  # each message is answered once
+                    replies.append(answer(asked, reply))
+            yield replies
+    finally:
+        if waiting and (forget := getattr(grid, "forget", None)):
+            forget(waiting)
 
 
 @TRANSFER
@@ -62,6 +66,9 @@ def push(
     for some in ([one] for one in messages) if streams else [list(messages)]:
         for message in some:
             message.metadata.__dict__["_group_id"] = secrets.token_hex(16)
+            message.metadata.created_at = (
+                time.time()
+            )  # from here on it lives: it may have been long in making
             if timeout is not None and _timeline(grid) is None:
                 message.metadata.ttl = max(0.0, min(timeout, until - now(grid))) + _GRACE
         names = grid.push_messages(some)  # empty ones, or none at all, of what is too large

@@ -4,7 +4,7 @@ import ctypes
 
 _MALLOPT = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc has it
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of malloc.h
-_MOST = 1 << 30  # bytes
+_MOST, _MOST_OF_OLD = 1 << 30, 1 << 25  # bytes; older versions refuse a larger threshold than the second
 
 
 def keep_freed_memory() -> None:
@@ -13,6 +13,5 @@ def keep_freed_memory() -> None:
     A model's arrays come and go with each client. Else each takes fresh pages, which the system clears, and
     that takes longer than to add them up.
     """
-    if _MALLOPT is not None:
-        _MALLOPT(_MMAP_THRESHOLD, _MOST)
-        _MALLOPT(_TRIM_THRESHOLD, _MOST)
+    if _MALLOPT is not None and (_MALLOPT(_MMAP_THRESHOLD, _MOST) or _MALLOPT(_MMAP_THRESHOLD, _MOST_OF_OLD)):
+        _MALLOPT(_TRIM_THRESHOLD, _MOST)  # alone it would do harm: thresholds would no longer adapt

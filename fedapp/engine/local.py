@@ -3,7 +3,7 @@
 import gc
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -149,12 +149,16 @@ class LocalGrid(Grid):
             else:
                 self._pool.add(message, self._largest_first)
         if self.timeline is None:
-            self._pool.dispatch(tests=False)  # before the next ones are made
+            self._pool.dispatch(making=True)
         return ids
 
+    def forget(self, message_ids: Container[str]) -> None:
+        """Nobody waits for replies to these any more: who has not begun them does not."""
+        self._pool.drop(lambda name: name in message_ids)
+
     def in_order(self, messages: list[Message]) -> list[Message]:
-        """The messages as they are best pushed: those to the largest clients first."""
-        return sorted(messages, key=self._largest_first)
+        """The messages as they are best pushed: where time is real those to the largest clients first."""
+        return sorted(messages, key=self._largest_first) if self.timeline is None else messages
 
     def _largest_first(self, message: Message) -> int:
         return -self._sizes[self.partitions[message.metadata.dst_node_id]]
@@ -165,7 +169,7 @@ class LocalGrid(Grid):
         What is not among `message_ids` belongs to a round that timed out: it is not begun, or not returned.
         """
         wanted = set(message_ids)
-        self._pool.keep(wanted)
+        self._pool.drop(lambda name: name not in wanted)
         if self.timeline is not None:
             return self._pull_next(self.timeline, wanted)
         replies = [self._delivered(answer) for answer in self._work_done(_WAIT)]

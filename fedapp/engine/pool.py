@@ -2,9 +2,10 @@
 
 import multiprocessing.connection
 import os
+import resource
 import time
 from bisect import insort
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from logging import ERROR
 from typing import Any, NamedTuple
@@ -18,6 +19,8 @@ from fedapp.engine.arena import Arena
 from fedapp.engine.worker import Worker
 from fedapp.fold import Fold, Folded
 from fedapp.stages import CLOCK, TRANSFER
+
+_FILES, _OTHERS = 5, 256  # that this process opens for a worker; and for all else
 
 
 class Done(NamedTuple):
@@ -48,6 +51,7 @@ class Pool:
         self._app, self._fold, self._partitions, self._context = app, fold, partitions, context
         self._ahead, self._client_timeout = ahead, client_timeout
         self.queue, self.tests = list[Message](), list[Message]()  # not begun
+        _allow_files(_FILES * workers)
         self._arena = Arena() if workers and hasattr(os, "memfd_create") else None  # on Linux
         self.workers = [Worker(app, fold, slot, self._arena) for slot in range(workers)]
 
@@ -55,27 +59,37 @@ class Pool:
         """Put a message into the queue, which this key sorts."""
         insort(self.queue, message, key=key)
 
-    def keep(self, wanted: Container[str]) -> None:
-        """Drop of what is not begun all but these, by message id."""
-        self.queue = [message for message in self.queue if message.metadata.message_id in wanted]
+    def drop(self, over: Callable[[str], bool]) -> None:
+        """Drop of what is not begun that of which, by message id, this is true."""
+        self.queue = [message for message in self.queue if not over(message.metadata.message_id)]
+        for worker in self.workers:
+            if worker.waiting is not None and over(worker.waiting.metadata.message_id):
+                worker.take_back()
 
     @property
     def testing(self) -> bool:
         """Whether there are tests that nobody has done."""
         return bool(self.tests) or any(worker.tests for worker in self.workers)
 
-    def dispatch(self, tests: bool = True) -> None:
-        """Give workers what there is to do; tests only to those that no client needs, and only if asked."""
+    def dispatch(self, making: bool = False) -> None:
+        """Give workers what there is to do; tests to those that no client needs.
+
+        While messages are `making` clients may need them yet. And nobody is forked: threads that make them
+        may hold locks.
+        """
         for worker in list(self.workers):
             if worker.given:
                 continue
-            if (message := self._next(tests)) is None:
+            alive = worker.process.is_alive()
+            if making and not alive:
+                continue
+            if (message := self._next(tests=not making)) is None:
                 break
-            if not worker.process.is_alive():
-                worker = self._replace(worker)
+            worker = worker if alive else self._replace(worker)
             worker.began = time.monotonic()
             self._give(worker, message)
-        for worker in self.workers if self._ahead else ():
+        # The worker of the largest client gets the least: what waits behind it is taken back last.
+        for worker in reversed(self.workers) if self._ahead else ():
             if self.queue and worker.at_work and len(worker.given) == 1 and not self._answering():
                 self._give(worker, self.queue.pop(0))
 
@@ -191,3 +205,11 @@ class Pool:
         """What a worker was given and has not begun goes to others."""
         self.queue[:0] = filter(None, worker.given)
         worker.given.clear()
+
+
+def _allow_files(more: int) -> None:
+    """Let this process open so many files more, as far as the hard limit goes: the soft one may be low."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = more + _OTHERS if hard == resource.RLIM_INFINITY else min(more + _OTHERS, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))

@@ -67,9 +67,14 @@ class Worker:
         envelope.content = RecordDict()
         self.channel.send((envelope, fresh, context))
 
+    @property
+    def waiting(self) -> Message | None:
+        """The message behind the one that it works on; the worker may have begun it."""
+        return self.given[1] if len(self.given) > 1 else None
+
     def take_back(self) -> Message | None:
         """The message that waits, if one does and the worker has not begun it."""
-        waiting = self.given[1] if len(self.given) > 1 else None
+        waiting = self.waiting
         if waiting is None or not _taken(self._tickets[0]):
             return None
         self.given[1] = None
