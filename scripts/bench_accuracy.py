@@ -3,10 +3,11 @@
 usage: .venv/bin/python scripts/bench_accuracy.py [--seeds 0 1 2] [--only full long partial] [--rows NAME ...]
                                                   [--folder F] [--plots F] [KEY=VALUE ...]
 
-full: all of 10 clients in each of 15 rounds. long: in each of 60, some rows only. partial: 10 of 100 clients
-in each of 100 rounds. Labels are Dirichlet(0.5), nothing is private. All but `none` share one coded downlink,
-so that they differ in the uplink alone. Each run is a `fedapp simulate` of its own, kept under `--folder`; a
-run whose summary is there already is not repeated, so that an interrupted series goes on where it stopped.
+full: all of 10 clients in each of 15 rounds. long: in each of 60. partial: 10 of 100 clients in each of 100
+rounds. The last two have some of the rows only. Labels are Dirichlet(0.5), nothing is private. All but `none`
+share one coded downlink, so that they differ in the uplink alone. Each run is a `fedapp simulate` of its own,
+kept under `--folder`; a run whose summary is there already is not repeated, so that an interrupted series goes
+on where it stopped.
 Needs the extra dev for the plot.
 """
 
@@ -37,7 +38,11 @@ CODECS = {
     "scaffold, 0.28 bit, products": ["strategy=scaffold", "codec.rate=0.28", "codec.products=true"],
     "scaffold, 0.1 bit": ["strategy=scaffold", "codec.rate=0.1"],
 }
-IN_LONG = ("none", "default, 0.28 bit", "scaffold, none", "scaffold, 0.28 bit")
+IN = {
+    "full": tuple(CODECS),
+    "long": ("none", "default, 0.28 bit", "scaffold, none", "scaffold, 0.28 bit"),
+    "partial": (*(name for name in CODECS if not name.startswith("scaffold")), "scaffold, 0.28 bit"),
+}
 
 
 def table(setting: str, runs: dict[str, list[dict[str, Any]]]) -> None:
@@ -109,7 +114,7 @@ def main() -> None:
                 for seed in options.seeds
             ]
             for name, chosen in CODECS.items()
-            if name in options.rows and (setting != "long" or name in IN_LONG)
+            if name in options.rows and name in IN[setting]
         }
         table(setting, settings[setting])
     plot(settings, options.plots / "accuracy.png")
