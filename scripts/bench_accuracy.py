@@ -6,9 +6,8 @@ usage: .venv/bin/python scripts/bench_accuracy.py [--seeds 0 1 2] [--only full l
 full: all of 10 clients in each of 15 rounds. long: in each of 60. partial: 10 of 100 clients in each of 100
 rounds. The last two have some of the rows only. Labels are Dirichlet(0.5), nothing is private. All but `none`
 share one coded downlink, so that they differ in the uplink alone. Each run is a `fedapp simulate` of its own,
-kept under `--folder`; a run whose summary is there already is not repeated, so that an interrupted series goes
-on where it stopped.
-Needs the extra dev for the plot.
+kept under `--folder`; a run whose summary is there already is not repeated, so that an interrupted series
+goes on where it stopped. Needs the extra dev for the plot.
 """
 
 import statistics
