@@ -637,6 +637,20 @@ def test_what_waits_for_a_worker_that_dies_is_done(order: str) -> None:
         assert told(replies, "node") == [5, 4, 2]
 
 
+def test_a_worker_that_died_is_not_overdue_too() -> None:
+    """When the server looks, the worker of 3 is gone, its time is over, and 2 waits for it."""
+    with Local(workers=1, client_timeout=0.3).grid(echo(), [10, 20], 2) as grid:
+        waiting = push(grid, orders([3, 2], n3="die"))
+        time.sleep(0.6)
+        replies = list[Message]()
+        while len(replies) < 2:
+            replies += next_replies(grid, waiting, time.monotonic() + 10)
+        assert [(reply.metadata.src_node_id, reply.has_error()) for reply in replies] == [
+            (3, True),
+            (2, False),
+        ]
+
+
 @pytest.mark.parametrize("order", ["die", "exit"])
 def test_a_worker_that_dies_is_replaced(grid: LocalGrid, order: str) -> None:
     for number in (1, 2):

@@ -82,7 +82,7 @@ class Local:
 
 
 class LocalGrid(Grid):
-    """Pushes messages to idle workers, largest client first; each node's Context lives here.
+    """Pushes messages to a pool of workers, largest client first; each node's Context lives here.
 
     The thread that makes it also pulls from it: workers, which it forks in both, end with their thread.
     """

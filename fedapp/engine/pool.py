@@ -138,18 +138,20 @@ class Pool:
         asked = worker.given.popleft()
         try:
             received = worker.channel.receive()
-        except (EOFError, OSError):  # killed, for memory perhaps; the next dispatch replaces it
+        except (EOFError, OSError):  # killed, for memory perhaps
             worker.process.join()
-            self._again(worker)
-            if self._fold:
-                self._fold.lost(worker.slot)
+            code = worker.process.exitcode
+            self._replace(worker)
             if asked is None:
                 return None
             partition = self._partitions[asked.metadata.dst_node_id]
-            died = "a worker process died with exit code %s at the client of partition %s"
-            log(ERROR, died, worker.process.exitcode, partition)
-            error = Error(ErrorCode.CLIENT_APP_CRASHED, "its worker process died")
-            return Done(asked, Message(error, reply_to=asked), None)
+            log(
+                ERROR,
+                "a worker process died with exit code %s at the client of partition %s",
+                code,
+                partition,
+            )
+            return _crashed(asked, "its worker process died")
         worker.began = time.monotonic()
         if asked is None:
             return None
@@ -183,8 +185,7 @@ class Pool:
             asked.metadata.message_type,
             self._client_timeout,
         )
-        error = Error(ErrorCode.CLIENT_APP_CRASHED, f"engine.client_timeout={self._client_timeout:g} is over")
-        return Done(asked, Message(error, reply_to=asked), None)
+        return _crashed(asked, f"engine.client_timeout={self._client_timeout:g} is over")
 
     def close(self) -> None:
         """End the worker processes."""
@@ -194,17 +195,19 @@ class Pool:
             self._arena.close()
 
     def _replace(self, worker: Worker) -> Worker:
+        """Another worker in its place; what it was given and has not begun goes to others."""
         worker.end()
-        self._again(worker)
+        self.queue[:0] = filter(None, worker.given)
+        worker.given.clear()
         if self._fold:
             self._fold.lost(worker.slot)
         self.workers[worker.slot] = Worker(self._app, self._fold, worker.slot, self._arena)
         return self.workers[worker.slot]
 
-    def _again(self, worker: Worker) -> None:
-        """What a worker was given and has not begun goes to others."""
-        self.queue[:0] = filter(None, worker.given)
-        worker.given.clear()
+
+def _crashed(asked: Message, why: str) -> Done:
+    """The answer of a client whose worker has ended, in its place."""
+    return Done(asked, Message(Error(ErrorCode.CLIENT_APP_CRASHED, why), reply_to=asked), None)
 
 
 def _allow_files(more: int) -> None:
