@@ -21,6 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from threading import Lock
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -35,7 +36,7 @@ from fedapp.codec.layers import shapes
 from fedapp.codec.quantizer import edges
 from fedapp.codec.varint import Reader, varint
 from fedapp.errors import DecodeError
-from fedapp.lattice import COARSEST, Version, first, peak_exponent, quantized
+from fedapp.lattice import COARSEST, Version, first, peak_exponent, quantized, short
 from fedapp.records import ARRAYS, CONFIG
 from fedapp.vector import array_of, buffers_of, layout_of, ravel, unravel, values
 
@@ -49,6 +50,7 @@ _FINEST, _LEAST = -20, -140  # exponents: below the longest way; the least
 _NEAREST = edges(0.0)
 _AT_ONCE = 2**26  # values that are coded at one time, which take some 20 bytes each
 _ALONE = 2**18  # values that are coded before threads would have begun
+_READY = 2**26  # values of old versions that the server has at hand, mostly two bytes each; else it decodes
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,11 @@ class Downlink:
         self._layout = layout_of(initial)
         self._initial = ravel(initial, self._layout)
         self._now = first(self._layout)
-        self._versions = {0: self._coded(self._now)}  # that some node may hold: from the first on
+        self._versions = dict[int, tuple[int, bytes]]()  # that some node may hold, as ways from the initial
+        self._ready = dict[int, tuple[int, NDArray[np.int16 | np.int32]]]()  # the latest of these, decoded
+        self._share: float | None = None
+        self._lock = Lock()
+        self._way()
         self._held: dict[int, int] = {}  # by node; at first each holds version 0
         self._sent: dict[int, int] = {}  # by node, the version that it was sent and has not answered
         self._weights = initial
@@ -115,10 +121,13 @@ class Downlink:
         make, values = partial(self._arrays, crc=crc), max(1, self._layout.size)
         threads = min(len(os.sched_getaffinity(0)), len(bases), _AT_ONCE // values) or 1
         if threads == 1 or len(bases) * values < _ALONE:
+            self._way()
             yield from map(make, bases)
             return
         with ThreadPoolExecutor(threads) as pool:  # the coder runs without Python's lock
-            yield from pool.map(make, bases)
+            made = pool.map(make, bases)
+            pool.submit(self._way)  # who holds this version will ask for what lies between
+            yield from made
 
     def again(self, reply: Message) -> bool:
         """Note what the node holds; whether it could make nothing of its message, and another may help."""
@@ -136,12 +145,14 @@ class Downlink:
 
     def state(self, partitions: Mapping[int, int], weights: ArrayRecord) -> dict[str, Any]:
         """The version now, those that nodes hold, and which partition's node holds which."""
+        self._way()
         return {
             "now": [self._now.number, self._now.exponent, self._now.levels],
             "versions": [[v, e, np.frombuffer(code, np.uint8)] for v, (e, code) in self._versions.items()],
             "held": [[partitions[node], v] for node, v in self._held.items() if node in partitions],
             "sent": [[partitions[node], v] for node, v in self._sent.items() if node in partitions],
             "published": weights is self._weights,
+            "share": self._share,
         }
 
     def restore(self, state: Mapping[str, Any], nodes: Mapping[int, int], weights: ArrayRecord) -> None:
@@ -151,6 +162,8 @@ class Downlink:
         """
         self._now = Version(*state["now"])
         self._versions = {v: (exponent, code.tobytes()) for v, exponent, code in state["versions"]}
+        self._ready.clear()
+        self._share = state.get("share")
         self._held = {nodes[partition]: v for partition, v in state["held"] if partition in nodes}
         self._sent = {nodes[partition]: v for partition, v in state["sent"] if partition in nodes}
         self._weights = weights if state["published"] else ArrayRecord()
@@ -160,37 +173,54 @@ class Downlink:
         lacks, way = weights - self._now.weights(self._initial), weights - self._initial
         if not lacks.any():
             return
+        self._way()
         finest = max(peak_exponent(way) + _FINEST, _LEAST)
         number, terms = self._now.number + 1, (self._layout, self._rate, self._now.exponent, finest)
         try:
-            self._now = self._now.plus(number, *quantized(lacks, *terms))
+            exponent, levels, self._share = quantized(lacks, *terms, self._share)
+            self._now = self._now.plus(number, exponent, levels)
         except OverflowError:  # after ever finer steps a long way: all nodes start anew
-            self._now = first(self._layout).plus(number, *quantized(way, *terms))
+            exponent, levels, _ = quantized(way, *terms)
+            self._now = first(self._layout).plus(number, exponent, levels)
             self._held.clear()
             self._sent.clear()
         kept = {0, *self._held.values(), *self._sent.values()} & self._versions.keys()
         self._versions = {v: self._versions[v] for v in kept}
-        self._versions[number] = self._coded(self._now)
+        exponent, levels = self._now.minus(first(self._layout))
+        ready = {v: way for v, way in self._ready.items() if v in kept} | {number: (exponent, short(levels))}
+        latest = sorted(ready, reverse=True)[: _READY // max(1, self._layout.size)]
+        self._ready = {v: ready[v] for v in latest}
 
-    def _coded(self, version: Version) -> tuple[int, bytes]:
-        """The way from the initial model to a version: its exponent, and its levels' code."""
-        exponent, levels = version.minus(first(self._layout))
-        return exponent, _encode(levels, self._layout)
+    def _way(self) -> tuple[int, bytes]:
+        """The way from the initial model to the version now: its exponent, and its levels' code."""
+        with self._lock:
+            if self._now.number not in self._versions:
+                exponent, levels = self._now.minus(first(self._layout))
+                self._versions[self._now.number] = exponent, _encode(levels, self._layout)
+            return self._versions[self._now.number]
 
     def _arrays(self, held: int, crc: int) -> ArrayRecord:
         """What a message to a node that holds this version says for weights, which have this CRC."""
-        based_on, (exponent, code) = 0, self._versions[self._now.number]
+        based_on = 0
         if held > 0:
-            coarser, known = self._versions[held]
-            base = Version(held, coarser, coder.decode(known, shapes(self._layout)))
             with suppress(OverflowError):  # too far apart for one step: from the initial model it is not
-                exponent, levels = self._now.minus(base)
+                exponent, levels = self._now.minus(self._version(held))
                 based_on, code = held, _encode(levels, self._layout)
+        if not based_on:
+            exponent, code = self._way()
         data = _HEADER.pack(_FORMAT, crc, exponent) + varint(based_on) + varint(self._now.number) + code
         arrays = {VERSION: Array("uint8", (len(data),), STYPE, data)}
         arrays |= {INITIAL: Array(self._initial)} if held == NOTHING else {}
         arrays |= buffers_of(self._weights, self._layout)
         return ArrayRecord(arrays)
+
+    def _version(self, number: int) -> Version:
+        """A version that some node holds."""
+        if number in self._ready:
+            exponent, short_ones = self._ready[number]
+            return Version(number, exponent, short_ones.astype(np.int32))
+        exponent, code = self._versions[number]
+        return Version(number, exponent, coder.decode(code, shapes(self._layout)))
 
 
 def _encode(levels: NDArray[np.int32], layout: Layout) -> bytes:
@@ -219,52 +249,61 @@ class _Made(NamedTuple):
     holds: ArrayRecord
     floats: dict[str, Array]
 
-    def same(self, version: Version, crc: int) -> bool:
-        """Whether that would come to the same."""
-        mine, other = self.version, version
-        told = (mine.number, mine.exponent, self.crc) == (other.number, other.exponent, crc)
-        return told and np.array_equal(mine.levels, other.levels)
+
+class _Coded(NamedTuple):
+    """What a message says of a version: the checksum of its weights, and the way to it from another."""
+
+    crc: int
+    exponent: int
+    based_on: int
+    number: int
+    code: bytes
+
+    def onto(self, base: Version, layout: Layout) -> Version:
+        """The version that comes out; raises DecodeError."""
+        try:
+            return base.plus(self.number, self.exponent, coder.decode(self.code, shapes(layout)))
+        except OverflowError as error:
+            raise DecodeError(f"the weights cannot be decoded: {error}") from error
 
 
 def receive(initial: ArrayRecord) -> Mod:
     """The client mod: replaces a coded version in a message by its weights; `initial` is the seed's model.
 
     What this node holds stays in `context.state["downlink"]`. A node that can make nothing of the message
-    says what it holds, and does nothing else. Where one process serves many nodes, those that come to the
-    same version share it.
+    says what it holds, and does nothing else. Where one process serves many nodes, each version is decoded
+    once: all nodes come to the same one, whatever they held.
     """
     layout = layout_of(initial)
     like, fresh = ravel(initial, layout), first(layout)
     last: _Made | None = None
-    by: tuple[Array, int] | None = None  # what was sent, and the version held before, that came to the last
 
     def made(version: Version, kept: ArrayRecord) -> _Made:
         weights = version.weights(values(kept[INITIAL]) if INITIAL in kept else like)
         at = array_of(np.array([version.number, version.exponent]))
-        holds = ArrayRecord({**kept, AT: at, LEVELS: array_of(version.levels)})
+        holds = ArrayRecord({**kept, AT: at, LEVELS: array_of(short(version.levels))})
         floats = {name: array_of(one) for name, one in unravel(weights, layout, initial).items()}
         return _Made(version, _crc(weights), holds, floats)
 
     def mod(message: Message, context: Context, call_next: Callable[[Message, Context], Message]) -> Message:
-        nonlocal last, by
+        nonlocal last
         arrays = message.content.array_records[ARRAYS]
         kept = context.state.array_records.get(DOWNLINK, ArrayRecord())
         if INITIAL in arrays:
             kept = ArrayRecord({INITIAL: arrays[INITIAL]})
-        held = fresh
-        if LEVELS in kept:
-            number, exponent = values(kept[AT]).tolist()
-            held = Version(number, exponent, values(kept[LEVELS]))
+        held, exponent = values(kept[AT]).tolist() if AT in kept else (0, COARSEST)
+        coded = _read(arrays[VERSION])
         shared = None if INITIAL in kept else last
-        if shared is None or by is None or by[0] is not arrays[VERSION] or by[1] != held.number:
-            version, crc = _decode(arrays[VERSION], held, layout)
-            if version is None or shared is None or not shared.same(version, crc):
-                shared = None if version is None else made(version, kept)
-            if shared is None or shared.crc != crc:
-                says = held.number if version is None else 0
-                return Message(RecordDict({CONFIG: ConfigRecord({HOLDS: says})}), reply_to=message)
-            if INITIAL not in kept:
-                last, by = shared, (arrays[VERSION], held.number)
+        if coded.based_on not in (0, held):
+            return _holding(held, message)
+        if shared is None or (shared.version.number, shared.crc) != (coded.number, coded.crc):
+            base = fresh
+            if coded.based_on:
+                base = Version(held, exponent, values(kept[LEVELS]).astype(np.int32))
+            shared = made(coded.onto(base, layout), kept)
+            if shared.crc != coded.crc:
+                return _holding(0, message)
+            last = last if INITIAL in kept else shared
         context.state[DOWNLINK] = shared.holds
         weights = {name: shared.floats[name] if name in shared.floats else arrays[name] for name in initial}
         message.content = RecordDict({**message.content, ARRAYS: ArrayRecord(weights)})
@@ -273,8 +312,8 @@ def receive(initial: ArrayRecord) -> Mod:
     return mod
 
 
-def _decode(array: Array, held: Version, layout: Layout) -> tuple[Version | None, int]:
-    """The version that comes out, None where another one is its base; and the CRC of its weights."""
+def _read(array: Array) -> _Coded:
+    """What stands before the code; raises DecodeError where that cannot be."""
     if array.stype != STYPE:
         raise DecodeError(f"the weights have serialization type {array.stype!r}, not {STYPE!r}")
     reader = Reader(array.data)
@@ -284,10 +323,9 @@ def _decode(array: Array, held: Version, layout: Layout) -> tuple[Version | None
     if not _LEAST <= exponent <= COARSEST:
         raise DecodeError(f"the weights name a step of 2^{exponent}")
     based_on, number = reader.varint(_NEWEST), reader.varint(_NEWEST)
-    if based_on not in (0, held.number):
-        return None, crc
-    base = first(layout) if based_on == 0 else held
-    try:
-        return base.plus(number, exponent, coder.decode(reader.rest(), shapes(layout))), crc
-    except OverflowError as error:
-        raise DecodeError(f"the weights cannot be decoded: {error}") from error
+    return _Coded(crc, exponent, based_on, number, reader.rest())
+
+
+def _holding(number: int, message: Message) -> Message:
+    """The reply of a node that can make nothing of its message, and says which version it holds."""
+    return Message(RecordDict({CONFIG: ConfigRecord({HOLDS: number})}), reply_to=message)

@@ -4,6 +4,7 @@ And what of a difference goes onto it, at so many bits a value.
 """
 
 from dataclasses import dataclass
+from functools import lru_cache, partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -60,6 +61,12 @@ def first(layout: Layout) -> Version:
     return Version(0, COARSEST, np.zeros(layout.size, np.int32))
 
 
+def short(levels: NDArray[np.int32]) -> NDArray[np.int16 | np.int32]:
+    """The same levels in half the memory, where they fit."""
+    half = levels.astype(np.int16)
+    return half if np.array_equal(half, levels) else levels
+
+
 def _peak(levels: NDArray[np.int32]) -> int:
     return max(int(levels.max(initial=0)), -int(levels.min(initial=0)))
 
@@ -74,48 +81,53 @@ def _require_exact(reach: int) -> None:
 
 
 def quantized(
-    x: Floats, layout: Layout, rate: float, begin: int, finest: int
-) -> tuple[int, NDArray[np.int32]]:
+    x: Floats, layout: Layout, rate: float, begin: int, finest: int, share: float | None = None
+) -> tuple[int, NDArray[np.int32], float | None]:
     """Exponent and levels of x that take about so many bits a value; exponents are tried from `begin` on.
 
-    Where x is long, an eighth of its columns tells.
+    Where x is long, an eighth of its columns tells. `share`: what that takes of all bytes, if an earlier x
+    has told; returned is what this one tells.
     """
     goal, whole = rate * len(x) / 8, (x, shapes(layout))
-    begin = min(max(begin, finest), max(peak_exponent(x), finest))
+    exponent = min(max(begin, finest), max(peak_exponent(x), finest))
     if len(x) > _LONG:
         part = eighth(whole)
-        share = _coded(part, begin)[0] / max(1, _coded(whole, begin)[0])
-        exponent, least, _ = _searched(part, share * goal, begin, finest)
-        taken, levels = _coded(whole, exponent, least)
-        if 2 / 3 < taken / goal < 3 / 2 and levels.any():  # else the eighth is not like the rest
-            return exponent, levels
-    exponent, _, levels = _searched(whole, goal, begin, finest)
-    return exponent, levels
+        share = share or len(part[0]) / len(x)
+        for _ in range(2):
+            exponent, least, told, _levels = _searched(part, share * goal, exponent, finest)
+            taken, levels = _coded(whole, exponent, least)
+            share = told / max(1, taken)
+            if 2 / 3 < taken / goal < 3 / 2 and levels.any():  # else the eighth is not like the rest
+                return exponent, levels, share
+    exponent, _, _, levels = _searched(whole, goal, exponent, finest)
+    return exponent, levels, None
 
 
-def _searched(part: Layers, goal: float, exponent: int, finest: int) -> tuple[int, float, NDArray[np.int32]]:
-    """Exponent, least magnitude in steps, and levels that take about so many bytes; tries from this exponent.
+def _searched(
+    part: Layers, goal: float, exponent: int, finest: int
+) -> tuple[int, float, int, NDArray[np.int32]]:
+    """Exponent, least magnitude in steps, bytes, and levels that take about so many, tried from `exponent`.
 
     The coarsest step that takes as much, then a dearer bit: it makes up for steps that are powers of two.
     """
-    coarsest = max(peak_exponent(part[0]), finest)
-    taken, levels = _coded(part, exponent)
+    coarsest, coded = max(peak_exponent(part[0]), finest), lru_cache(2)(partial(_coded, part))
+    taken, levels = coded(exponent)
     while taken > goal and exponent < coarsest:
         exponent += 1
-        taken, levels = _coded(part, exponent)
+        taken, levels = coded(exponent)
     while taken < goal and exponent > finest:
         exponent -= 1
-        taken, levels = _coded(part, exponent)
+        taken, levels = coded(exponent)
     best, low, high = (taken, 0.0, levels), 0.6, max(2.0 ** (peak_exponent(part[0]) - exponent), 2.0)
     for _ in range(6):
         if abs(best[0] - goal) <= _NEAR * goal:  # each try codes all of it
             break
         least = (low * high) ** 0.5
-        taken, levels = _coded(part, exponent, least)
+        taken, levels = coded(exponent, least)
         if abs(taken - goal) < abs(best[0] - goal) and levels.any():
             best = taken, least, levels
         low, high = (least, high) if taken > goal else (low, least)
-    return exponent, *best[1:]
+    return exponent, best[1], best[0], best[2]
 
 
 def _coded(part: Layers, exponent: int, least: float = 0.0) -> tuple[int, NDArray[np.int32]]:

@@ -28,8 +28,8 @@ from fedapp.downlink import (
     VERSION,
     Coded,
     Downlink,
-    _decode,
     _encode,
+    _read,
     receive,
 )
 from fedapp.engine.local import LocalGrid
@@ -233,7 +233,9 @@ def test_a_long_update_is_quantized_by_an_eighth_of_it_where_that_is_like_the_re
     b[:, np.arange(5000) // 16 % 8 == 4] *= 1e-6 if kind == "one column in eight" else 1.0
     b *= 1e-3 if kind == "one layer" else 1.0
     x = np.concatenate([a.ravel(), b.ravel()]).astype(np.float32)
-    exponent, levels = quantized(x, layout, rate, begin=-3, finest=peak_exponent(x) - 20)
+    terms = x, layout, rate, -3, peak_exponent(x) - 20
+    *_, share = quantized(*terms)
+    exponent, levels, _ = quantized(*terms, share)
     code, *_ = coder.encode(levels.astype(np.float32), 1.0, edges(0.0), list(shapes.values()))
     assert 8 * len(code) / len(x) == pytest.approx(rate, rel=0.5)
     error = float(np.sum((x - np.ldexp(levels.astype(np.float32), exponent)) ** 2) / np.sum(x**2))
@@ -443,10 +445,10 @@ def test_decoding_takes_at_most_three_times_the_memory_of_the_weights() -> None:
     server, layout = Downlink(Coded(1.0), initial), layout_of(initial)
     (message,) = server.send(ArrayRecord({"w": Array(rng.normal(0, 1, shape).astype("f4"))}), asking([2]))
     array, held = message.content.array_records[ARRAYS][VERSION], first(layout)
-    _decode(array, held, layout)  # imports and caches are not counted
+    _read(array).onto(held, layout)  # imports and caches are not counted
     tracemalloc.start()
     try:
-        _decode(array, held, layout)
+        _read(array).onto(held, layout)
         assert tracemalloc.get_traced_memory()[1] < 3.1 * 4 * layout.size
     finally:
         tracemalloc.stop()
@@ -460,7 +462,7 @@ def test_what_claims_more_than_the_model_allocates_nothing() -> None:
         tracemalloc.start()
         try:
             with suppress(DecodeError):
-                _decode(array, held, LAYOUT)
+                _read(array).onto(held, LAYOUT)
             assert tracemalloc.get_traced_memory()[1] < 100_000
         finally:
             tracemalloc.stop()
