@@ -579,12 +579,47 @@ def test_what_waits_for_a_busy_worker_is_taken_by_an_idle_one(grid: LocalGrid) -
 
 
 def test_a_message_is_begun_before_the_next_one_is_made(grid: LocalGrid) -> None:
+    slow = {f"n{node}": "0.3" for node in grid.partitions}
+
     def made() -> Iterator[Message]:
-        for number, message in enumerate(orders(grid.partitions, n2="0.1")):
+        for number, message in enumerate(orders(grid.partitions, **slow)):
             assert sum(len(worker.given) for worker in grid._pool.workers) == number
             yield message
 
     assert sorted(told(stream(grid, made(), 60), "node")) == [2, 3, 4, 5]
+
+
+def test_workers_go_on_while_messages_are_made(grid: LocalGrid) -> None:
+    def made() -> Iterator[Message]:
+        for message in orders(grid.partitions):
+            time.sleep(0.2)
+            assert not grid._pool.queue
+            assert all(len(worker.given) < 2 for worker in grid._pool.workers)
+            yield message
+        time.sleep(0.2)
+        assert len(grid._early) == 3  # the fourth is heard with the next message, and there is none
+
+    for number in (1, 2):
+        replies = list(stream(grid, made(), 60))
+        assert told(replies, "node") == [2, 3, 4, 5]
+        assert told(replies, WEIGHT) == [number] * 4
+
+
+@pytest.mark.parametrize("order", ["die", "exit"])
+def test_nobody_is_forked_while_messages_are_made(grid: LocalGrid, order: str) -> None:
+    """What makes them may be threads that hold locks."""
+    workers = list(grid._pool.workers)
+
+    def made() -> Iterator[Message]:
+        for message in orders(grid.partitions, n2=order):
+            yield message
+            time.sleep(0.2)
+            assert grid._pool.workers == workers
+
+    replies = list(stream(grid, made(), 60))
+    assert Counter(reply.has_error() for reply in replies) == {True: 1, False: 3}
+    assert told(stream(grid, orders([2]), 60), WEIGHT) == [1]
+    assert grid._pool.workers != workers
 
 
 def test_what_waits_when_its_time_is_over_is_not_begun(grid: LocalGrid) -> None:

@@ -107,6 +107,7 @@ class LocalGrid(Grid):
         self.timeline = None if seconds is None else Timeline(self._seconds_of)
         self._contexts = States(self.partitions, self._context)
         self._tested = list[Message]()  # what tests came to
+        self._early = list[Message]()  # replies that came while messages were made
         of_nodes = self.partitions, self._kept
         self._pool = Pool(app, fold, workers, *of_nodes, self.timeline is None, client_timeout)
 
@@ -149,6 +150,7 @@ class LocalGrid(Grid):
             else:
                 self._pool.add(message, self._largest_first)
         if self.timeline is None:
+            self._early += map(self._delivered, self._work_done(0.0, making=True))
             self._pool.dispatch(making=True)
         return ids
 
@@ -172,7 +174,8 @@ class LocalGrid(Grid):
         self._pool.drop(lambda name: name not in wanted)
         if self.timeline is not None:
             return self._pull_next(self.timeline, wanted)
-        replies = [self._delivered(answer) for answer in self._work_done(_WAIT)]
+        replies, self._early = self._early, []
+        replies += map(self._delivered, self._work_done(0.0 if replies else _WAIT))
         self._pool.dispatch()
         return [reply for reply in replies if reply.metadata.reply_to_message_id in wanted]
 
@@ -202,10 +205,10 @@ class LocalGrid(Grid):
         done, self._tested = self._tested, []
         return done
 
-    def _work_done(self, pause: float) -> list[Answer]:
-        """What workers have done for clients; waits so many seconds for the first one."""
+    def _work_done(self, pause: float, making: bool = False) -> list[Answer]:
+        """What workers have done for clients; waits so many seconds for the first one (`Pool.done`)."""
         answers = list[Answer]()
-        for asked, reply, context in self._pool.done(pause):
+        for asked, reply, context in self._pool.done(pause, making):
             if asked.metadata.message_type == TEST:
                 self._tested.append(reply)
                 continue

@@ -74,8 +74,8 @@ class Pool:
     def dispatch(self, making: bool = False) -> None:
         """Give workers what there is to do; tests to those that no client needs.
 
-        While messages are `making` clients may need them yet. And nobody is forked: threads that make them
-        may hold locks.
+        While messages are `making` clients may need them yet. And nobody is forked, here and in `done`:
+        threads that make them may hold locks.
         """
         for worker in list(self.workers):
             if worker.given:
@@ -93,13 +93,13 @@ class Pool:
             if self.queue and worker.at_work and len(worker.given) == 1 and not self._answering():
                 self._give(worker, self.queue.pop(0))
 
-    def done(self, pause: float) -> list[Done]:
+    def done(self, pause: float, making: bool = False) -> list[Done]:
         """Dispatch, and take what workers have done; waits so many seconds for the first one."""
-        self.dispatch()
+        self.dispatch(making)
         busy = {worker.channel.pipe: worker for worker in self.workers if worker.given}
         ready = multiprocessing.connection.wait(list(busy), pause)
-        came = [self._receive(worker) for pipe, worker in busy.items() if pipe in ready]
-        late = [self._give_up(worker) for worker in busy.values() if self._overdue(worker)]
+        came = [self._receive(worker, making) for pipe, worker in busy.items() if pipe in ready]
+        late = [self._give_up(worker) for worker in busy.values() if not making and self._overdue(worker)]
         return [one for one in came if one is not None] + late
 
     def stop(self) -> None:
@@ -133,12 +133,15 @@ class Pool:
             worker.give(message, fresh, context)
 
     @TRANSFER
-    def _receive(self, worker: Worker) -> Done | None:
-        """What a worker has done; None of a message that was taken back."""
+    def _receive(self, worker: Worker, making: bool) -> Done | None:
+        """What a worker has done; None of a message that was taken back, or of a death to be heard later."""
         asked = worker.given.popleft()
         try:
             received = worker.channel.receive()
         except (EOFError, OSError):  # killed, for memory perhaps
+            if making:
+                worker.given.appendleft(asked)  # a pipe ends more than once
+                return None
             worker.process.join()
             code = worker.process.exitcode
             self._replace(worker)
