@@ -242,6 +242,28 @@ def test_a_long_update_is_quantized_by_an_eighth_of_it_where_that_is_like_the_re
     assert error < most
 
 
+@pytest.mark.parametrize("way", [0.01, 1e4])
+def test_a_version_at_hand_is_what_its_code_says(way: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of levels that two bytes hold, and of others."""
+    kept = {room: Downlink(Coded(4.0), model(0)) for room in (0, 2**26)}
+    nodes = {room: {node: Node(model(0)) for node in (2, 3, 4)} for room in kept}
+    far, sizes = moved(model(0), 9, way), list[dict[int, int]]()
+    for round_, asked in enumerate(([2], [3], [2, 4], [3, 4, 2])):
+        sizes.append({})
+        for room, server in kept.items():
+            monkeypatch.setattr("fedapp.downlink._READY", room)
+            weights = moved(model(0), round_, 1e-2 if round_ else 1e-2 * scale)
+            those = {node: nodes[room][node] for node in asked}
+            sizes[-1][room] = exchange(server, weights, those)
+            assert bool(server._ready) == bool(room)
+            assert server._ready.keys() <= server._versions.keys()
+    assert all(len(set(size.values())) == 1 for size in sizes)
+    for node in (2, 3, 4):
+        assert np.array_equal(nodes[0][node].weights, nodes[2**26][node].weights)
+    longest = kept[2**26]._ready[max(kept[2**26]._ready)][1].dtype
+    assert longest == (np.int16 if way < 1 else np.int32)
+
+
 def test_versions_that_nobody_holds_are_forgotten() -> None:
     initial = weights = model(0)
     server = Downlink(Coded(1.0), initial)
@@ -348,9 +370,10 @@ def result(data: bytes, initial: ArrayRecord, stype: str = STYPE) -> NDArray[np.
     return got[0] if got else None
 
 
-def test_nodes_of_a_process_that_come_to_one_version_share_it() -> None:
+def test_nodes_of_a_process_that_come_to_one_version_share_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever they held before; but for one whose message names another checksum."""
-    initial = model(0)
+    initial, codes, decoded, decode = model(0), list[bytes](), list[int](), coder.decode
+    monkeypatch.setattr(coder, "decode", lambda code, *those: codes.append(code) or decode(code, *those))  # type: ignore[func-returns-value]
     server, mod = Downlink(Coded(2.0), initial), receive(initial)
     contexts = {node: Context(1, node, {}, RecordDict(), {}) for node in (2, 3, 4)}
 
@@ -368,6 +391,8 @@ def test_nodes_of_a_process_that_come_to_one_version_share_it() -> None:
                 )
                 message.content = RecordDict({**message.content, ARRAYS: arrays})
             server.again(mod(message, contexts[message.metadata.dst_node_id], train))
+            decoded.append(len(codes))
+    assert decoded == [1, 2, 2, 3]  # 2 held another version than 3, and needs what 3 made; 4 differs
     held = {node: context.state.array_records.get(DOWNLINK) for node, context in contexts.items()}
     assert held[2] is not None
     assert held[3] is not None
