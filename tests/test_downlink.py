@@ -252,7 +252,7 @@ def test_a_version_at_hand_is_what_its_code_says(way: float, monkeypatch: pytest
         sizes.append({})
         for room, server in kept.items():
             monkeypatch.setattr("fedapp.downlink._READY", room)
-            weights = moved(model(0), round_, 1e-2 if round_ else 1e-2 * scale)
+            weights = moved(far, round_) if round_ else far
             those = {node: nodes[room][node] for node in asked}
             sizes[-1][room] = exchange(server, weights, those)
             assert bool(server._ready) == bool(room)
