@@ -98,7 +98,7 @@ def test_a_rate_is_met_in_bytes_on_the_wire(
     assert encodes[0] <= 3
 
 
-@pytest.mark.parametrize("rate", [0.3, 1.0, 3.0])
+@pytest.mark.parametrize("rate", [0.3, 1.0, 2.0])
 def test_a_long_update_is_coded_once_after_a_part_of_it(rate: float, monkeypatch: pytest.MonkeyPatch) -> None:
     layout = layout_of([(32, 1, 3, 3), (192, 6144), (192,)])
     rng = np.random.default_rng(0)
@@ -115,7 +115,7 @@ def test_a_long_update_is_coded_once_after_a_part_of_it(rate: float, monkeypatch
     monkeypatch.setattr(context, "encode", counting)
     size, _ = coded(RateDistortion(rate=rate), x, layout)
     assert size == pytest.approx(rate * len(x) / 8, rel=0.03)
-    assert coded_values[0] < 1.3 * len(x)
+    assert coded_values[0] < (1.3 if rate < 1 else 1.15) * len(x)
 
 
 @every_vector

@@ -13,7 +13,7 @@ from fedapp.codec.model import Floats
 from fedapp.codec.quantizer import Quantizer
 
 _EIGHTH, _TOGETHER = 8, 16  # the part: of so many times as many columns, so many in a row
-_DEARER = 0.035  # log of what it takes more than its share, of 2^20 values: rows learn from fewer columns
+_DEARER = 0.04  # log of what it takes more than its share, of 2^20 values: rows learn from fewer columns
 
 Layers = tuple[Floats, Sequence[tuple[int, ...]]]
 """Values of layers, end to end, and their shapes."""

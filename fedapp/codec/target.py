@@ -8,6 +8,7 @@ import numpy as np
 
 from fedapp.codec import Packet
 
+_OFTEN, _CLOSE = -0.35, 0.12  # log of what estimates of long updates often miss, and as good as the same
 _ABOUT = 0.03  # log of estimate over goal that is as good as met where a step is only a beginning
 _COARSEST, _FINEST = 0.9, 2.0**-24  # steps, of the largest magnitude: below, some value is always sent
 _BOTTOM = float(np.log2(_FINEST / _COARSEST))  # log2 of the finest over the coarsest
@@ -68,9 +69,12 @@ def meet(
     low, high = _BOTTOM, 0.0
     guess, near = [(0.0, usual or 0.0)], usual is not None or pilot is not None
     if usual is None and pilot is not None:
+        guess = [(0.0, _OFTEN)]
         for _ in range(2):  # the first may have been far away
             at = _solve(target, estimate, guess, low, high)
-            guess = [(at, pilot(2.0**at * coarsest))]
+            off, guess = guess[-1][1], [(at, pilot(2.0**at * coarsest))]
+            if abs(off - guess[-1][1]) < _CLOSE:
+                break
     missed: list[tuple[float, float]] = []  # log2 of a step, log of what the estimate missed there
     packets: list[Packet] = []
     encodes = target.encodes + (usual is not None)  # what was usual may mislead the first
