@@ -56,7 +56,11 @@ def eighth(layers: Layers) -> Layers:
 
 def _columns(x: Floats, shape: tuple[int, ...]) -> Floats:
     """Some columns in a row of each so many, if the layer is wide; else all."""
-    rows = shape[0] if len(shape) > 1 else 1
+    rows, every = shape[0] if len(shape) > 1 else 1, _TOGETHER * _EIGHTH
     grid = x.reshape(rows, len(x) // max(rows, 1))
-    taken = np.arange(grid.shape[1]) // _TOGETHER % _EIGHTH == _EIGHTH // 2
-    return grid[:, taken] if len(taken) >= 4 * _TOGETHER * _EIGHTH else grid
+    blocks = grid.shape[1] // every
+    if blocks < 4:
+        return grid
+    first = _EIGHTH // 2 * _TOGETHER
+    those = grid[:, : blocks * every].reshape(rows, blocks, every)[:, :, first : first + _TOGETHER]
+    return those.reshape(rows, blocks * _TOGETHER)
