@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
+from logging import WARNING
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -14,6 +15,7 @@ import torch
 from flwr.app import ArrayRecord
 from flwr.clientapp.typing import Mod
 from flwr.serverapp.strategy import Strategy
+from flwr.supercore import log
 from torch import nn
 
 from fedapp import check, combinations, secagg
@@ -47,7 +49,7 @@ from fedapp.selection import BySize, Poisson, PowerOfChoice, Selection, Uniform
 from fedapp.speeds import Stragglers, Untimed
 from fedapp.tasks import Data, Task
 from fedapp.tasks.classification import held_out
-from fedapp.training import DpSgd, Sgd, Trainer, scheduled
+from fedapp.training import DpSgd, Sgd, Trainer, has_bfloat16, scheduled
 from fedapp.vector import layout_of
 from fedapp.wire import Recall, Wire
 
@@ -415,6 +417,8 @@ class Job:
         model = self.task.model(self.seed)
         combinations.check_model(self, model)
         combinations.check_padding(self)
+        if isinstance(self.trainer, Sgd) and self.trainer.bfloat16 and not has_bfloat16(self.torch_device):
+            log(WARNING, "trainer.bfloat16=true: this processor has none, so it takes many times as long")
         if self.privacy.unit is not None:
             self.spent(self.rounds, self.most)  # finds the noise, and imports accountants
         if self.terms is not None:

@@ -1,6 +1,6 @@
 """Seconds a round: the local engine beside a bare loop on the same work; reprints the README's tables.
 
-usage: .venv/bin/python scripts/bench_engine.py [--only lr cnn noop start memory] [--repeats 3]
+usage: .venv/bin/python scripts/bench_engine.py [--only lr cnn noop long start memory] [--repeats 3]
        [--peers FOLDER] [--device cpu|cuda]
 
 lr: logistic regression (7,850 parameters), 10 of 1000 clients a round. cnn: 1.2 million parameters, 50 of
@@ -11,6 +11,7 @@ Processes run in turns, so that a busy machine is busy for all; a figure is the 
 rounds of all turns, but for each process's first. In FOLDER, scripts `stock_flower.py` and `pfl_peer.py` that
 take SETTING and ROUNDS and print "min X median Y" run in the same turns; one that fails is left out.
 
+long: seconds a round of cnn as the run goes on, when most clients hold the weights of long ago.
 start: from the command to the first round. memory: what the server's process takes at most, by the size of
 the cohort and by the number of rounds.
 """
@@ -60,7 +61,7 @@ SETTINGS = {
     "cnn": Setting("cnn", 1000, 50, 0.1, 1, 3),
     "noop": Setting("cnn", 1000, 50, 0.1, 0, 8),
 }
-PARTS = [*SETTINGS, "start", "memory"]
+PARTS = [*SETTINGS, "long", "start", "memory"]
 UNCODED = ["codec=identity", "downlink=coded"]
 PEERS = {"stock Flower, Ray, 2 cores": "stock_flower.py", "pfl, 1 thread": "pfl_peer.py"}
 RUNS: dict[str, list[str]] = {
@@ -68,6 +69,7 @@ RUNS: dict[str, list[str]] = {
     "two bare loops": [],
     "fedapp, 1 worker": [*UNCODED, "engine.workers=1"],
     "fedapp, 2 workers": [*UNCODED, "engine.workers=2"],
+    "fedapp, 2 workers, bfloat16": [*UNCODED, "engine.workers=2", "trainer.bfloat16=true"],
     "fedapp, 2 workers, default codec": ["engine.workers=2"],
 }
 
@@ -140,6 +142,17 @@ def simulated(overrides: list[str]) -> tuple[dict[str, Any], list[dict[str, Any]
         return summary, [json.loads(line) for line in lines]
 
 
+def long() -> None:
+    """Seconds a round, and its downlink, early and late in a run with the default codec."""
+    _, rounds = simulated([*SETTINGS["cnn"].overrides, "engine.workers=2", "rounds=42"])
+    print("\n| rounds of cnn | s a round, median | downlink, MB a round |\n|---|---|---|")
+    for first in (2, 12, 22, 32):
+        those = rounds[first - 1 : first + 9]
+        seconds, sent = ([line[key] for line in those] for key in ("seconds", "downlink_bytes"))
+        print(f"| {first} to {first + 9} | {statistics.median(seconds):.2f} "
+              f"| {statistics.mean(sent) / 1e6:.1f} |", flush=True)  # fmt: skip
+
+
 def start(repeats: int) -> None:
     """Seconds from the command to the first round."""
     print("\n| run | s to the first round, least | median |\n|---|---|---|")
@@ -204,6 +217,8 @@ def main() -> None:
         )
     if told:
         print("", *told, sep="\n")
+    if "long" in options.only:
+        long()
     if "start" in options.only:
         start(options.repeats)
     if "memory" in options.only:

@@ -68,6 +68,7 @@ def model_after(overrides: str) -> bytes:
         "strategy=fedprox trainer.momentum=0.9 cohort=null",
         "strategy=scaffold codec.rate=0.3",
         "model=small_cnn trainer.channels_last=true evaluate=server",
+        "model=small_cnn trainer.bfloat16=true",
     ],
 )
 def test_any_number_of_workers_gives_the_same_bits(setting: str, workers: int) -> None:

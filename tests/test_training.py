@@ -35,6 +35,7 @@ TRAINERS = [  # a new trainer joins with one row
     Sgd(momentum=0.9, weight_decay=1e-3, epochs=2),
     Sgd(proximal_mu=0.1, schedule="cosine"),
     Sgd(channels_last=True),
+    Sgd(bfloat16=True),
     PRIVATE,
     replace(PRIVATE, momentum=0.5, physical_batch_size=7),
     replace(PRIVATE, ghost_above=0),
@@ -63,7 +64,7 @@ def fit(
 
 
 @pytest.mark.parametrize(
-    "trainer", TRAINERS, ids=["sgd", "momentum", "prox", "last", "dp_sgd", "chunked", "ghost"]
+    "trainer", TRAINERS, ids=["sgd", "momentum", "prox", "last", "half", "dp_sgd", "chunked", "ghost"]
 )
 class TestLaws:
     def test_same_seed_same_bits(self, trainer: Trainer) -> None:
@@ -121,6 +122,34 @@ def test_channels_last_changes_how_it_is_computed_and_not_what() -> None:
         trained.append(flat(job.model))
     moved = np.abs(trained[0] - flat(job.task.model(job.seed))).max()
     assert 0 < np.abs(trained[1] - trained[0]).max() < 1e-4 * moved
+
+
+def test_mixed_precision_goes_about_the_same_way_in_float32() -> None:
+    trained = []
+    for half in (False, True):
+        job = config.job_of(f"task=digits privacy=none model=small_cnn clients=4 trainer.bfloat16={half}")
+        seen = set[torch.dtype]()
+        last = list(job.model.modules())[-1]
+        last.register_forward_hook(lambda *those, seen=seen: seen.add(those[-1].dtype))
+        assert isinstance(job.trainer, Sgd)
+        job.trainer.fit(job.task, job.model, data(200), {}, np.random.default_rng(0), 0.0)
+        assert seen == {torch.bfloat16 if half else torch.float32}
+        assert {p.dtype for p in job.model.parameters()} == {torch.float32}
+        trained.append(flat(job.model) - flat(job.task.model(job.seed)))
+    assert 1e-4 < np.linalg.norm(trained[1] - trained[0]) / np.linalg.norm(trained[0]) < 0.1
+
+
+@pytest.mark.parametrize(
+    ("there", "warned"), [({"avx2": True, "avx512_bf16": False}, True), ({"bf16": 1}, False)]
+)
+def test_a_processor_without_bfloat16_is_told_of(
+    there: dict[str, Any], warned: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: there)
+    with caplog.at_level("WARNING", "flwr"):
+        config.job_of("task=digits privacy=none trainer.bfloat16=true").prepare()
+        config.job_of("task=digits privacy=none").prepare()
+    assert len([line for line in caplog.messages if "trainer.bfloat16=true" in line]) == warned
 
 
 def test_proximal_term_pulls_back() -> None:
