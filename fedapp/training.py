@@ -3,7 +3,7 @@
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, Protocol
@@ -118,7 +118,8 @@ class Sgd:
         # Batch statistics of a single example do not exist, so such a remainder sits out an epoch.
         smallest = 2 if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules()) else 1
         losses, seen = [], 0
-        mixed = torch.autocast(data.x.device.type, torch.bfloat16, enabled=self.bfloat16)
+        # Also where it does nothing, autocast costs a small model 3 % of a step.
+        mixed = torch.autocast(data.x.device.type, torch.bfloat16) if self.bfloat16 else nullcontext()
         for batch in islice(self._batches(data, size, shuffle), steps):
             if len(batch) < smallest:
                 continue
