@@ -16,7 +16,7 @@ Dieuleveut 2021, "Preserved central model for faster bidirectional compression i
 import os
 import struct
 import zlib
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Set
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -50,7 +50,7 @@ _FINEST, _LEAST = -20, -140  # exponents: below the longest way; the least
 _NEAREST = edges(0.0)
 _AT_ONCE = 2**26  # values that are coded at one time, which take some 20 bytes each
 _ALONE = 2**18  # values that are coded before threads would have begun
-_READY = 2**26  # values of old versions that the server has at hand, mostly two bytes each; else it decodes
+_READY = 2**26  # levels that the server has at hand, two bytes each, or four where one is beyond that
 
 
 @dataclass(frozen=True)
@@ -83,11 +83,12 @@ class Downlink:
         self._layout = layout_of(initial)
         self._initial = ravel(initial, self._layout)
         self._now = first(self._layout)
-        self._versions = dict[int, tuple[int, bytes]]()  # that some node may hold, as ways from the initial
-        self._ready = dict[int, tuple[int, NDArray[np.int16 | np.int32]]]()  # the latest of these, decoded
-        self._share: float | None = None
+        # Versions that some node may hold, as ways from the initial model: exponents, and levels of the latest
+        # or the code of others, and of those that were asked for it.
+        self._ready = dict[int, tuple[int, NDArray[np.int16 | np.int32]]]()
+        self._codes = {0: (COARSEST, _encode(self._now.levels, self._layout))}
         self._lock = Lock()
-        self._way()
+        self._share: float | None = None
         self._held: dict[int, int] = {}  # by node; at first each holds version 0
         self._sent: dict[int, int] = {}  # by node, the version that it was sent and has not answered
         self._weights = initial
@@ -121,13 +122,10 @@ class Downlink:
         make, values = partial(self._arrays, crc=crc), max(1, self._layout.size)
         threads = min(len(os.sched_getaffinity(0)), len(bases), _AT_ONCE // values) or 1
         if threads == 1 or len(bases) * values < _ALONE:
-            self._way()
             yield from map(make, bases)
             return
         with ThreadPoolExecutor(threads) as pool:  # the coder runs without Python's lock
-            made = pool.map(make, bases)
-            pool.submit(self._way)  # who holds this version will ask for what lies between
-            yield from made
+            yield from pool.map(make, bases)
 
     def again(self, reply: Message) -> bool:
         """Note what the node holds; whether it could make nothing of its message, and another may help."""
@@ -145,10 +143,10 @@ class Downlink:
 
     def state(self, partitions: Mapping[int, int], weights: ArrayRecord) -> dict[str, Any]:
         """The version now, those that nodes hold, and which partition's node holds which."""
-        self._way()
+        versions = sorted(self._versions)
         return {
             "now": [self._now.number, self._now.exponent, self._now.levels],
-            "versions": [[v, e, np.frombuffer(code, np.uint8)] for v, (e, code) in self._versions.items()],
+            "versions": [[v, e, np.frombuffer(code, np.uint8)] for v, e, code in map(self._coded, versions)],
             "held": [[partitions[node], v] for node, v in self._held.items() if node in partitions],
             "sent": [[partitions[node], v] for node, v in self._sent.items() if node in partitions],
             "published": weights is self._weights,
@@ -161,7 +159,7 @@ class Downlink:
         A node that is not among them holds nothing yet.
         """
         self._now = Version(*state["now"])
-        self._versions = {v: (exponent, code.tobytes()) for v, exponent, code in state["versions"]}
+        self._codes = {v: (exponent, code.tobytes()) for v, exponent, code in state["versions"]}
         self._ready.clear()
         self._share = state.get("share")
         self._held = {nodes[partition]: v for partition, v in state["held"] if partition in nodes}
@@ -173,7 +171,6 @@ class Downlink:
         lacks, way = weights - self._now.weights(self._initial), weights - self._initial
         if not lacks.any():
             return
-        self._way()
         finest = max(peak_exponent(way) + _FINEST, _LEAST)
         number, terms = self._now.number + 1, (self._layout, self._rate, self._now.exponent, finest)
         try:
@@ -184,46 +181,53 @@ class Downlink:
             self._now = first(self._layout).plus(number, exponent, levels)
             self._held.clear()
             self._sent.clear()
-        kept = {0, *self._held.values(), *self._sent.values()} & self._versions.keys()
-        self._versions = {v: self._versions[v] for v in kept}
+        kept = {0, *self._held.values(), *self._sent.values()}
         exponent, levels = self._now.minus(first(self._layout))
-        ready = {v: way for v, way in self._ready.items() if v in kept} | {number: (exponent, short(levels))}
-        latest = sorted(ready, reverse=True)[: _READY // max(1, self._layout.size)]
-        self._ready = {v: ready[v] for v in latest}
+        self._ready = {v: way for v, way in self._ready.items() if v in kept}
+        self._ready[number] = exponent, short(levels)
+        for old in sorted(self._ready, reverse=True)[_READY // max(1, self._layout.size) :]:
+            self._coded(old)
+            del self._ready[old]
+        self._codes = {v: way for v, way in self._codes.items() if v in kept or v == number}
 
-    def _way(self) -> tuple[int, bytes]:
-        """The way from the initial model to the version now: its exponent, and its levels' code."""
+    @property
+    def _versions(self) -> Set[int]:
+        """Those that some node may hold, by number."""
+        return self._ready.keys() | self._codes.keys()
+
+    def _coded(self, number: int) -> tuple[int, int, bytes]:
+        """A version's number, and the way to it from the initial model: exponent, and code of levels."""
         with self._lock:
-            if self._now.number not in self._versions:
-                exponent, levels = self._now.minus(first(self._layout))
-                self._versions[self._now.number] = exponent, _encode(levels, self._layout)
-            return self._versions[self._now.number]
+            if number not in self._codes:
+                exponent, levels = self._ready[number]
+                self._codes[number] = exponent, _encode(levels, self._layout)
+            return number, *self._codes[number]
+
+    def _decoded(self, number: int) -> Version:
+        """A version that some node holds."""
+        if number in self._ready:
+            exponent, levels = self._ready[number]
+            return Version(number, exponent, levels.astype(np.int32))
+        exponent, code = self._codes[number]
+        return Version(number, exponent, coder.decode(code, shapes(self._layout)))
 
     def _arrays(self, held: int, crc: int) -> ArrayRecord:
         """What a message to a node that holds this version says for weights, which have this CRC."""
         based_on = 0
         if held > 0:
             with suppress(OverflowError):  # too far apart for one step: from the initial model it is not
-                exponent, levels = self._now.minus(self._version(held))
+                exponent, levels = self._now.minus(self._decoded(held))
                 based_on, code = held, _encode(levels, self._layout)
         if not based_on:
-            exponent, code = self._way()
+            _, exponent, code = self._coded(self._now.number)
         data = _HEADER.pack(_FORMAT, crc, exponent) + varint(based_on) + varint(self._now.number) + code
         arrays = {VERSION: Array("uint8", (len(data),), STYPE, data)}
         arrays |= {INITIAL: Array(self._initial)} if held == NOTHING else {}
         arrays |= buffers_of(self._weights, self._layout)
         return ArrayRecord(arrays)
 
-    def _version(self, number: int) -> Version:
-        """A version that some node holds."""
-        if number in self._ready:
-            exponent, short_ones = self._ready[number]
-            return Version(number, exponent, short_ones.astype(np.int32))
-        exponent, code = self._versions[number]
-        return Version(number, exponent, coder.decode(code, shapes(self._layout)))
 
-
-def _encode(levels: NDArray[np.int32], layout: Layout) -> bytes:
+def _encode(levels: NDArray[np.int16 | np.int32], layout: Layout) -> bytes:
     return coder.encode(levels.astype(np.float32), 1.0, _NEAREST, shapes(layout))[0]
 
 
@@ -242,9 +246,9 @@ def _said(reply: Message) -> int | None:
 
 
 class _Made(NamedTuple):
-    """A version as a node makes it: the checksum of its weights, what the node keeps, and the weights."""
+    """A version as a node makes it: number and checksum of its weights, what the node keeps, the weights."""
 
-    version: Version
+    number: int
     crc: int
     holds: ArrayRecord
     floats: dict[str, Array]
@@ -283,7 +287,7 @@ def receive(initial: ArrayRecord) -> Mod:
         at = array_of(np.array([version.number, version.exponent]))
         holds = ArrayRecord({**kept, AT: at, LEVELS: array_of(short(version.levels))})
         floats = {name: array_of(one) for name, one in unravel(weights, layout, initial).items()}
-        return _Made(version, _crc(weights), holds, floats)
+        return _Made(version.number, _crc(weights), holds, floats)
 
     def mod(message: Message, context: Context, call_next: Callable[[Message, Context], Message]) -> Message:
         nonlocal last
@@ -293,19 +297,20 @@ def receive(initial: ArrayRecord) -> Mod:
             kept = ArrayRecord({INITIAL: arrays[INITIAL]})
         held, exponent = values(kept[AT]).tolist() if AT in kept else (0, COARSEST)
         coded = _read(arrays[VERSION])
-        shared = None if INITIAL in kept else last
         if coded.based_on not in (0, held):
             return _holding(held, message)
-        if shared is None or (shared.version.number, shared.crc) != (coded.number, coded.crc):
+        now = None if INITIAL in kept else last
+        if now is None or (now.number, now.crc) != (coded.number, coded.crc):
             base = fresh
             if coded.based_on:
                 base = Version(held, exponent, values(kept[LEVELS]).astype(np.int32))
-            shared = made(coded.onto(base, layout), kept)
-            if shared.crc != coded.crc:
+            now = made(coded.onto(base, layout), kept)
+            if now.crc != coded.crc:
                 return _holding(0, message)
-            last = last if INITIAL in kept else shared
-        context.state[DOWNLINK] = shared.holds
-        weights = {name: shared.floats[name] if name in shared.floats else arrays[name] for name in initial}
+            if INITIAL not in kept:
+                last = now
+        context.state[DOWNLINK] = now.holds
+        weights = {name: now.floats[name] if name in now.floats else arrays[name] for name in initial}
         message.content = RecordDict({**message.content, ARRAYS: ArrayRecord(weights)})
         return call_next(message, context)
 

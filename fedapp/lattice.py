@@ -85,8 +85,8 @@ def quantized(
 ) -> tuple[int, NDArray[np.int32], float | None]:
     """Exponent and levels of x that take about so many bits a value; exponents are tried from `begin` on.
 
-    Where x is long, an eighth of its columns tells. `share`: what that takes of all bytes, if an earlier x
-    has told; returned is what this one tells.
+    Where x is long, an eighth of its columns tells, and again if it misled; then all of x. `share`: what an
+    eighth takes of all bytes, if an earlier x has told; returned is what this one tells, if it does.
     """
     goal, whole = rate * len(x) / 8, (x, shapes(layout))
     exponent = min(max(begin, finest), max(peak_exponent(x), finest))
@@ -110,7 +110,8 @@ def _searched(
 
     The coarsest step that takes as much, then a dearer bit: it makes up for steps that are powers of two.
     """
-    coarsest, coded = max(peak_exponent(part[0]), finest), lru_cache(2)(partial(_coded, part))
+    coarsest = max(peak_exponent(part[0]), finest)
+    coded = lru_cache(2)(partial(_coded, part))  # one step up and back again is one try
     taken, levels = coded(exponent)
     while taken > goal and exponent < coarsest:
         exponent += 1

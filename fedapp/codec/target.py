@@ -8,7 +8,9 @@ import numpy as np
 
 from fedapp.codec import Packet
 
-_OFTEN, _CLOSE = -0.35, 0.12  # log of what estimates of long updates often miss, and as good as the same
+# Log of what the estimate often misses in long updates (-0.3 to -0.5 with a CNN of 1.2 million parameters and
+# 60 examples a client), and what is as good as the same.
+_OFTEN, _CLOSE = -0.35, 0.12
 _ABOUT = 0.03  # log of estimate over goal that is as good as met where a step is only a beginning
 _COARSEST, _FINEST = 0.9, 2.0**-24  # steps, of the largest magnitude: below, some value is always sent
 _BOTTOM = float(np.log2(_FINEST / _COARSEST))  # log2 of the finest over the coarsest
