@@ -83,8 +83,8 @@ class Downlink:
         self._layout = layout_of(initial)
         self._initial = ravel(initial, self._layout)
         self._now = first(self._layout)
-        # Versions that some node may hold, as ways from the initial model: exponents and levels of the latest,
-        # exponents and code of others, and of those whose code was asked for.
+        # Versions that some node may hold, as ways from the initial model: exponent and levels of the latest,
+        # exponent and code of others, and of those whose code was asked for.
         self._ready = dict[int, tuple[int, NDArray[np.int16 | np.int32]]]()
         self._codes = {0: (COARSEST, _encode(self._now.levels, self._layout))}
         self._lock = Lock()

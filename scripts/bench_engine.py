@@ -64,12 +64,13 @@ SETTINGS = {
 PARTS = [*SETTINGS, "long", "start", "memory"]
 UNCODED = ["codec=identity", "downlink=coded"]
 PEERS = {"stock Flower, Ray, 2 cores": "stock_flower.py", "pfl, 1 thread": "pfl_peer.py"}
+HALF = "fedapp, 2 workers, bfloat16"  # in cnn
 RUNS: dict[str, list[str]] = {
     "bare loop": [],
     "two bare loops": [],
     "fedapp, 1 worker": [*UNCODED, "engine.workers=1"],
     "fedapp, 2 workers": [*UNCODED, "engine.workers=2"],
-    "fedapp, 2 workers, bfloat16": [*UNCODED, "engine.workers=2", "trainer.bfloat16=true"],
+    HALF: [*UNCODED, "engine.workers=2", "trainer.bfloat16=true"],
     "fedapp, 2 workers, default codec": ["engine.workers=2"],
 }
 
@@ -196,7 +197,8 @@ def main() -> None:
         print("|---|---|---|---|---|")
     told: list[str] = []
     for name in chosen:
-        found: dict[str, list[float]] = {run: [] for run in (*RUNS, *PEERS)}
+        runs = [run for run in (*RUNS, *PEERS) if run != HALF or name == "cnn"]
+        found: dict[str, list[float]] = {run: [] for run in runs}
         for _ in range(options.repeats):
             for run, seconds in found.items():
                 seconds += seconds_of(name, run, options.device, options.peers)
