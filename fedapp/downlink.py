@@ -254,7 +254,7 @@ class _Made(NamedTuple):
     floats: dict[str, Array]
 
 
-class _Coded(NamedTuple):
+class _Packet(NamedTuple):
     """What a message says of a version: the checksum of its weights, and the way to it from another."""
 
     crc: int
@@ -296,16 +296,16 @@ def receive(initial: ArrayRecord) -> Mod:
         if INITIAL in arrays:
             kept = ArrayRecord({INITIAL: arrays[INITIAL]})
         held, exponent = values(kept[AT]).tolist() if AT in kept else (0, COARSEST)
-        coded = _read(arrays[VERSION])
-        if coded.based_on not in (0, held):
+        packet = _read(arrays[VERSION])
+        if packet.based_on not in (0, held):
             return _holding(held, message)
         now = None if INITIAL in kept else last
-        if now is None or (now.number, now.crc) != (coded.number, coded.crc):
+        if now is None or (now.number, now.crc) != (packet.number, packet.crc):
             base = fresh
-            if coded.based_on:
+            if packet.based_on:
                 base = Version(held, exponent, values(kept[LEVELS]).astype(np.int32))
-            now = made(coded.onto(base, layout), kept)
-            if now.crc != coded.crc:
+            now = made(packet.onto(base, layout), kept)
+            if now.crc != packet.crc:
                 return _holding(0, message)
             if INITIAL not in kept:
                 last = now
@@ -317,7 +317,7 @@ def receive(initial: ArrayRecord) -> Mod:
     return mod
 
 
-def _read(array: Array) -> _Coded:
+def _read(array: Array) -> _Packet:
     """What stands before the code; raises DecodeError where that cannot be."""
     if array.stype != STYPE:
         raise DecodeError(f"the weights have serialization type {array.stype!r}, not {STYPE!r}")
@@ -328,7 +328,7 @@ def _read(array: Array) -> _Coded:
     if not _LEAST <= exponent <= COARSEST:
         raise DecodeError(f"the weights name a step of 2^{exponent}")
     based_on, number = reader.varint(_NEWEST), reader.varint(_NEWEST)
-    return _Coded(crc, exponent, based_on, number, reader.rest())
+    return _Packet(crc, exponent, based_on, number, reader.rest())
 
 
 def _holding(number: int, message: Message) -> Message:
