@@ -14,8 +14,6 @@ Dieuleveut 2021, "Preserved central model for faster bidirectional compression i
 """
 
 import os
-import struct
-import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Set
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -30,24 +28,15 @@ from flwr.clientapp.typing import Mod
 from numpy.typing import NDArray
 
 from fedapp import check
-from fedapp.codec import Layout
-from fedapp.codec import context as coder
-from fedapp.codec.layers import shapes
-from fedapp.codec.quantizer import edges
-from fedapp.codec.varint import Reader, varint
-from fedapp.errors import DecodeError
 from fedapp.lattice import COARSEST, Version, first, peak_exponent, quantized, short
 from fedapp.records import ARRAYS, CONFIG
 from fedapp.vector import array_of, buffers_of, layout_of, ravel, unravel, values
+from fedapp.version_packet import LEAST, VersionPacket, code_of, crc_of, levels_of
 
-STYPE = "fedapp.version"
 VERSION, INITIAL, HOLDS = "version", "initial", "holds"
 DOWNLINK, AT, LEVELS = "downlink", "at", "levels"  # what a node keeps, beside another initial model
 NOTHING = -1  # what a node holds where another initial model grew from the seed
-_FORMAT, _NEWEST = 1, 2**31
-_HEADER = struct.Struct("<BIh")  # format, CRC-32 of the weights that come out, exponent
-_FINEST, _LEAST = -20, -140  # exponents: below the longest way; the least
-_NEAREST = edges(0.0)
+_FINEST = -20  # the least exponent, from that of the longest way
 _AT_ONCE = 2**26  # values that are coded at one time, which take some 20 bytes each
 _ALONE = 2**18  # values that are coded before threads would have begun
 _READY = 2**26  # levels that the server has at hand, two bytes each, or four where one is beyond that
@@ -86,7 +75,7 @@ class Downlink:
         # Versions that some node may hold, as ways from the initial model: exponent and levels of the latest,
         # exponent and code of others, and of those whose code was asked for.
         self._ready = dict[int, tuple[int, NDArray[np.int16 | np.int32]]]()
-        self._codes = {0: (COARSEST, _encode(self._now.levels, self._layout))}
+        self._codes = {0: (COARSEST, code_of(self._now.levels, self._layout))}
         self._lock = Lock()
         self._share: float | None = None
         self._held: dict[int, int] = {}  # by node; at first each holds version 0
@@ -103,7 +92,7 @@ class Downlink:
             self._publish(ravel(weights, self._layout))
         messages = list(messages)
         held_by = {m.metadata.dst_node_id: self._held.get(m.metadata.dst_node_id, 0) for m in messages}
-        crc = _crc(self._now.weights(self._initial))
+        crc = crc_of(self._now.weights(self._initial))
         made, arrays = self._made(dict.fromkeys(held_by.values()), crc), dict[int, ArrayRecord]()
         contents: dict[tuple[int, int], RecordDict] = {}  # and are told the same beside
         for message in messages:
@@ -171,7 +160,7 @@ class Downlink:
         lacks, way = weights - self._now.weights(self._initial), weights - self._initial
         if not lacks.any():
             return
-        finest = max(peak_exponent(way) + _FINEST, _LEAST)
+        finest = max(peak_exponent(way) + _FINEST, LEAST)
         number, terms = self._now.number + 1, (self._layout, self._rate, self._now.exponent, finest)
         try:
             exponent, levels, self._share = quantized(lacks, *terms, self._share)
@@ -200,7 +189,7 @@ class Downlink:
         with self._lock:
             if number not in self._codes:
                 exponent, levels = self._ready[number]
-                self._codes[number] = exponent, _encode(levels, self._layout)
+                self._codes[number] = exponent, code_of(levels, self._layout)
             return number, *self._codes[number]
 
     def _decoded(self, number: int) -> Version:
@@ -209,7 +198,7 @@ class Downlink:
             exponent, levels = self._ready[number]
             return Version(number, exponent, levels.astype(np.int32))
         exponent, code = self._codes[number]
-        return Version(number, exponent, coder.decode(code, shapes(self._layout)))
+        return Version(number, exponent, levels_of(code, self._layout))
 
     def _arrays(self, held: int, crc: int) -> ArrayRecord:
         """What a message to a node that holds this version says for weights, which have this CRC."""
@@ -217,22 +206,14 @@ class Downlink:
         if held > 0:
             with suppress(OverflowError):  # too far apart for one step: from the initial model it is not
                 exponent, levels = self._now.minus(self._decoded(held))
-                based_on, code = held, _encode(levels, self._layout)
+                based_on, code = held, code_of(levels, self._layout)
         if not based_on:
             _, exponent, code = self._coded(self._now.number)
-        data = _HEADER.pack(_FORMAT, crc, exponent) + varint(based_on) + varint(self._now.number) + code
-        arrays = {VERSION: Array("uint8", (len(data),), STYPE, data)}
+        packet = VersionPacket(crc, exponent, based_on, self._now.number, code)
+        arrays = {VERSION: packet.to_array()}
         arrays |= {INITIAL: Array(self._initial)} if held == NOTHING else {}
         arrays |= buffers_of(self._weights, self._layout)
         return ArrayRecord(arrays)
-
-
-def _encode(levels: NDArray[np.int16 | np.int32], layout: Layout) -> bytes:
-    return coder.encode(levels.astype(np.float32), 1.0, _NEAREST, shapes(layout))[0]
-
-
-def _crc(weights: NDArray[np.float32]) -> int:
-    return zlib.crc32(weights.astype("<f4", copy=False).data)
 
 
 def _said(reply: Message) -> int | None:
@@ -254,23 +235,6 @@ class _Made(NamedTuple):
     floats: dict[str, Array]
 
 
-class _Packet(NamedTuple):
-    """What a message says of a version: the checksum of its weights, and the way to it from another."""
-
-    crc: int
-    exponent: int
-    based_on: int
-    number: int
-    code: bytes
-
-    def onto(self, base: Version, layout: Layout) -> Version:
-        """The version that comes out; raises DecodeError."""
-        try:
-            return base.plus(self.number, self.exponent, coder.decode(self.code, shapes(layout)))
-        except OverflowError as error:
-            raise DecodeError(f"the weights cannot be decoded: {error}") from error
-
-
 def receive(initial: ArrayRecord) -> Mod:
     """The client mod: replaces a coded version in a message by its weights; `initial` is the seed's model.
 
@@ -287,7 +251,7 @@ def receive(initial: ArrayRecord) -> Mod:
         at = array_of(np.array([version.number, version.exponent]))
         holds = ArrayRecord({**kept, AT: at, LEVELS: array_of(short(version.levels))})
         floats = {name: array_of(one) for name, one in unravel(weights, layout, initial).items()}
-        return _Made(version.number, _crc(weights), holds, floats)
+        return _Made(version.number, crc_of(weights), holds, floats)
 
     def mod(message: Message, context: Context, call_next: Callable[[Message, Context], Message]) -> Message:
         nonlocal last
@@ -296,7 +260,7 @@ def receive(initial: ArrayRecord) -> Mod:
         if INITIAL in arrays:
             kept = ArrayRecord({INITIAL: arrays[INITIAL]})
         held, exponent = values(kept[AT]).tolist() if AT in kept else (0, COARSEST)
-        packet = _read(arrays[VERSION])
+        packet = VersionPacket.read(arrays[VERSION])
         if packet.based_on not in (0, held):
             return _holding(held, message)
         now = None if INITIAL in kept else last
@@ -315,20 +279,6 @@ def receive(initial: ArrayRecord) -> Mod:
         return call_next(message, context)
 
     return mod
-
-
-def _read(array: Array) -> _Packet:
-    """What stands before the code; raises DecodeError where that cannot be."""
-    if array.stype != STYPE:
-        raise DecodeError(f"the weights have serialization type {array.stype!r}, not {STYPE!r}")
-    reader = Reader(array.data)
-    form, crc, exponent = _HEADER.unpack(reader.take(_HEADER.size))
-    if form != _FORMAT:
-        raise DecodeError(f"the weights have format {form}, this fedapp reads {_FORMAT}")
-    if not _LEAST <= exponent <= COARSEST:
-        raise DecodeError(f"the weights name a step of 2^{exponent}")
-    based_on, number = reader.varint(_NEWEST), reader.varint(_NEWEST)
-    return _Packet(crc, exponent, based_on, number, reader.rest())
 
 
 def _holding(number: int, message: Message) -> Message:

@@ -24,12 +24,9 @@ from fedapp.downlink import (
     HOLDS,
     INITIAL,
     LEVELS,
-    STYPE,
     VERSION,
     Coded,
     Downlink,
-    _encode,
-    _read,
     receive,
 )
 from fedapp.engine.local import LocalGrid
@@ -37,6 +34,7 @@ from fedapp.errors import ConfigError, DecodeError
 from fedapp.lattice import Version, first, peak_exponent, quantized
 from fedapp.records import ARRAYS, CONFIG
 from fedapp.vector import layout_of, ravel
+from fedapp.version_packet import STYPE, VersionPacket, code_of
 
 SHAPES = {"conv.weight": (6, 3, 3), "bn.scale": (), "fc.weight": (20, 30), "fc.bias": (20,)}
 
@@ -325,7 +323,7 @@ def test_weights_are_rounded_once(values: list[int], exponent: int) -> None:
 def test_the_largest_odd_levels_survive_their_code() -> None:
     levels = np.array([2**23 - 1, -(2**23) + 1, 2**22 + 1, 1, 0], np.int32)
     layout = Layout((Slot("w", (5,), 0),), 5)
-    assert np.array_equal(coder.decode(_encode(levels, layout), [(5,)]), levels)
+    assert np.array_equal(coder.decode(code_of(levels, layout), [(5,)]), levels)
 
 
 def test_levels_beyond_float32_are_refused() -> None:
@@ -470,10 +468,10 @@ def test_decoding_takes_at_most_three_times_the_memory_of_the_weights() -> None:
     server, layout = Downlink(Coded(1.0), initial), layout_of(initial)
     (message,) = server.send(ArrayRecord({"w": Array(rng.normal(0, 1, shape).astype("f4"))}), asking([2]))
     array, held = message.content.array_records[ARRAYS][VERSION], first(layout)
-    _read(array).onto(held, layout)  # imports and caches are not counted
+    VersionPacket.read(array).onto(held, layout)  # imports and caches are not counted
     tracemalloc.start()
     try:
-        _read(array).onto(held, layout)
+        VersionPacket.read(array).onto(held, layout)
         assert tracemalloc.get_traced_memory()[1] < 3.1 * 4 * layout.size
     finally:
         tracemalloc.stop()
@@ -487,7 +485,7 @@ def test_what_claims_more_than_the_model_allocates_nothing() -> None:
         tracemalloc.start()
         try:
             with suppress(DecodeError):
-                _read(array).onto(held, LAYOUT)
+                VersionPacket.read(array).onto(held, LAYOUT)
             assert tracemalloc.get_traced_memory()[1] < 100_000
         finally:
             tracemalloc.stop()
