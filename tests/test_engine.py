@@ -654,7 +654,7 @@ def test_unequal_clients_end_as_soon_as_if_none_were_given_ahead() -> None:
 def test_an_answer_counts_though_its_worker_dies_before_the_next_request_reaches_it() -> None:
     with Local(workers=1).grid(echo(), [10, 10], 2) as grid:
         large = {f"x{number}": os.urandom(1500).hex() for number in range(100)}
-        waiting = push(grid, [orders([node], **large)[0] for node in (2, 3)])
+        waiting = push(grid, [orders([node], n2="0.1", **large)[0] for node in (2, 3)])
         grid._pool.dispatch()
         time.sleep(0.5)  # 2 is answered, and the request to 3 is too large to wait in the pipe
         os.kill(grid._pool.workers[0].process.pid or 0, signal.SIGKILL)
