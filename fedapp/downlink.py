@@ -28,15 +28,15 @@ from flwr.clientapp.typing import Mod
 from numpy.typing import NDArray
 
 from fedapp import check
-from fedapp.lattice import COARSEST, Version, first, peak_exponent, quantized, short
+from fedapp.lattice import COARSEST, FINEST, Version, first, peak_exponent, quantized, short
 from fedapp.records import ARRAYS, CONFIG
 from fedapp.vector import array_of, buffers_of, layout_of, ravel, unravel, values
-from fedapp.version_packet import LEAST, VersionPacket, code_of, crc_of, levels_of
+from fedapp.version_packet import VersionPacket, code_of, crc_of, levels_of
 
 VERSION, INITIAL, HOLDS = "version", "initial", "holds"
 DOWNLINK, AT, LEVELS = "downlink", "at", "levels"  # what a node keeps, beside another initial model
 NOTHING = -1  # what a node holds where another initial model grew from the seed
-_FINEST = -20  # the least exponent, from that of the longest way
+_DEPTH = 20  # how far exponents go below that of the longest way
 _AT_ONCE = 2**26  # values that are coded at one time, which take some 20 bytes each
 _ALONE = 2**18  # values that are coded before threads would have begun
 _READY = 2**26  # levels that the server has at hand, two bytes each, or four where one is beyond that
@@ -132,10 +132,10 @@ class Downlink:
 
     def state(self, partitions: Mapping[int, int], weights: ArrayRecord) -> dict[str, Any]:
         """The version now, those that nodes hold, and which partition's node holds which."""
-        versions = sorted(self._versions)
+        ways = [(version, *self._coded(version)) for version in sorted(self._versions)]
         return {
             "now": [self._now.number, self._now.exponent, self._now.levels],
-            "versions": [[v, e, np.frombuffer(code, np.uint8)] for v, e, code in map(self._coded, versions)],
+            "versions": [[v, e, np.frombuffer(code, np.uint8)] for v, e, code in ways],
             "held": [[partitions[node], v] for node, v in self._held.items() if node in partitions],
             "sent": [[partitions[node], v] for node, v in self._sent.items() if node in partitions],
             "published": weights is self._weights,
@@ -160,7 +160,7 @@ class Downlink:
         lacks, way = weights - self._now.weights(self._initial), weights - self._initial
         if not lacks.any():
             return
-        finest = max(peak_exponent(way) + _FINEST, LEAST)
+        finest = max(peak_exponent(way) - _DEPTH, FINEST)
         number, terms = self._now.number + 1, (self._layout, self._rate, self._now.exponent, finest)
         try:
             exponent, levels, self._share = quantized(lacks, *terms, self._share)
@@ -184,13 +184,13 @@ class Downlink:
         """Those that some node may hold, by number."""
         return self._ready.keys() | self._codes.keys()
 
-    def _coded(self, number: int) -> tuple[int, int, bytes]:
-        """A version's number, and the way to it from the initial model: exponent, and code of levels."""
+    def _coded(self, number: int) -> tuple[int, bytes]:
+        """The way to a version from the initial model: exponent, and code of levels."""
         with self._lock:
             if number not in self._codes:
                 exponent, levels = self._ready[number]
                 self._codes[number] = exponent, code_of(levels, self._layout)
-            return number, *self._codes[number]
+            return self._codes[number]
 
     def _decoded(self, number: int) -> Version:
         """A version that some node holds."""
@@ -208,7 +208,7 @@ class Downlink:
                 exponent, levels = self._now.minus(self._decoded(held))
                 based_on, code = held, code_of(levels, self._layout)
         if not based_on:
-            _, exponent, code = self._coded(self._now.number)
+            exponent, code = self._coded(self._now.number)
         packet = VersionPacket(crc, exponent, based_on, self._now.number, code)
         arrays = {VERSION: packet.to_array()}
         arrays |= {INITIAL: Array(self._initial)} if held == NOTHING else {}

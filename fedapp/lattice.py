@@ -17,7 +17,7 @@ from fedapp.codec.pilot import Layers, eighth
 from fedapp.codec.quantizer import LAMBDA, edges
 
 BOUND = 2**23  # of levels: so far float32 holds them, and halves, which the coder adds
-COARSEST = 127  # the exponent of no way at all
+COARSEST, FINEST = 127, -140  # exponents: that of no way at all, and the least
 _NEAR = 0.02  # of the rate
 _LONG = 2**19  # values from which on a search goes by a part of them
 

@@ -163,8 +163,9 @@ class Sgd:
 
 def has_bfloat16(device: torch.device) -> bool:
     """Whether bfloat16 is quick there: processors without it take some ten times as long as in float32."""
-    found = torch.cpu.get_capabilities()
-    return device.type != "cpu" or any(there for name, there in found.items() if "bf16" in name)
+    if device.type != "cpu":
+        return True
+    return any(there for name, there in torch.cpu.get_capabilities().items() if "bf16" in name)
 
 
 def _seeded(device: torch.device, seed: int) -> int:

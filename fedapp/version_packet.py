@@ -19,10 +19,9 @@ from fedapp.codec.model import Floats
 from fedapp.codec.quantizer import edges
 from fedapp.codec.varint import Reader, varint
 from fedapp.errors import DecodeError
-from fedapp.lattice import COARSEST, Version
+from fedapp.lattice import COARSEST, FINEST, Version
 
 STYPE = "fedapp.version"
-LEAST = -140  # the least exponent
 _FORMAT, _NEWEST = 1, 2**31
 _HEADER = struct.Struct("<BIh")  # format, CRC-32, exponent
 _NEAREST = edges(0.0)
@@ -52,7 +51,7 @@ class VersionPacket(NamedTuple):
         form, crc, exponent = _HEADER.unpack(reader.take(_HEADER.size))
         if form != _FORMAT:
             raise DecodeError(f"the weights have format {form}, this fedapp reads {_FORMAT}")
-        if not LEAST <= exponent <= COARSEST:
+        if not FINEST <= exponent <= COARSEST:
             raise DecodeError(f"the weights name a step of 2^{exponent}")
         based_on, number = reader.varint(_NEWEST), reader.varint(_NEWEST)
         return cls(crc, exponent, based_on, number, reader.rest())
