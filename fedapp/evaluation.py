@@ -76,7 +76,8 @@ class ServerTest:
         """Test these weights."""
         self._arrays, self._found = arrays, {}
         if self._thread is not None:
-            self._running = self._thread.submit(self._here)
+            # Made by this thread: to make one takes the generator that nodes in this process draw from.
+            self._running = self._thread.submit(self._here, self._model)
         elif self._workers is not None:
             self._ask(self._workers)
 
@@ -86,11 +87,11 @@ class ServerTest:
 
     def rest(self) -> Evaluated:
         """The same without workers."""
-        return self._here() if self._running is None else self._running.result()
+        return self._here(self._model) if self._running is None else self._running.result()
 
-    def _here(self) -> Evaluated:
-        load(self._model, self._arrays)
-        return _evaluated(self._job.task.scores(self._model, self._data))
+    def _here(self, model: nn.Module) -> Evaluated:
+        load(model, self._arrays)
+        return _evaluated(self._job.task.scores(model, self._data))
 
     @cached_property
     def _model(self) -> nn.Module:

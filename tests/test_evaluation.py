@@ -4,6 +4,7 @@ import io
 import multiprocessing
 import os
 import signal
+import threading
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -260,6 +261,21 @@ def test_a_test_beside_the_next_round_is_of_the_weights_before_it(elsewhere: boo
         wanted.append((found["accuracy"], found["loss"]))
     assert [(record.accuracy, record.loss) for record in records] == wanted
     assert len(set(wanted)) == 3
+
+
+def test_a_thread_that_tests_makes_no_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its draws would come between those of a node in this process, whose initial model were another then."""
+    made, build = list[str](), Digits.model
+
+    def noted(task: Digits, seed: int) -> torch.nn.Module:
+        made.append(threading.current_thread().name)
+        return build(task, seed)
+
+    monkeypatch.setattr(Digits, "model", noted)
+    job = job_of("evaluate=server")
+    _, records = rounds_on(job, Elsewhere(client_app(lambda _: job), [5, 6, 7, 8]))
+    assert [record.accuracy is not None for record in records] == [True, True]
+    assert set(made) == {threading.main_thread().name}
 
 
 def test_a_worker_that_tests_late_is_no_client_that_is_late() -> None:
