@@ -14,13 +14,13 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, NamedTuple
 
-from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
 
 from fedapp import check
 from fedapp.codec import Codec
 from fedapp.codec.chain import ErrorFeedback
 from fedapp.codec.rate_distortion import RateDistortion
-from fedapp.records import CONFIG, METRICS
+from fedapp.records import CONFIG, METRICS, config_record, record_in
 
 SECONDS = "seconds"  # what a client says that its training took
 
@@ -63,7 +63,7 @@ WHOLE = Part()
 
 def part_in(message: Message) -> Part:
     """What a train message asks for; raises ConfigError for shares that are none."""
-    told: Mapping[str, Any] = message.content.config_records.get(CONFIG, ConfigRecord())
+    told: Mapping[str, Any] = record_in(message.content, CONFIG, ConfigRecord) or {}
     return Part(**{field.name: told[field.name] for field in fields(Part) if field.name in told})
 
 
@@ -130,7 +130,7 @@ class Workloads:
         for message, node in zip(messages, nodes, strict=True):
             key = id(message.content), self._asked[node]
             if key not in told:
-                config = ConfigRecord({**message.content.config_records[CONFIG], **asdict(key[1])})
+                config = ConfigRecord({**config_record(message.content), **asdict(key[1])})
                 told[key] = RecordDict({**message.content, CONFIG: config})
             message.content = told[key]
         return messages
@@ -143,7 +143,7 @@ class Workloads:
         """
         node = reply.metadata.src_node_id
         self._silent.discard(node)
-        metrics = reply.content.metric_records.get(METRICS) if reply.has_content() else None
+        metrics = record_in(reply.content, METRICS, MetricRecord) if reply.has_content() else None
         if metrics is None or node not in self._asked:
             return
         said, part = metrics.get(SECONDS), self._asked[node]

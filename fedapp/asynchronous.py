@@ -33,7 +33,7 @@ from fedapp.job import Job
 from fedapp.nodes import Cohort, Traffic
 from fedapp.places import Places
 from fedapp.privacy.begun import Begun
-from fedapp.records import ARRAYS, CONFIG
+from fedapp.records import ARRAYS, CONFIG, array_record, config_record
 from fedapp.replies import refuse
 from fedapp.report.progress import Progress
 from fedapp.running_sum import RunningSum, terms_in
@@ -168,7 +168,7 @@ class Asynchronous:
             most = self._strategy.max_staleness
             if most is not None and staleness > most:
                 raise DecodeError(f"its weights are {staleness} steps old, and strategy.max_staleness={most}")
-            received, terms = content.array_records[ARRAYS], terms_in(content.config_records[CONFIG])
+            received, terms = array_record(content), terms_in(config_record(content))
             buffer.take(reply, self.wire.reader, received, terms, self._strategy.factor(staleness))
             return True
         except Exception as error:  # hostile bytes may reach any line
@@ -191,7 +191,7 @@ class Asynchronous:
                     "sent": flight.sent,
                     "tries": flight.tries,
                     "arrays": order[id(flight.asked.content[ARRAYS])],
-                    "config": dict(flight.asked.content.config_records[CONFIG]),
+                    "config": dict(config_record(flight.asked.content)),
                 }
                 for flight in self._flights.values()
             ],
@@ -221,4 +221,4 @@ def _bytes_of(record: Any) -> np.ndarray[Any, np.dtype[np.uint8]]:
 
 
 def _record_in(data: np.ndarray[Any, np.dtype[np.uint8]]) -> ArrayRecord:
-    return recorddict_from_proto(_PROTO.FromString(data.tobytes())).array_records[ARRAYS]
+    return array_record(recorddict_from_proto(_PROTO.FromString(data.tobytes())))

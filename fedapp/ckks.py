@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from fedapp import check
 from fedapp.errors import ConfigError, DecodeError, FedappError
-from fedapp.records import ARRAYS, CKKS, METRICS, WEIGHT
+from fedapp.records import CKKS, METRICS, WEIGHT, array_record, config_record, record_in
 from fedapp.replies import metrics_of, refuse, weight_of
 from fedapp.stages import DECODE, ENCODE
 from fedapp.wire import require_finite, update_of
@@ -130,9 +130,9 @@ def answer_key(message: Message, context: Context) -> Message:
 @DECODE
 def answer_open(message: Message, context: Context) -> Message:
     """The key holder opens one sum, and then has no key any more."""
-    if CKKS not in context.state.config_records:
+    if CKKS not in context.state:
         raise FedappError("this node holds no key: a key opens one sum")
-    secret = context.state.config_records[CKKS]["secret"]
+    secret = config_record(context.state, CKKS)["secret"]
     del context.state[CKKS]
     assert isinstance(secret, bytes)
     values = decrypt(_bytes(message.content, "values"), secret).astype("<f4")
@@ -143,12 +143,12 @@ def encrypted(
     message: Message, context: Context, call_next: Callable[[Message, Context], Message]
 ) -> Message:
     """The client mod in the place of `wire.compress`: the update times its weight, as ciphertexts."""
-    (public,), received = _bytes(message.content, "public"), message.content.array_records[ARRAYS]
+    (public,), received = _bytes(message.content, "public"), array_record(message.content)
     reply = call_next(message, context)
     if reply.has_error():
         return reply
     metrics = metrics_of(reply, (WEIGHT,))
-    update = update_of(received, reply.content.array_records[ARRAYS])
+    update = update_of(received, array_record(reply.content))
     require_finite(update)
     values = encrypt(update.astype(np.float64) * int(str(metrics[WEIGHT])), public)
     reply.content = RecordDict({CKKS: ConfigRecord({"values": values}), METRICS: metrics})
@@ -213,7 +213,7 @@ class CkksSum:
 
 
 def _bytes(content: RecordDict, field: str) -> list[bytes]:
-    record = content.config_records.get(CKKS)
+    record = record_in(content, CKKS, ConfigRecord)
     found = None if record is None else record.get(field)
     if isinstance(found, bytes):
         return [found]

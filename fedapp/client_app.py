@@ -24,7 +24,19 @@ from fedapp.facts import ASKS
 from fedapp.job import Job
 from fedapp.privacy.consent import consent, counts_of, data_of, facts_of
 from fedapp.privacy.secret import BATCH, CLIENT, source
-from fedapp.records import ARRAYS, CONFIG, DRIFT, METRICS, STREAM, UPDATE, WEIGHT, load_state, store_state
+from fedapp.records import (
+    ARRAYS,
+    CONFIG,
+    DRIFT,
+    METRICS,
+    STREAM,
+    UPDATE,
+    WEIGHT,
+    array_record,
+    config_record,
+    load_state,
+    store_state,
+)
 from fedapp.running_sum import Own
 from fedapp.scaffold import STEERED
 from fedapp.secagg import Client, Identity
@@ -34,7 +46,7 @@ from fedapp.stages import DECODE, ENCODE, EVALUATE, TRAIN
 from fedapp.tasks import EVALUATION_BATCH, Data, Score
 from fedapp.tasks.stream import Stream
 from fedapp.training import Sgd
-from fedapp.vector import record_of, values
+from fedapp.vector import record_of, record_with, values
 from fedapp.wire import compress
 
 FAILED = "the client failed; its own log says why"
@@ -78,9 +90,9 @@ def client_app(job_of: Callable[[Context], Job], own: Own | None = None) -> Clie
     def train(message: Message, context: Context) -> Message:
         """Load, fit, reply with the trained weights, or a sum; the mod `uplink` then encodes the update."""
         job, started = job_of(context), time.perf_counter()
-        load(job.model, message.content.array_records[ARRAYS])
+        load(job.model, array_record(message.content))
         trainer = job.trainer
-        mu = message.content.config_records[CONFIG].get("proximal-mu")  # strategy=fedprox sends it
+        mu = config_record(message.content).get("proximal-mu")  # strategy=fedprox sends it
         if isinstance(trainer, Sgd) and isinstance(mu, float):
             trainer = trainer.pulled(mu)
         if job.assigns and isinstance(trainer, Sgd):
@@ -90,11 +102,11 @@ def client_app(job_of: Callable[[Context], Job], own: Own | None = None) -> Clie
         if isinstance(trainer, DpStep):
             secret = source(job.privacy.test_seed, BATCH, *at)
             total = Array(trainer.total(job.task, job.model, data, secret))
-            return Message(RecordDict({ARRAYS: ArrayRecord({UPDATE: total})}), reply_to=message)
+            return Message(RecordDict({ARRAYS: record_with({UPDATE: total})}), reply_to=message)
         state, progress = load_state(context, "trainer"), (_round(message) - 1) / max(1, job.rounds)
         fit = trainer.fit
         if job.steers and isinstance(trainer, Sgd):
-            steered = message.content.array_records[STEERED]
+            steered = array_record(message.content, STEERED)
             way = [torch.tensor(values(steered[name])) for name, _ in job.model.named_parameters()]
             fit = partial(trainer.fit, way=[part.to(job.torch_device) for part in way])
         metrics, state = fit(job.task, job.model, data, state, rng, progress)
@@ -116,7 +128,7 @@ def client_app(job_of: Callable[[Context], Job], own: Own | None = None) -> Clie
         job = job_of(context)
         if job.privacy.unit is not None:
             raise PermissionError("metrics of private data do not leave the client")
-        load(job.model, message.content.array_records[ARRAYS])
+        load(job.model, array_record(message.content))
         trained, held_out = job.split(data_of(job, message, context), partition_of(context))
         data = _on(job, held_out if job.evaluate == "clients" else trained)
         metrics = job.task.evaluate(job.model, data) if len(data) else {"accuracy": 0.0, "loss": 0.0}
@@ -131,7 +143,7 @@ def client_app(job_of: Callable[[Context], Job], own: Own | None = None) -> Clie
     @app.query("facts", mods=[guard])
     def facts(message: Message, context: Context) -> Message:
         """Tell what the server asks of this node, as far as that may leave."""
-        asked = message.content.config_records[CONFIG][ASKS]
+        asked = config_record(message.content)[ASKS]
         told = facts_of(job_of(context), context, asked if isinstance(asked, list) else [])
         return Message(RecordDict({CONFIG: ConfigRecord({**told})}), reply_to=message)
 
@@ -174,9 +186,9 @@ def local_app(job: Job) -> ClientApp:
     @EVALUATE
     def test(message: Message, context: Context) -> Message:
         """Test the weights on a part of the server's test set: those batches, by their numbers."""
-        data, config = job.task.test_data(), message.content.config_records[CONFIG]
+        data, config = job.task.test_data(), config_record(message.content)
         assert data is not None
-        load(job.model, message.content.array_records[ARRAYS])
+        load(job.model, array_record(message.content))
         first, end = (EVALUATION_BATCH * int(str(config[name])) for name in ("first", "end"))
         scores = job.task.scores(job.model, Data(data.x[first:end], data.y[first:end]))
         metrics = MetricRecord({name: [getattr(score, name) for score in scores] for name in Score._fields})
@@ -244,7 +256,7 @@ def _part(job: Job, message: Message) -> Part:
 
 
 def _round(message: Message) -> int:
-    return int(str(message.content.config_records[CONFIG]["server-round"]))
+    return int(str(config_record(message.content)["server-round"]))
 
 
 def _on(job: Job, data: Data) -> Data:

@@ -29,8 +29,8 @@ from numpy.typing import NDArray
 
 from fedapp import check
 from fedapp.lattice import COARSEST, FINEST, Version, first, peak_exponent, quantized, short
-from fedapp.records import ARRAYS, CONFIG
-from fedapp.vector import array_of, buffers_of, layout_of, ravel, unravel, values
+from fedapp.records import ARRAYS, CONFIG, array_record, record_in
+from fedapp.vector import array_of, buffers_of, layout_of, ravel, record_with, unravel, values
 from fedapp.version_packet import VersionPacket, code_of, crc_of, levels_of
 
 VERSION, INITIAL, HOLDS = "version", "initial", "holds"
@@ -213,12 +213,12 @@ class Downlink:
         arrays = {VERSION: packet.to_array()}
         arrays |= {INITIAL: Array(self._initial)} if held == NOTHING else {}
         arrays |= buffers_of(self._weights, self._layout)
-        return ArrayRecord(arrays)
+        return record_with(arrays)
 
 
 def _said(reply: Message) -> int | None:
     """The version that a node holds, where it says that it could make nothing of its message."""
-    config = reply.content.config_records.get(CONFIG) if reply.has_content() else None
+    config = record_in(reply.content, CONFIG, ConfigRecord) if reply.has_content() else None
     said = None if config is None else config.get(HOLDS)
     return said if isinstance(said, int) else None
 
@@ -249,16 +249,16 @@ def receive(initial: ArrayRecord) -> Mod:
     def made(version: Version, kept: ArrayRecord) -> _Made:
         weights = version.weights(values(kept[INITIAL]) if INITIAL in kept else like)
         at = array_of(np.array([version.number, version.exponent]))
-        holds = ArrayRecord({**kept, AT: at, LEVELS: array_of(short(version.levels))})
+        holds = record_with({**kept, AT: at, LEVELS: array_of(short(version.levels))})
         floats = {name: array_of(one) for name, one in unravel(weights, layout, initial).items()}
         return _Made(version.number, crc_of(weights), holds, floats)
 
     def mod(message: Message, context: Context, call_next: Callable[[Message, Context], Message]) -> Message:
         nonlocal last
-        arrays = message.content.array_records[ARRAYS]
-        kept = context.state.array_records.get(DOWNLINK, ArrayRecord())
+        arrays = array_record(message.content)
+        kept = record_in(context.state, DOWNLINK, ArrayRecord) or ArrayRecord()
         if INITIAL in arrays:
-            kept = ArrayRecord({INITIAL: arrays[INITIAL]})
+            kept = record_with({INITIAL: arrays[INITIAL]})
         held, exponent = values(kept[AT]).tolist() if AT in kept else (0, COARSEST)
         packet = VersionPacket.read(arrays[VERSION])
         if packet.based_on not in (0, held):
@@ -275,7 +275,7 @@ def receive(initial: ArrayRecord) -> Mod:
                 last = now
         context.state[DOWNLINK] = now.holds
         weights = {name: now.floats[name] if name in now.floats else arrays[name] for name in initial}
-        message.content = RecordDict({**message.content, ARRAYS: ArrayRecord(weights)})
+        message.content = RecordDict({**message.content, ARRAYS: record_with(weights)})
         return call_next(message, context)
 
     return mod

@@ -17,7 +17,7 @@ from fedapp.engine.local import LocalGrid
 from fedapp.errors import DataError, FedappError
 from fedapp.fedbuff import FedBuff
 from fedapp.job import Job
-from fedapp.records import ARRAYS, CONFIG, METRICS
+from fedapp.records import ARRAYS, CONFIG, config_record, metric_record
 from fedapp.tasks import EVALUATION_BATCH, Score, means
 
 
@@ -111,8 +111,8 @@ class ServerTest:
         for last in (False, True):
             for reply in grid.tested(self._job.round_timeout):
                 if reply.has_content():
-                    told = cast(Mapping[str, Any], reply.content.metric_records[METRICS])
-                    first = cast(int, reply.content.config_records[CONFIG]["first"])
+                    told = cast(Mapping[str, Any], metric_record(reply.content))
+                    first = cast(int, config_record(reply.content)["first"])
                     self._found[first] = list(map(Score, *(told[name] for name in Score._fields)))
             if len(self._found) == len(self._ends):
                 return _evaluated([score for first in self._ends for score in self._found[first]])

@@ -11,7 +11,7 @@ from flwr.app import ArrayRecord, Error, Message, MessageType, RecordDict
 from flwr.common.constant import ErrorCode
 
 from fedapp.exact_sum import ExactSum
-from fedapp.records import ARRAYS, CONFIG, size_of
+from fedapp.records import ARRAYS, array_record, config_record, record_in, size_of
 from fedapp.running_sum import Reader, RunningSum, Tally, terms_in
 from fedapp.stages import AGGREGATE, TRANSFER
 
@@ -52,12 +52,12 @@ class Fold:
         """A worker's end: add a train reply to the sum of this slot; one that does not decode is an error."""
         self._answers += 1
         train = message.metadata.message_type == MessageType.TRAIN
-        if reply.has_error() or not train or ARRAYS not in reply.content.array_records:
+        if reply.has_error() or not train or record_in(reply.content, ARRAYS, ArrayRecord) is None:
             return as_it_is(reply)
         with TRANSFER:
             size = size_of(reply.content)
-        received = message.content.array_records[ARRAYS]
-        terms = terms_in(message.content.config_records[CONFIG])
+        received = array_record(message.content)
+        terms = terms_in(config_record(message.content))
         self._adding[slot] = self._answers  # see `lost`
         try:
             return self._sums[slot].take(reply, self._read, received, terms), size

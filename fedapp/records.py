@@ -2,19 +2,53 @@
 
 from collections.abc import Mapping
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeVar
 
-from flwr.app import Array, ArrayRecord, Context, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, MetricRecord, RecordDict
 from flwr.common.serde import recorddict_to_proto
 from numpy.typing import NDArray
 
-from fedapp.vector import arrays_in, record_of
+from fedapp.errors import DecodeError
+from fedapp.vector import arrays_in, record_of, record_with
 
 STYPE = "fedapp.packet"
 ARRAYS, METRICS, CONFIG, UPDATE = "arrays", "metrics", "config", "update"
 WEIGHT, LOSS, DRIFT = "num-examples", "train_loss", "drift"
 STREAM = "stream"  # what a node keeps of data that grow
 SECAGG, CKKS = "secagg", "ckks"  # what sums are opened with; a node keeps its own part for a round
+
+Kind = TypeVar("Kind", ArrayRecord, ConfigRecord, MetricRecord)
+
+
+def record_in(content: RecordDict, name: str, kind: type[Kind]) -> Kind | None:
+    """The record of this name and kind; None where there is none.
+
+    Flower's `content.array_records.get(name)` and the like say the same; but they copy all records of a kind
+    at each look, and of a small model's round that is a tenth.
+    """
+    found = content.get(name)
+    return found if isinstance(found, kind) else None
+
+
+def array_record(content: RecordDict, name: str = ARRAYS) -> ArrayRecord:
+    """The arrays of this name; raises DecodeError where there are none."""
+    return _there(record_in(content, name, ArrayRecord), name)
+
+
+def config_record(content: RecordDict, name: str = CONFIG) -> ConfigRecord:
+    """The configuration of this name; raises DecodeError where there is none."""
+    return _there(record_in(content, name, ConfigRecord), name)
+
+
+def metric_record(content: RecordDict, name: str = METRICS) -> MetricRecord:
+    """The metrics of this name; raises DecodeError where there are none."""
+    return _there(record_in(content, name, MetricRecord), name)
+
+
+def _there(found: Kind | None, name: str) -> Kind:
+    if found is None:
+        raise DecodeError(f"a message lacks its record {name!r}")
+    return found
 
 
 def size_of(content: RecordDict) -> int:
@@ -35,12 +69,13 @@ def _form(array: Array) -> tuple[str, tuple[int, ...], str, int]:
 def _size_of_arrays(name: str, forms: tuple[tuple[str, str, tuple[int, ...], str, int], ...]) -> int:
     """What counts is how long the data are, not which: so megabytes are not copied to be measured."""
     arrays = {key: Array(dtype, shape, stype, bytes(size)) for key, dtype, shape, stype, size in forms}
-    return int(recorddict_to_proto(RecordDict({name: ArrayRecord(arrays)})).ByteSize())
+    return int(recorddict_to_proto(RecordDict({name: record_with(arrays)})).ByteSize())
 
 
 def load_state(context: Context, key: str) -> Mapping[str, NDArray[Any]]:
     """Arrays that this node kept under `key`; empty at first."""
-    return arrays_in(context.state.array_records.get(key, ArrayRecord()))
+    kept = record_in(context.state, key, ArrayRecord)
+    return {} if kept is None else arrays_in(kept)
 
 
 def store_state(context: Context, key: str, state: Mapping[str, NDArray[Any]]) -> None:

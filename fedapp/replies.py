@@ -12,7 +12,7 @@ from numpy.lib.format import read_array_header_1_0, read_magic
 from numpy.typing import NDArray
 
 from fedapp.errors import DecodeError
-from fedapp.records import DRIFT, METRICS, STYPE, WEIGHT
+from fedapp.records import DRIFT, METRICS, STYPE, WEIGHT, metric_record, record_in
 from fedapp.stages import DECODE
 
 
@@ -28,7 +28,8 @@ def metrics_of(reply: Message, names: tuple[str, ...]) -> MetricRecord:
     """
     if reply.has_error():
         raise DecodeError(reply.error.reason or "the client failed")
-    metrics = MetricRecord({name: reply.content.metric_records[METRICS][name] for name in names})
+    said = metric_record(reply.content)
+    metrics = MetricRecord({name: said[name] for name in names})
     weight = metrics[WEIGHT]
     if type(weight) is not int or not 0 <= weight < 2**24:
         raise DecodeError(f"a client weighs from 0 to {2**24 - 1} examples, this one says {weight!r}")
@@ -40,8 +41,8 @@ def metrics_of(reply: Message, names: tuple[str, ...]) -> MetricRecord:
 
 def drifted(reply: Message) -> bool:
     """Whether a client says that its data have drifted."""
-    metrics = reply.content.metric_records.get(METRICS, MetricRecord()) if reply.has_content() else {}
-    return metrics.get(DRIFT) == 1
+    metrics = record_in(reply.content, METRICS, MetricRecord) if reply.has_content() else None
+    return metrics is not None and metrics.get(DRIFT) == 1
 
 
 def weight_of(metrics: MetricRecord, uniform: bool, least: int = 0) -> int:
@@ -80,7 +81,7 @@ def values_of(arrays: ArrayRecord, like: Mapping[str, Array]) -> dict[str, NDArr
 
 def side_of(reply: Message) -> dict[str, float]:
     """The numbers that a mechanism's other end sent beside the update."""
-    metrics = reply.content.metric_records[METRICS]
+    metrics = metric_record(reply.content)
     return {name: value for name, value in metrics.items() if isinstance(value, float)}
 
 

@@ -12,7 +12,7 @@ from fedapp.codec import Codec, Layout
 from fedapp.codec.packet import decode_update, unpadded
 from fedapp.exact_sum import ExactSum
 from fedapp.privacy.mechanism import Mechanism, Numbers
-from fedapp.records import ARRAYS, METRICS, UPDATE, WEIGHT
+from fedapp.records import ARRAYS, METRICS, UPDATE, WEIGHT, array_record
 from fedapp.replies import drifted, metrics_of, packet_in, side_of, values_of, weight_of
 from fedapp.stages import DECODE
 from fedapp.vector import buffers_of, layout_of, ravel, record_of, unravel, values
@@ -61,7 +61,7 @@ class Reader:
         self, reply: Message, layout: Layout, terms: Numbers
     ) -> tuple[NDArray[np.float32], Numbers]:
         """The update in the packet, bounded by the mechanism, and the numbers beside it."""
-        data = packet_in(reply.content.array_records[ARRAYS].pop(UPDATE))
+        data = packet_in(array_record(reply.content).pop(UPDATE))
         if self.mechanism is None:
             return self._bounded(self._decoded(data, layout)), {}
         if self.mechanism.packet_bytes:
@@ -106,7 +106,7 @@ class RunningSum:
         """Add a reply to these received weights, its update times `factor`; whole, or DecodeError and not."""
         weight = read.weight(weight_of(metrics_of(reply, (WEIGHT,)), read.uniform, read.least))
         update, side = read.update_in(reply, self.layout, terms)
-        trained = values_of(reply.content.array_records[ARRAYS], self.buffers)
+        trained = values_of(array_record(reply.content), self.buffers)
         if trained:
             moved = [trained[name] - values(received[name]) for name in self.buffers]
             update = np.concatenate([update, *(one.reshape(-1) for one in moved)])

@@ -21,15 +21,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
+from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.serverapp.strategy import FedAvg
 from numpy.typing import NDArray
 
 from fedapp.codec import Codec, Layout
 from fedapp.codec.packet import decode_update
 from fedapp.errors import FedappError
-from fedapp.records import ARRAYS, CONFIG, load_state, store_state
-from fedapp.vector import layout_of, ravel, unravel
+from fedapp.records import CONFIG, array_record, config_record, load_state, store_state
+from fedapp.vector import layout_of, ravel, record_of, unravel
 
 COUNTED = "counted"  # the round in which a client's news last counted, 0 for none
 STEERED = "steered"  # what training shall add to the weights on its way
@@ -71,7 +71,7 @@ class Control:
 
     def __init__(self, message: Message, context: Context, codec: Codec, course: Course) -> None:
         """What the node remembers; tells training how it is steered. Raises ForgottenError."""
-        config, arrays = message.content.config_records[CONFIG], message.content.array_records[ARRAYS]
+        config, arrays = config_record(message.content), array_record(message.content)
         self._round, self._counted = int(str(config["server-round"])), int(str(config[COUNTED]))
         layout = layout_of(arrays)
         self._received = ravel(arrays, layout)
@@ -79,7 +79,7 @@ class Control:
         if self._counted:
             self._recall(load_state(context, KEPT), codec, layout, course)
         steered = unravel(self._steered, layout, arrays)
-        message.content[STEERED] = ArrayRecord({name: Array(part) for name, part in steered.items()})
+        message.content[STEERED] = record_of(steered)
 
     def _recall(self, kept: Mapping[str, NDArray[Any]], codec: Codec, layout: Layout, course: Course) -> None:
         settled, last = kept["rounds"].tolist() if kept else (0, 0)
@@ -138,7 +138,7 @@ class Controls:
             counted, _ = self._counted.get(message.metadata.dst_node_id, (0, 0))
             key = id(message.content), counted
             if key not in told:
-                config = ConfigRecord({**message.content.config_records[CONFIG], COUNTED: counted})
+                config = ConfigRecord({**config_record(message.content), COUNTED: counted})
                 told[key] = RecordDict({**message.content, CONFIG: config})
             message.content = told[key]
         return messages

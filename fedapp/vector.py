@@ -78,7 +78,15 @@ def arrays_in(record: ArrayRecord) -> dict[str, NDArray[Any]]:
 
 def record_of(arrays: Mapping[str, NDArray[Any]]) -> ArrayRecord:
     """The record that these arrays make."""
-    return ArrayRecord({name: array_of(array) for name, array in arrays.items()})
+    return record_with({name: array_of(array) for name, array in arrays.items()})
+
+
+def record_with(arrays: Mapping[str, Array]) -> ArrayRecord:
+    """The record that holds these very arrays, which `ArrayRecord(arrays)` would make anew."""
+    record = ArrayRecord()
+    for name, array in arrays.items():
+        record[name] = array
+    return record
 
 
 def array_of(array: NDArray[Any]) -> Array:

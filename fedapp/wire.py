@@ -30,11 +30,33 @@ from fedapp.codec.packet import pack, padded
 from fedapp.fold import Collect, Folded
 from fedapp.privacy.mechanism import Mechanism, Numbers
 from fedapp.privacy.secret import SERVER, Secret, source
-from fedapp.records import ARRAYS, CONFIG, LOSS, METRICS, STYPE, UPDATE, WEIGHT, load_state, store_state
+from fedapp.records import (
+    ARRAYS,
+    LOSS,
+    METRICS,
+    STYPE,
+    UPDATE,
+    WEIGHT,
+    array_record,
+    config_record,
+    load_state,
+    metric_record,
+    store_state,
+)
 from fedapp.replies import metrics_of, refuse, values_of, weight_of
 from fedapp.running_sum import Own, Reader, RunningSum, Tally, terms_in
 from fedapp.scaffold import Control, Controls, ForgottenError
-from fedapp.vector import arrays_in, buffers_of, layout_of, ravel, record_of, unravel, values, values_in
+from fedapp.vector import (
+    arrays_in,
+    buffers_of,
+    layout_of,
+    ravel,
+    record_of,
+    record_with,
+    unravel,
+    values,
+    values_in,
+)
 
 Recall = Callable[[Message, Context], Control]
 
@@ -60,7 +82,7 @@ def compress(
     """
 
     def mod(message: Message, context: Context, call_next: Callable[[Message, Context], Message]) -> Message:
-        received = message.content.array_records[ARRAYS]
+        received = array_record(message.content)
         try:
             control = recall and recall(message, context)
         except ForgottenError as error:
@@ -68,10 +90,10 @@ def compress(
         reply = call_next(message, context)
         if reply.has_error():
             return reply
-        trained = reply.content.array_records[ARRAYS]
+        trained = array_record(reply.content)
         layout, update = layout_of(received), update_of(received, trained)
         if mechanism is not None:
-            config, kept = message.content.config_records[CONFIG], load_state(context, "privacy")
+            config, kept = config_record(message.content), load_state(context, "privacy")
             update, side, kept = mechanism.on_client(update, terms_in(config), kept, secret)
             store_state(context, "privacy", kept)
             reply.content[METRICS] = MetricRecord({WEIGHT: 1, **side})
@@ -94,7 +116,7 @@ def compress(
         sent = {UPDATE: Array("uint8", (len(data),), STYPE, data)}
         if mechanism is None:
             sent |= buffers_of(trained, layout)
-        reply.content[ARRAYS] = ArrayRecord(sent)
+        reply.content[ARRAYS] = record_with(sent)
         return reply
 
     return mod
@@ -233,7 +255,7 @@ class Wire(Strategy):
     def _read(self, reply: Message) -> list[Message]:
         """The reply with the weights that its client trained; none where it does not count."""
         with self._at_its_own_cost(reply):
-            metrics, arrays = metrics_of(reply, self._uses), reply.content.array_records[ARRAYS]
+            metrics, arrays = metrics_of(reply, self._uses), array_record(reply.content)
             metrics[WEIGHT] = weight = weight_of(metrics, self._uniform, self._least)
             if self.reader is None:
                 trained = values_of(arrays, self._weights)
@@ -283,7 +305,7 @@ class Wire(Strategy):
                 reply.content = RecordDict({METRICS: metrics})
                 good += [reply] if metrics[WEIGHT] else []
         means = self.inner.aggregate_evaluate(server_round, good) if good else None
-        accuracies = [reply.content.metric_records[METRICS]["accuracy"] for reply in good]
+        accuracies = [metric_record(reply.content)["accuracy"] for reply in good]
         return means and MetricRecord({**means, "accuracies": cast(list[float], accuracies)})
 
     def losses(self, replies: Iterable[Message]) -> dict[int, float]:

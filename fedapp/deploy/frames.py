@@ -1,6 +1,6 @@
 """Messages and contexts as bytes, between a node, its process and its disk: Flower's own protobuf."""
 
-from flwr.app import Context, Message
+from flwr.app import ConfigRecord, Context, Message
 from flwr.common.serde import (
     context_from_proto,
     context_to_proto,
@@ -10,7 +10,7 @@ from flwr.common.serde import (
 from flwr.proto.message_pb2 import Context as ContextProto
 from flwr.proto.message_pb2 import Message as MessageProto
 
-from fedapp.records import CONFIG
+from fedapp.records import CONFIG, record_in
 
 
 def of_message(message: Message) -> bytes:
@@ -25,9 +25,8 @@ def message_of(data: bytes) -> Message:
 
 def round_of(message: Message) -> int:
     """Which round a message belongs to; 0 for one before the rounds."""
-    if message.has_error() or CONFIG not in message.content.config_records:
-        return 0
-    return int(str(message.content.config_records[CONFIG].get("server-round", 0)))
+    config = None if message.has_error() else record_in(message.content, CONFIG, ConfigRecord)
+    return 0 if config is None else int(str(config.get("server-round", 0)))
 
 
 def of_context(context: Context) -> bytes:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from uuid import uuid4
 
-from flwr.app import Context, Message, MessageType, RecordDict
+from flwr.app import Context, Message, MessageType, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.common.constant import SUPERLINK_NODE_ID
 from flwr.serverapp import Grid
@@ -26,7 +26,7 @@ from fedapp.engine.timeline import Answer, Timeline
 from fedapp.engine.worker import TEST
 from fedapp.exact_sum import ExactSum
 from fedapp.fold import Fold
-from fedapp.records import size_of
+from fedapp.records import METRICS, record_in, size_of
 from fedapp.stages import WAIT
 
 _WAIT = 0.05  # seconds that a pull waits for a reply before it returns with none
@@ -213,9 +213,9 @@ class LocalGrid(Grid):
                 self._tested.append(reply)
                 continue
             if self.timeline is not None and reply.has_content():
-                for metrics in reply.content.metric_records.values():
-                    if SECONDS in metrics:  # the client's clock is simulated too
-                        metrics[SECONDS] = self._seconds_of(asked)
+                metrics = record_in(reply.content, METRICS, MetricRecord)
+                if metrics is not None and SECONDS in metrics:  # the client's clock is simulated too
+                    metrics[SECONDS] = self._seconds_of(asked)
             answers.append((reply, context))
         return answers
 

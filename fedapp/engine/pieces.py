@@ -8,6 +8,8 @@ from hashlib import blake2b
 
 from flwr.app import Array, ArrayRecord, RecordDict
 
+from fedapp.vector import record_with
+
 LEAST = 1 << 12  # bytes of an array that is a piece, at least
 _STYPE = "fedapp.piece:"
 
@@ -39,7 +41,7 @@ class Pieces:
     def named(self, state: RecordDict) -> tuple[RecordDict, dict[bytes, bytes]]:
         """The state with digests in the place of its pieces, and those by their digests."""
         pieces, out = dict[bytes, bytes](), RecordDict({**state})
-        for name, record in state.array_records.items():
+        for name, record in _arrays_in(state):
             arrays = dict[str, Array]()
             for key, array in record.items():
                 arrays[key] = array
@@ -47,7 +49,7 @@ class Pieces:
                     digest = self._digest(array.data)
                     pieces[digest] = array.data
                     arrays[key] = Array(array.dtype, array.shape, _STYPE + array.stype, digest)
-            out[name] = ArrayRecord(arrays)
+            out[name] = record_with(arrays)
         return out, pieces
 
     def known(self, digest: bytes) -> bytes | None:
@@ -69,7 +71,7 @@ def digest_of(data: bytes) -> bytes:
 
 def names_in(state: RecordDict) -> Iterator[tuple[ArrayRecord, str, Array]]:
     """Where a state that `named` returned lacks its pieces: the record, the array's name, and the array."""
-    for record in state.array_records.values():
+    for _, record in _arrays_in(state):
         for name, array in list(record.items()):
             if array.stype.startswith(_STYPE):
                 yield record, name, array
@@ -80,6 +82,10 @@ def put_back(record: ArrayRecord, name: str, array: Array, data: bytes) -> None:
     record[name] = Array(array.dtype, array.shape, array.stype.removeprefix(_STYPE), data)
 
 
+def _arrays_in(state: RecordDict) -> Iterator[tuple[str, ArrayRecord]]:
+    return ((name, record) for name, record in state.items() if isinstance(record, ArrayRecord))
+
+
 def _data(state: RecordDict) -> Iterator[bytes]:
-    for record in state.array_records.values():
+    for _, record in _arrays_in(state):
         yield from (array.data for array in record.values())

@@ -39,7 +39,7 @@ from fedapp.job import Job
 from fedapp.privacy.accounting import Release
 from fedapp.privacy.ledger import BudgetSpent, Ledger, TwiceInRun, fingerprint
 from fedapp.privacy.policy import Policy, PolicyRefusal
-from fedapp.records import CONFIG, DRIFT, METRICS, STREAM, load_state, store_state
+from fedapp.records import DRIFT, METRICS, STREAM, config_record, load_state, record_in, store_state
 from fedapp.tasks import Data
 from fedapp.tasks.classification import Classification
 from fedapp.tasks.quality import Findings
@@ -71,10 +71,10 @@ def consent(job_of: Callable[[Context], Job]) -> Mod:
                 return Message(recorddict_from_proto(_PROTO.FromString(kept)), reply_to=message)
             with policy.in_time() if policy else nullcontext():
                 reply = call_next(message, context)
-            if reply.has_error() or METRICS not in reply.content.metric_records:
+            metrics = None if reply.has_error() else record_in(reply.content, METRICS, MetricRecord)
+            if metrics is None:
                 return reply  # nothing was trained or tested, or it is masked, which is never done twice
             if policy is not None:
-                metrics = reply.content.metric_records[METRICS]
                 left = {name: value for name, value in metrics.items() if policy.may_leave(name)}
                 reply.content[METRICS] = MetricRecord(left)
             if books:
@@ -263,4 +263,4 @@ def _kept(books: tuple[Ledger, str], context: Context, server_round: int, purpos
 
 
 def _round(message: Message) -> int:
-    return int(str(message.content.config_records[CONFIG]["server-round"]))
+    return int(str(config_record(message.content)["server-round"]))

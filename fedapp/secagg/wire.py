@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from fedapp.errors import DecodeError, FedappError
 from fedapp.privacy.distributed import DistributedGaussian, Terms
 from fedapp.privacy.distributed_example import DistributedExample, StepTerms
-from fedapp.records import ARRAYS, SECAGG, UPDATE
+from fedapp.records import SECAGG, UPDATE, array_record, record_in
 from fedapp.replies import refuse
 from fedapp.secagg.client import Client
 from fedapp.secagg.record import Record, whole
@@ -48,7 +48,7 @@ def masked(
     """
 
     def mod(message: Message, context: Context, call_next: Callable[[Message, Context], Message]) -> Message:
-        asked, received = _read(message.content), message.content.array_records[ARRAYS]
+        asked, received = _read(message.content), array_record(message.content)
         if (session := whole(asked, "session")) != number or not 1 <= number <= rounds:
             raise FedappError(
                 f"secure aggregation: session {session} in round {number} is none of this run's: "
@@ -58,7 +58,7 @@ def masked(
         reply = call_next(message, context)
         if reply.has_error():
             return reply
-        trained = reply.content.array_records[ARRAYS]
+        trained = array_record(reply.content)
         values = encode(trained[UPDATE].numpy() if UPDATE in trained else update_of(received, trained))
         record, state = client.mask(asked, _state(context), values)
         context.state[SECAGG] = ConfigRecord({**state})
@@ -69,7 +69,7 @@ def masked(
 
 
 def _state(context: Context) -> Record:
-    return _record(context.state.config_records.get(SECAGG, ConfigRecord()))
+    return _record(record_in(context.state, SECAGG, ConfigRecord) or ConfigRecord())
 
 
 # --- the server's end --------------------------------------------------------------------------------------
@@ -129,9 +129,10 @@ def _content(record: Record) -> RecordDict:
 
 
 def _read(content: RecordDict) -> Record:
-    if SECAGG not in content.config_records:
+    record = record_in(content, SECAGG, ConfigRecord)
+    if record is None:
         raise DecodeError("the message holds no record of secure aggregation")
-    return _record(content.config_records[SECAGG])
+    return _record(record)
 
 
 def _record(config: ConfigRecord) -> Record:
