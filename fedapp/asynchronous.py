@@ -25,7 +25,7 @@ from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 from flwr.serverapp import Grid
 
 from fedapp.downlink import Downlink
-from fedapp.engine.grid import answer, next_replies, now, push
+from fedapp.engine.grid import answer, forget, next_replies, now, push
 from fedapp.engine.local import LocalGrid
 from fedapp.errors import DecodeError
 from fedapp.fedbuff import FedBuff
@@ -151,6 +151,7 @@ class Asynchronous:
             until = self._flights[first].sent + timeout
             came = next_replies(self.grid, self._flights.keys(), time.monotonic() + timeout, until)
             if not came:
+                forget(self.grid, [first])
                 return self._flights.pop(first), None
             self.traffic.came(came)
             self._arrived.extend(came)

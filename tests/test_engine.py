@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -640,6 +640,37 @@ def test_what_is_not_begun_when_its_time_is_over_is_never_begun() -> None:
         assert told(stream(grid, iter(orders(grid.partitions)), 60), "node") == [2, 3, 4, 5, 6, 7]
         again = list(stream(grid, orders(grid.partitions), 60))
         assert told(again, WEIGHT) == [3, 2, 2, 2, 3, 3]  # 2 was at work, and 3 to 5 only waited
+
+
+@pytest.mark.parametrize("seconds", [None, lambda which, examples: 1.0], ids=["real", "simulated"])
+def test_a_pull_looks_at_no_message_that_is_awaited_or_waits(
+    seconds: Callable[[int, int], float] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There is one for each reply: with 10,000 clients, rounds would be spent looking."""
+    looked = Counter[str]()
+
+    class Awaited(frozenset[str]):
+        def __iter__(self) -> Iterator[str]:
+            looked["awaited"] += 1
+            return super().__iter__()
+
+    queue = list[Message]()
+
+    def read(message: Message) -> Any:
+        looked["queued"] += any(message is one for one in queue)
+        return message.__dict__["_metadata"]
+
+    with Local(workers=1).grid(echo(), [10] * 200, 200, seconds=seconds) as grid:
+        names = Awaited(grid.push_messages(orders(grid.partitions)))
+        monkeypatch.setattr(Message, "metadata", property(read))
+        replies = list[Message]()
+        while len(replies) < 10:
+            queue[:] = grid._pool.queue
+            replies += grid.pull_messages(names)
+        monkeypatch.undo()
+        assert len(grid._pool.queue) > 150
+        assert looked["awaited"] == 0
+        assert looked["queued"] < 150  # of those that are taken from the queue
 
 
 def test_unequal_clients_end_as_soon_as_if_none_were_given_ahead() -> None:

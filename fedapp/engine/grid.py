@@ -49,8 +49,7 @@ def arrivals(
                     replies.append(answer(asked, reply))
             yield replies
     finally:
-        if waiting and (forget := getattr(grid, "forget", None)):
-            forget(waiting)
+        forget(grid, waiting)
 
 
 @TRANSFER
@@ -100,6 +99,12 @@ def next_replies(
         pause = min(2 * pause, longest)
         time.sleep(pause)
     return replies
+
+
+def forget(grid: Grid, names: Collection[str]) -> None:
+    """Nobody waits for replies to these messages any more: a grid that can tell begins none of them."""
+    if names and (told := getattr(grid, "forget", None)):
+        told(names)
 
 
 def now(grid: Grid) -> float:

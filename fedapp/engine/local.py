@@ -3,7 +3,7 @@
 import gc
 import os
 import time
-from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -154,9 +154,11 @@ class LocalGrid(Grid):
             self._pool.dispatch(making=True)
         return ids
 
-    def forget(self, message_ids: Container[str]) -> None:
+    def forget(self, message_ids: Collection[str]) -> None:
         """Nobody waits for replies to these any more: who has not begun them does not."""
-        self._pool.drop(lambda name: name in message_ids)
+        self._pool.drop(message_ids)
+        if self.timeline is not None:
+            self.timeline.drop(message_ids)
 
     def in_order(self, messages: list[Message]) -> list[Message]:
         """The messages as they are best pushed: where time is real those to the largest clients first."""
@@ -168,20 +170,19 @@ class LocalGrid(Grid):
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         """Replies to these messages that are there; waits a moment for the first one.
 
-        What is not among `message_ids` belongs to a round that timed out: it is not begun, or not returned.
+        A reply to another message is dropped: it belongs to a round that timed out.
         """
-        wanted = set(message_ids)
-        self._pool.drop(lambda name: name not in wanted)
         if self.timeline is not None:
-            return self._pull_next(self.timeline, wanted)
+            return self._pull_next(self.timeline)
+        # A pull for each reply must not look through all that are awaited.
+        wanted = message_ids if isinstance(message_ids, Set) else set(message_ids)
         replies, self._early = self._early, []
         replies += map(self._delivered, self._work_done(0.0 if replies else _WAIT))
         self._pool.dispatch()
         return [reply for reply in replies if reply.metadata.reply_to_message_id in wanted]
 
-    def _pull_next(self, timeline: Timeline, wanted: set[str]) -> list[Message]:
+    def _pull_next(self, timeline: Timeline) -> list[Message]:
         """The reply that is due next, if it is there."""
-        timeline.keep(wanted)
         for pause in (0.0, _WAIT):
             for answer in self._work_done(pause):
                 timeline.done(answer, self._sending_of(answer[0]))

@@ -5,7 +5,7 @@ import os
 import resource
 import time
 from bisect import insort
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from contextlib import suppress
 from logging import ERROR
 from typing import Any, NamedTuple
@@ -59,11 +59,11 @@ class Pool:
         """Put a message into the queue, which this key sorts."""
         insort(self.queue, message, key=key)
 
-    def drop(self, over: Callable[[str], bool]) -> None:
-        """Drop of what is not begun that of which, by message id, this is true."""
-        self.queue = [message for message in self.queue if not over(message.metadata.message_id)]
+    def drop(self, names: Container[str]) -> None:
+        """Drop of what is not begun the messages of these ids."""
+        self.queue = [message for message in self.queue if message.metadata.message_id not in names]
         for worker in self.workers:
-            if worker.waiting is not None and over(worker.waiting.metadata.message_id):
+            if worker.waiting is not None and worker.waiting.metadata.message_id in names:
                 worker.take_back()
 
     @property

@@ -1,6 +1,7 @@
 """Simulated time: answers come in the order in which clients would send them, whoever computes them when."""
 
-from collections.abc import Callable, Container
+from collections.abc import Callable, Iterable
+from heapq import heappop, heappush
 from itertools import count
 
 from flwr.app import Context, Message
@@ -21,12 +22,12 @@ class Timeline:
     def __init__(self, seconds: Callable[[Message], float]) -> None:
         self.now, self.until = 0.0, float("inf")
         self._seconds, self._count = seconds, count()
-        self._due = dict[str, tuple[float, int]]()
-        self._done = dict[str, Answer]()
+        self._due, self._done = dict[str, tuple[float, int]](), dict[str, Answer]()
+        self._order = list[tuple[tuple[float, int], str]]()  # a heap of what is due, and of what was
 
     def sent(self, message: Message) -> None:
         """The client of this message begins now."""
-        self._due[message.metadata.message_id] = self.now + self._seconds(message), next(self._count)
+        self._comes(message.metadata.message_id, self.now + self._seconds(message), next(self._count))
 
     def due(self, message: Message) -> tuple[float, int]:
         """What sorts messages by when they are answered."""
@@ -37,22 +38,31 @@ class Timeline:
         name = answer[0].metadata.reply_to_message_id
         if name in self._due:
             due, order = self._due[name]
-            self._due[name], self._done[name] = (due + sending, order), answer
+            self._done[name] = answer
+            if sending:
+                self._comes(name, due + sending, order)
 
-    def keep(self, wanted: Container[str]) -> None:
-        """Drop what nobody waits for."""
-        self._due = {name: due for name, due in self._due.items() if name in wanted}
-        self._done = {name: answer for name, answer in self._done.items() if name in wanted}
+    def drop(self, names: Iterable[str]) -> None:
+        """Nobody waits for the answers to these messages any more."""
+        for name in names:
+            self._due.pop(name, None)
+            self._done.pop(name, None)
 
     def next(self) -> Answer | None:
         """The next answer, to which the clock moves; None where nobody has computed it, or time is up."""
-        first = min(self._due, key=self._due.__getitem__, default=None)
-        if first is None:
+        while self._order and self._due.get(self._order[0][1]) != self._order[0][0]:
+            heappop(self._order)
+        if not self._order:
             return None
-        if self._due[first][0] > self.until:
+        (due, _), first = self._order[0]
+        if due > self.until:
             self.now = self.until
             return None
         if first not in self._done:
             return None
         self.now = self._due.pop(first)[0]
         return self._done.pop(first)
+
+    def _comes(self, name: str, due: float, order: int) -> None:
+        self._due[name] = due, order
+        heappush(self._order, (self._due[name], name))
