@@ -33,26 +33,29 @@ class Magnitudes:
     def __init__(self, x: Floats, most: float) -> None:
         stride = max(len(x) // _SAMPLE, 1) | 1  # odd: what repeats itself often does every so many even ones
         count = _count(np.ascontiguousarray(x).view(np.int32), stride)
-        kind = np.flatnonzero(count)
+        kind = np.flatnonzero(count) if len(x) else count[:0]
         middle = (kind.astype(np.int32) << 15 | 1 << 14).view(np.float32)
         self._magnitude = np.append(middle, most).astype(np.float64)
         self._count = np.append(count[kind], 1.0)
+        self._from = np.append(count[kind][::-1].cumsum()[::-1], 0).astype(np.float64)
         self._length = len(x)
 
     def bits(self, step: float, like: Like) -> float:
         """Of all values together."""
-        return self._length * _bits(self._magnitude / step, self._count, like.finer, like.weight, like.rounds)
+        if not self._length:  # of products, mostly: a search asks dozens of times
+            return 0.0
+        counts = self._count, self._from
+        return self._length * _bits(self._magnitude, *counts, step, like.finer, like.weight, like.rounds)
 
     def error(self, step: float, like: Like) -> float:
         """Squared error over squared norm; none of no values."""
-        return self._length and _error(
-            self._magnitude / step, self._count, like.finer, like.weight, like.rounds
-        )
+        counts = self._count, self._from
+        return self._length and _error(self._magnitude, *counts, step, like.finer, like.weight, like.rounds)
 
     def unsent(self, step: float, like: Like) -> float:
         """What share of the values has level 0."""
         scaled = self._magnitude * (like.finer / step)
-        below = scaled <= _least_sent(scaled, self._count, like.weight, like.rounds)
+        below = scaled <= _least_sent(scaled, self._from, like.weight, like.rounds)
         return float(self._count[below].sum() / self._count.sum())
 
 
@@ -66,13 +69,14 @@ def _count(bits: NDArray[np.int32], stride: int) -> NDArray[np.int64]:
 
 
 @jit
-def _least_sent(magnitude: Wide, count: Wide, weight: float, rounds: int) -> float:
-    """Where level 1 begins, in steps, as one context would round."""
-    edge, total = 0.62, count.sum()
+def _least_sent(magnitude: Wide, count_from: Wide, weight: float, rounds: int) -> float:
+    """Where level 1 begins, in steps, as one context would round.
+
+    Magnitudes rise, but for the last. count_from: how many values are of one and of those after it.
+    """
+    edge, most, total = 0.62, magnitude[-1], count_from[0] + 1
     for _ in range(rounds):
-        above = 0.0
-        for i in range(len(magnitude)):
-            above += count[i] if magnitude[i] > edge else 0.0
+        above = count_from[np.searchsorted(magnitude[:-1], edge, "right")] + (1 if most > edge else 0)
         p = min(max(above / total, 1e-4), 0.5)
         edge = 0.5 + weight / 2 * (np.log2((1 - p) / p) + 1.4)
     return edge
@@ -85,17 +89,21 @@ def _level(magnitude: float, edge: float) -> float:
 
 
 @jit
-def _bits(magnitude: Wide, count: Wide, finer: float, weight: float, rounds: int) -> float:
+def _bits(
+    magnitude: Wide, count: Wide, count_from: Wide, step: float, finer: float, weight: float, rounds: int
+) -> float:
     """Bits per parameter: the entropy of single levels, less what contexts usually save.
 
-    Magnitudes, in steps, rise, but for the last. Compiled: a search for a step asks dozens of times.
+    Compiled: a search for a step asks dozens of times.
     """
-    total = count.sum()
-    mean = finer * (count * magnitude).sum() / total
+    total, scaled, mean = count_from[0] + 1, magnitude / step, 0.0
+    for i in range(len(scaled)):
+        mean += count[i] * scaled[i]
+    mean *= finer / total
     # Magnitudes and how many are known too coarsely to tell large levels apart.
     halvings = max(0.0, np.floor(np.log2(mean / 16)))
-    scaled = magnitude * (finer / 2**halvings)
-    edge = _least_sent(scaled, count, weight, rounds)
+    scaled *= finer / 2**halvings
+    edge = _least_sent(scaled, count_from, weight, rounds)
     logs = zero = same = 0.0  # sum of n log n over levels, and how many values have level 0, and this one
     level = 0.0
     for i in range(len(scaled)):
@@ -113,10 +121,12 @@ def _bits(magnitude: Wide, count: Wide, finer: float, weight: float, rounds: int
 
 
 @jit
-def _error(magnitude: Wide, count: Wide, finer: float, weight: float, rounds: int) -> float:
+def _error(
+    magnitude: Wide, count: Wide, count_from: Wide, step: float, finer: float, weight: float, rounds: int
+) -> float:
     """Squared error over squared norm; that of large levels is any from 0 to 1/4."""
-    scaled = magnitude * finer
-    edge = _least_sent(scaled, count, weight, rounds)
+    scaled = magnitude / step * finer
+    edge = _least_sent(scaled, count_from, weight, rounds)
     error = norm = 0.0
     for i in range(len(scaled)):
         error += count[i] * (1 / 12 if scaled[i] > 64 else (scaled[i] - _level(scaled[i], edge)) ** 2)

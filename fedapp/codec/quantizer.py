@@ -55,6 +55,10 @@ class Quantizer:
         return levels.view(np.float32)
 
 
+_P = (np.arange(1024) + 0.5) / 1024
+_DEARER = np.maximum(np.log2((1 - _P) / _P) + np.array([[1.4], [0.6]]), 0)  # bits, of level m than of m - 1
+
+
 def edges(weight: float, least: float = 0.0) -> Floats:
     """How far above m - 1 level m begins, by ten bits of the state that tells them apart: m = 1, then m > 1.
 
@@ -63,9 +67,7 @@ def edges(weight: float, least: float = 0.0) -> Floats:
     Rounding up pays where the squared distance it saves is above `weight` times the bits it costs more;
     with a weight of 0 it goes to the nearest level. The end of counting costs about 0.6 bit, the sign 0.8.
     """
-    p = (np.arange(1024) + 0.5) / 1024
-    dearer = np.log2((1 - p) / p) + np.array([[1.4], [0.6]])
-    begin: Floats = (0.5 + weight / 2 * np.maximum(dearer, 0)).astype(np.float32)
+    begin: Floats = (0.5 + weight / 2 * _DEARER).astype(np.float32)
     begin[0] = np.maximum(begin[0], least)
     return begin.ravel()
 
