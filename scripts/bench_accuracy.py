@@ -34,13 +34,18 @@ CODECS = {
     "scaffold, 1 bit": ["strategy=scaffold", "codec.rate=1"],
     "scaffold, 0.28 bit": ["strategy=scaffold", "codec.rate=0.28"],
     "scaffold, 0.28 bit, finer downlink": ["strategy=scaffold", "codec.rate=0.28", "downlink.rate=1.85"],
+    "scaffold, 0.28 bit, coarser downlink": ["strategy=scaffold", "codec.rate=0.28", "downlink.rate=0.5"],
     "scaffold, 0.28 bit, products": ["strategy=scaffold", "codec.rate=0.28", "codec.products=true"],
     "scaffold, 0.1 bit": ["strategy=scaffold", "codec.rate=0.1"],
 }
 IN = {
-    "full": tuple(CODECS),
+    "full": tuple(name for name in CODECS if "coarser" not in name),
     "long": ("none", "default, 0.28 bit", "scaffold, none", "scaffold, 0.28 bit"),
-    "partial": (*(name for name in CODECS if not name.startswith("scaffold")), "scaffold, 0.28 bit"),
+    "partial": (
+        *(name for name in CODECS if not name.startswith("scaffold")),
+        "scaffold, 0.28 bit",
+        "scaffold, 0.28 bit, coarser downlink",
+    ),
 }
 
 
@@ -76,20 +81,23 @@ def plot(settings: dict[str, dict[str, list[dict[str, Any]]]], path: Path) -> No
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(1, len(settings), figsize=(5.6 * len(settings), 4.4), squeeze=False)
+    named = set[str]()
     for axis, (setting, runs) in zip(axes[0], settings.items(), strict=True):
-        for index, (name, mark) in enumerate(zip(CODECS, "sooo^vDPs*****", strict=True)):
+        for index, (name, mark) in enumerate(zip(CODECS, "sooo^vDPs******", strict=True)):
             color = pyplot.get_cmap("tab20")(index)
             if name not in runs:
                 continue
             accuracy = [100 * r["accuracy"] for r in runs[name]]
             total = statistics.mean(mb(r, *WAYS) for r in runs[name])
             error = statistics.stdev(accuracy) / len(accuracy) ** 0.5 if len(accuracy) > 1 else 0
-            look = {"fmt": mark, "color": color, "label": name, "capsize": 3}
+            look = {"fmt": mark, "color": color, "label": f"_{name}" if name in named else name, "capsize": 3}
             axis.errorbar(total, statistics.mean(accuracy), error, **look)
         axis.set(title=" ".join(SETTINGS[setting][:2]), xlabel="MB sent, both ways", xscale="log")
         axis.grid(alpha=0.3, which="both")
+        if runs.keys() - named:
+            axis.legend(fontsize=8)  # of what the axes before do not name
+        named |= runs.keys()
     axes[0][0].set_ylabel("test accuracy, %")
-    axes[0][0].legend(fontsize=8)
     save(figure, path)
 
 

@@ -1,6 +1,6 @@
 """Seconds a round: the local engine beside a bare loop on the same work; reprints the README's tables.
 
-usage: .venv/bin/python scripts/bench_engine.py [--only lr cnn noop long start memory] [--repeats 3]
+usage: .venv/bin/python scripts/bench_engine.py [--only lr cnn noop long wide start memory] [--repeats 3]
        [--peers FOLDER] [--device cpu|cuda]
 
 lr: logistic regression (7,850 parameters), 10 of 1000 clients a round. cnn: 1.2 million parameters, 50 of
@@ -12,6 +12,7 @@ rounds of all turns, but for each process's first. In FOLDER, scripts `stock_flo
 take SETTING and ROUNDS and print "min X median Y" run in the same turns; one that fails is left out.
 
 long: seconds a round of cnn as the run goes on, when most clients hold the weights of long ago.
+wide: milliseconds a client of lr by the size of the cohort, up to 10,000, each of whom takes one step.
 start: from the command to the first round. memory: what the server's process takes at most, by the size of
 the cohort and by the number of rounds.
 """
@@ -61,7 +62,7 @@ SETTINGS = {
     "cnn": Setting("cnn", 1000, 50, 0.1, 1, 3),
     "noop": Setting("cnn", 1000, 50, 0.1, 0, 8),
 }
-PARTS = [*SETTINGS, "long", "start", "memory"]
+PARTS = [*SETTINGS, "long", "wide", "start", "memory"]
 UNCODED = ["codec=identity", "downlink=coded"]
 PEERS = {"stock Flower, Ray, 2 cores": "stock_flower.py", "pfl, 1 thread": "pfl_peer.py"}
 HALF = "fedapp, 2 workers, bfloat16"  # in cnn
@@ -154,6 +155,18 @@ def long() -> None:
               f"| {statistics.mean(sent) / 1e6:.1f} |", flush=True)  # fmt: skip
 
 
+def wide() -> None:
+    """Milliseconds a client, by the size of the cohort."""
+    print("\n| a cohort of | uncoded, ms a client | default codec, ms a client |\n|---|---|---|")
+    for size in (100, 1000, 10_000):
+        least = []
+        for chosen in ("fedapp, 2 workers", "fedapp, 2 workers, default codec"):
+            many = ["clients=10000", f"cohort={size}", f"rounds={4 if size > 1000 else 9}"]
+            _, rounds = simulated([*SETTINGS["lr"].overrides, *RUNS[chosen], *many])
+            least.append(1e3 * min(line["seconds"] for line in rounds[1:]) / size)
+        print(f"| {size} | {least[0]:.2f} | {least[1]:.2f} |", flush=True)
+
+
 def start(repeats: int) -> None:
     """Seconds from the command to the first round."""
     print("\n| run | s to the first round, least | median |\n|---|---|---|")
@@ -221,6 +234,8 @@ def main() -> None:
         print("", *told, sep="\n")
     if "long" in options.only:
         long()
+    if "wide" in options.only:
+        wide()
     if "start" in options.only:
         start(options.repeats)
     if "memory" in options.only:
