@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -649,10 +649,19 @@ def test_a_pull_looks_at_no_message_that_is_awaited_or_waits(
     """There is one for each reply: with 10,000 clients, rounds would be spent looking."""
     looked = Counter[str]()
 
-    class Awaited(frozenset[str]):
+    class Awaited(Set[str]):
+        def __init__(self, names: Iterable[str]) -> None:
+            self._names = set(names)
+
+        def __contains__(self, name: object) -> bool:
+            return name in self._names
+
+        def __len__(self) -> int:
+            return len(self._names)
+
         def __iter__(self) -> Iterator[str]:
             looked["awaited"] += 1
-            return super().__iter__()
+            return iter(self._names)
 
     queue = list[Message]()
 
@@ -671,6 +680,22 @@ def test_a_pull_looks_at_no_message_that_is_awaited_or_waits(
         assert len(grid._pool.queue) > 150
         assert looked["awaited"] == 0
         assert looked["queued"] < 150  # of those that are taken from the queue
+
+
+@pytest.mark.parametrize("seconds", [None, lambda which, examples: 1.0], ids=["real", "simulated"])
+def test_what_was_pushed_before_a_message_could_not_be_made_is_not_begun(
+    seconds: Callable[[int, int], float] | None,
+) -> None:
+    def made() -> Iterator[Message]:
+        yield from orders([2, 3, 4, 5], n2="0.5")
+        raise OSError("no space left")
+
+    with Local(workers=1).grid(echo(), [10] * 6, 6, seconds=seconds) as grid:
+        with pytest.raises(OSError, match="no space left"):
+            list(stream(grid, made(), 60))
+        replies = list(stream(grid, orders([3, 4, 5, 6]), 60))  # 2 was at work
+        assert sorted(told(replies, "node")) == [3, 4, 5, 6]
+        assert told(replies, WEIGHT) == [1, 1, 1, 1]
 
 
 def test_unequal_clients_end_as_soon_as_if_none_were_given_ahead() -> None:

@@ -99,7 +99,7 @@ def _bits(
     total, scaled, mean = count_from[0] + 1, magnitude / step, 0.0
     for i in range(len(scaled)):
         mean += count[i] * scaled[i]
-    mean *= finer / total
+    mean = finer * mean / total
     # Magnitudes and how many are known too coarsely to tell large levels apart.
     halvings = max(0.0, np.floor(np.log2(mean / 16)))
     scaled *= finer / 2**halvings

@@ -62,14 +62,20 @@ def push(
     `streams` is given one by one what an iterator makes.
     """
     pushed, streams = dict[str, Message](), getattr(grid, "streams", False) and isinstance(messages, Iterator)
-    for some in ([one] for one in messages) if streams else [list(messages)]:
-        for message in some:
-            message.metadata.__dict__["_group_id"] = secrets.token_hex(16)
-            message.metadata.created_at = time.time()  # it lives from here on, however long it was in making
-            if timeout is not None and _timeline(grid) is None:
-                message.metadata.ttl = max(0.0, min(timeout, until - now(grid))) + _GRACE
-        names = grid.push_messages(some)  # empty ones, or none at all, of what is too large
-        pushed |= {name: message for name, message in zip(names, some, strict=False) if name}
+    try:
+        for some in ([one] for one in messages) if streams else [list(messages)]:
+            for message in some:
+                message.metadata.__dict__["_group_id"] = secrets.token_hex(16)
+                message.metadata.created_at = (
+                    time.time()
+                )  # it lives from here on, however long it took to make
+                if timeout is not None and _timeline(grid) is None:
+                    message.metadata.ttl = max(0.0, min(timeout, until - now(grid))) + _GRACE
+            names = grid.push_messages(some)  # empty ones, or none at all, of what is too large
+            pushed |= {name: message for name, message in zip(names, some, strict=False) if name}
+    except BaseException:  # nobody waits for the first ones where others cannot be made
+        forget(grid, pushed)
+        raise
     return pushed
 
 
