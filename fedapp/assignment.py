@@ -20,7 +20,7 @@ from fedapp import check
 from fedapp.codec import Codec
 from fedapp.codec.chain import ErrorFeedback
 from fedapp.codec.rate_distortion import RateDistortion
-from fedapp.records import CONFIG, METRICS, config_record, record_in
+from fedapp.records import CONFIG, METRICS, brought_by, config_record, record_in
 
 SECONDS = "seconds"  # what a client says that its training took
 
@@ -143,7 +143,7 @@ class Workloads:
         """
         node = reply.metadata.src_node_id
         self._silent.discard(node)
-        metrics = record_in(reply.content, METRICS, MetricRecord) if reply.has_content() else None
+        metrics = brought_by(reply, METRICS, MetricRecord)
         if metrics is None or node not in self._asked:
             return
         said, part = metrics.get(SECONDS), self._asked[node]

@@ -206,7 +206,7 @@ class Asynchronous:
         timeline = self.grid.timeline if isinstance(self.grid, LocalGrid) else None
         if timeline is None or self.job.privacy.unit is not None:
             return
-        present, records = timeline.now, [_record_in(data) for data in state["arrays"]]
+        present, records = timeline.now, [_record_of(data) for data in state["arrays"]]
         for flight in state["flights"]:
             timeline.now = flight["sent"]
             config = ConfigRecord(flight["config"])
@@ -221,5 +221,5 @@ def _bytes_of(record: Any) -> np.ndarray[Any, np.dtype[np.uint8]]:
     return np.frombuffer(data, np.uint8)
 
 
-def _record_in(data: np.ndarray[Any, np.dtype[np.uint8]]) -> ArrayRecord:
+def _record_of(data: np.ndarray[Any, np.dtype[np.uint8]]) -> ArrayRecord:
     return array_record(recorddict_from_proto(_PROTO.FromString(data.tobytes())))

@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 
 from fedapp import check
 from fedapp.lattice import COARSEST, FINEST, Version, first, peak_exponent, quantized, short
-from fedapp.records import ARRAYS, CONFIG, array_record, record_in
+from fedapp.records import ARRAYS, CONFIG, array_record, brought_by, record_in
 from fedapp.vector import array_of, buffers_of, layout_of, ravel, record_with, unravel, values
 from fedapp.version_packet import VersionPacket, code_of, crc_of, levels_of
 
@@ -218,7 +218,7 @@ class Downlink:
 
 def _said(reply: Message) -> int | None:
     """The version that a node holds, where it says that it could make nothing of its message."""
-    config = record_in(reply.content, CONFIG, ConfigRecord) if reply.has_content() else None
+    config = brought_by(reply, CONFIG, ConfigRecord)
     said = None if config is None else config.get(HOLDS)
     return said if isinstance(said, int) else None
 

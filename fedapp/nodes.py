@@ -15,7 +15,7 @@ from fedapp.errors import FedappError
 from fedapp.facts import ASKS, Facts, read, simulated
 from fedapp.fold import Folded
 from fedapp.job import Job
-from fedapp.records import CONFIG, config_record, record_in, size_of
+from fedapp.records import CONFIG, brought_by, config_record, size_of
 from fedapp.replies import drifted, refuse
 from fedapp.selection import Tags
 from fedapp.stages import TRANSFER
@@ -129,7 +129,7 @@ def _there(grid: Grid, job: Job) -> list[int]:
 
 def held_by(reply: Message) -> int:
     """The partition that a node says it holds; of any other answer: it brings its own data."""
-    config = record_in(reply.content, CONFIG, ConfigRecord) if reply.has_content() else None
+    config = brought_by(reply, CONFIG, ConfigRecord)
     said = None if config is None else config.get("partition-id")
     return said if isinstance(said, int) else OWN
 
@@ -187,7 +187,7 @@ def check_questions(job: Job, nodes: Iterable[int], at: int) -> list[Message]:
 
 def counts_in(reply: Message) -> dict[str, int]:
     """What a node told of its data's quality; nothing where its answer is none of ours."""
-    told = record_in(reply.content, CONFIG, ConfigRecord) if reply.has_content() else None
+    told = brought_by(reply, CONFIG, ConfigRecord)
     said = dict(told or ConfigRecord())
     return {name: n for name in COUNTS if isinstance(n := said.get(name), int) and 0 <= n < 2**53}
 

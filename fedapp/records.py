@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any, TypeVar
 
-from flwr.app import Array, ArrayRecord, ConfigRecord, Context, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.common.serde import recorddict_to_proto
 from numpy.typing import NDArray
 
@@ -28,6 +28,11 @@ def record_in(content: RecordDict, name: str, kind: type[Kind]) -> Kind | None:
     """
     found = content.get(name)
     return found if isinstance(found, kind) else None
+
+
+def brought_by(message: Message, name: str, kind: type[Kind]) -> Kind | None:
+    """The record of this name and kind in a message that may be an error; None where there is none."""
+    return record_in(message.content, name, kind) if message.has_content() else None
 
 
 def array_record(content: RecordDict, name: str = ARRAYS) -> ArrayRecord:

@@ -12,7 +12,7 @@ from numpy.lib.format import read_array_header_1_0, read_magic
 from numpy.typing import NDArray
 
 from fedapp.errors import DecodeError
-from fedapp.records import DRIFT, METRICS, STYPE, WEIGHT, metric_record, record_in
+from fedapp.records import DRIFT, METRICS, STYPE, WEIGHT, brought_by, metric_record
 from fedapp.stages import DECODE
 
 
@@ -41,7 +41,7 @@ def metrics_of(reply: Message, names: tuple[str, ...]) -> MetricRecord:
 
 def drifted(reply: Message) -> bool:
     """Whether a client says that its data have drifted."""
-    metrics = record_in(reply.content, METRICS, MetricRecord) if reply.has_content() else None
+    metrics = brought_by(reply, METRICS, MetricRecord)
     return metrics is not None and metrics.get(DRIFT) == 1
 
 

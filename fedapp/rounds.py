@@ -259,7 +259,7 @@ class Federation:
                 f"round {number}: none of {len(drawn)} candidates told its loss; the log says why"
             )
         places = {self.places.partitions[node]: loss for node, loss in losses.items()}
-        worst = job.selection.worst(places, job.at_once)
+        worst = set(job.selection.worst(places, job.at_once))
         return [node for node in drawn if self.places.partitions[node] in worst]
 
     def _timed(self, replies: Iterator[Message], workloads: Workloads) -> Iterator[Message]:

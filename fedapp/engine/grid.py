@@ -66,9 +66,8 @@ def push(
         for some in ([one] for one in messages) if streams else [list(messages)]:
             for message in some:
                 message.metadata.__dict__["_group_id"] = secrets.token_hex(16)
-                message.metadata.created_at = (
-                    time.time()
-                )  # it lives from here on, however long it took to make
+                # It lives from here on, however long it was in making.
+                message.metadata.created_at = time.time()
                 if timeout is not None and _timeline(grid) is None:
                     message.metadata.ttl = max(0.0, min(timeout, until - now(grid))) + _GRACE
             names = grid.push_messages(some)  # empty ones, or none at all, of what is too large

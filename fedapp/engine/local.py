@@ -170,7 +170,8 @@ class LocalGrid(Grid):
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         """Replies to these messages that are there; waits a moment for the first one.
 
-        A reply to another message is dropped: it belongs to a round that timed out.
+        A reply to another message is dropped: it belongs to a round that timed out. In simulated time that of
+        any message comes that is not forgotten.
         """
         if self.timeline is not None:
             return self._pull_next(self.timeline)
