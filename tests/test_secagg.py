@@ -471,22 +471,24 @@ def test_plans_that_nothing_stands_are_named() -> None:
 def test_shares_open_the_secret(value: int, threshold: int, extra: int, seed: int) -> None:
     points = [3 * p + 1 for p in range(threshold + extra)]
     shares = dict(zip(points, shamir.share(value, threshold, points, secret.source(seed)), strict=True))
-    assert shamir.interpolate(dict(list(shares.items())[extra:])) == value
+    assert shamir.polynomial(dict(list(shares.items())[extra:]))(0) == value
     assert shamir.recover(shares, threshold, lambda v: v == value) == (value, set())
     if extra > 1:
         wrong = shares | {points[0]: shares[points[0]] ^ 1}
         assert shamir.recover(wrong, threshold, lambda v: v == value) == (value, {points[0]})
+        unseen = shares | {points[-1]: shares[points[-1]] ^ 1}
+        assert shamir.recover(unseen, threshold, lambda v: v == value) == (value, set())
     if threshold > 1:
         few = dict(list(shares.items())[: threshold - 1])
         assert shamir.recover(few, threshold, lambda _: True) is None
         # One share less fits every secret: with the value at 0 free, the polynomial goes through all of them.
-        assert shamir.interpolate(few | {0: 12345}) == 12345
+        assert shamir.polynomial(few | {0: 12345})(0) == 12345
 
 
 def test_known_shares() -> None:
     """A line by hand: 42 + 10 x at 1 and 3."""
-    assert shamir.interpolate({1: 52, 3: 72}) == 42
-    assert shamir.interpolate({1: 52, 3: 72}, at=2) == 62
+    assert shamir.polynomial({1: 52, 3: 72})(0) == 42
+    assert shamir.polynomial({1: 52, 3: 72})(2) == 62
 
 
 def test_the_mask_is_chacha20_rejected_and_reduced() -> None:

@@ -60,4 +60,5 @@ def read_signing_key(signing_key: Path) -> Ed25519PrivateKey:
 def make(count: int) -> tuple[Identity, ...]:
     """So many participants that know each other."""
     private = [Ed25519PrivateKey.generate().private_bytes_raw() for _ in range(count)]
-    return tuple(Identity(key, frozenset(map(signer, private))) for key in private)
+    roster = frozenset(map(signer, private))
+    return tuple(Identity(key, roster) for key in private)

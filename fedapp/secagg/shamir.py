@@ -33,26 +33,39 @@ def share(value: int, threshold: int, points: Sequence[int], secret: Secret) -> 
     return shares
 
 
-def interpolate(shares: Mapping[int, int], at: int = 0) -> int:
-    """The value at a point of the polynomial through all of these shares; at 0 it is the secret."""
-    total = 0
+def polynomial(shares: Mapping[int, int]) -> Callable[[int], int]:
+    """The polynomial through all of these shares, as a function; at 0 it is the secret.
+
+    Made once in time by the square of the shares, and then in their number at each point: Berrut and
+    Trefethen 2004, "Barycentric Lagrange interpolation", Section 3, with products in place of quotients.
+    """
+    terms = list[tuple[int, int]]()
     for point, value in shares.items():
-        above = below = 1
+        below = 1
         for other in shares:
             if other != point:
-                above = above * (at - other) % PRIME
                 below = below * (point - other) % PRIME
-        total += value * above * pow(below, -1, PRIME)
-    return total % PRIME
+        terms.append((point, value * pow(below, -1, PRIME) % PRIME))
+
+    def value_at(at: int) -> int:
+        total, product = 0, 1  # of the terms so far, and of the distances to their points
+        for point, term in terms:
+            distance = at - point
+            total = (total * distance + term * product) % PRIME
+            product = product * distance % PRIME
+        return total
+
+    return value_at
 
 
 def recover(
     shares: Mapping[int, int], threshold: int, right: Callable[[int], bool]
 ) -> tuple[int, set[int]] | None:
-    """The secret that `right` confirms, and the points whose shares were wrong; None if no secret is found.
+    """The secret that `right` confirms, and the points whose shares were seen to be wrong, or None.
 
     Tries all subsets if there are at most 500, and else as many at random: with five wrong shares of 99 and a
-    threshold of 60, each of those hits with chance 0.008.
+    threshold of 60, each of those hits with chance 0.008. Where the first one is right, no other share is
+    looked at.
     """
     points = sorted(shares)
     if len(points) < threshold:
@@ -61,10 +74,10 @@ def recover(
     if comb(len(points), threshold) > _ATTEMPTS:
         generator = random.Random(0)  # any subsets will do
         subsets = (generator.sample(points, threshold) for _ in range(_ATTEMPTS))
-    for subset in subsets:
-        chosen = {point: shares[point] for point in subset}
-        value = interpolate(chosen)
+    for attempt, subset in enumerate(subsets):
+        through = polynomial({point: shares[point] for point in subset})
+        value = through(0)
         if right(value):
-            rest = shares.keys() - chosen.keys()
-            return value, {point for point in rest if interpolate(chosen, point) != shares[point]}
+            others = set(points).difference(subset) if attempt else ()
+            return value, {point for point in others if through(point) != shares[point]}
     return None
