@@ -56,6 +56,7 @@ from flwr.proto.fleet_pb2 import (
 from flwr.proto.node_pb2 import Node
 from flwr.proto.run_pb2 import GetRunRequest
 from flwr.proto.runtime_pb2 import AcquireTaskRequest, PullTaskInputRequest
+from flwr.server.superlink.linkstate.sql_linkstate import SqlLinkState
 from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIGNATURE_HEADER
 from flwr.supercore.date import now
 from flwr.supercore.inflatable.inflatable_object import (
@@ -91,6 +92,7 @@ from fedapp.deploy.control import Access, from_here
 from fedapp.deploy.objects import deliver
 from fedapp.deploy.runs import tar
 from fedapp.deploy.server import Listening, Server
+from fedapp.deploy.state import State
 from fedapp.errors import ConfigError, FedappError
 
 pytestmark = pytest.mark.filterwarnings(  # what flwr's own dependencies say of it
@@ -753,6 +755,23 @@ def replied(question: Message, arrays: int, size: int, first: int = 0) -> Messag
     return Message(RecordDict({"arrays": ArrayRecord(made)}), reply_to=question)
 
 
+def announced(server: Running, key: Key, request: PushMessagesRequest) -> httpx.Response:
+    return server.post("/v1/fleet/push-messages", request.SerializeToString(), signed(key))
+
+
+def delivered(server: Running, key: Key, node_id: int, reply: Message) -> int:
+    """How many bytes of a reply the server takes, by what `fedapp client` sends them with."""
+    answer = announced(server, key, pushing_of(reply, node_id))
+    assert answer.status_code == 200
+    opened = PushMessagesResponse.FromString(answer.content)
+
+    def posted(name: str, body: bytes) -> bytes:
+        return server.post(f"/v1/fleet/{name}", body, signed(key)).raise_for_status().content
+
+    parts = get_all_nested_objects(reply), opened.objects_to_push
+    return deliver(posted, Node(node_id=node_id), reply.metadata.run_id, opened.session_id, *parts)
+
+
 def test_a_reply_has_a_most_and_nothing_is_added_to_it(
     tmp_path: Path, database: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -766,47 +785,64 @@ def test_a_reply_has_a_most_and_nothing_is_added_to_it(
             list(pushing.push_messages([message(node_id), message(node_id)]))
             question = asked_of(server, key, node_id)
 
-            def announced(request: PushMessagesRequest) -> httpx.Response:
-                return server.post("/v1/fleet/push-messages", request.SerializeToString(), signed(key))
-
-            def delivered(reply: Message) -> int:
-                """How many bytes of a reply the server takes, by what `fedapp client` sends them with."""
-                answer = announced(pushing_of(reply, node_id))
-                assert answer.status_code == 200
-                opened = PushMessagesResponse.FromString(answer.content)
-
-                def posted(name: str, body: bytes) -> bytes:
-                    return server.post(f"/v1/fleet/{name}", body, signed(key)).raise_for_status().content
-
-                parts = get_all_nested_objects(reply), opened.objects_to_push
-                run = reply.metadata.run_id
-                return deliver(posted, Node(node_id=node_id), run, opened.session_id, *parts)
-
-            many = announced(pushing_of(replied(question, 41, 1), node_id))
+            many = announced(server, key, pushing_of(replied(question, 41, 1), node_id))
             assert (many.status_code, "parts, and the most is 40" in many.text) == (413, True)
             twice = pushing_of(replied(question, 1, 1), node_id)
             twice.messages_list.append(twice.messages_list[0])
-            assert announced(twice).status_code == 400
+            assert announced(server, key, twice).status_code == 400
             other = pushing_of(replied(question, 1, 1), node_id)
             other.message_object_trees[0].CopyFrom(get_object_tree(replied(question, 2, 1)))
-            assert announced(other).status_code == 400
+            assert announced(server, key, other).status_code == 400
 
             monkeypatch.setattr(
                 objects, "_BYTES", 1 << 19
             )  # a request has less than the most, many have more
             large = replied(question, 6, 200_000)
             with pytest.raises(httpx.HTTPStatusError, match="413"):
-                delivered(large)
-            assert announced(pushing_of(large, node_id)).status_code == 200  # as after a broken link
+                delivered(server, key, node_id, large)
+            assert (
+                announced(server, key, pushing_of(large, node_id)).status_code == 200
+            )  # as after a broken link
             more = pushing_of(large, node_id)
             more.message_object_trees[0].children.add(object_id="f" * 64)
-            assert announced(more).status_code == 403
+            assert announced(server, key, more).status_code == 403
 
             question = asked_of(server, key, node_id)
             fits = replied(question, 5, 200_000, first=100)
-            assert 1_000_000 < delivered(fits) < 1 << 20
+            assert 1_000_000 < delivered(server, key, node_id, fits) < 1 << 20
             (came,) = pushing.pull_messages([question.metadata.message_id])
             assert len(came.content.array_records["arrays"]) == 5
+
+
+def test_of_all_awaited_replies_those_that_came_are_loaded(
+    server: Running, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A pull names all that is awaited, 66 bytes each, and Flower's state loads whatever it is given."""
+    loaded, get = list[int](), SqlLinkState.get_message_res
+
+    def counting(self: State, message_ids: set[str], run_id: int) -> list[Message]:
+        loaded.append(len(message_ids))
+        return get(self, message_ids, run_id)
+
+    monkeypatch.setattr(SqlLinkState, "get_message_res", counting)
+    key, node_id = server.node()
+    with grid(server, tmp_path / "app") as pushing:
+        (sent,) = pushing.push_messages([message(node_id)])
+        question = asked_of(server, key, node_id)
+        others = list(pushing.push_messages([message(node_id) for _ in range(9)]))
+        many = [sent, *others] * 200  # more bytes than a question of a node may have
+        assert list(pushing.pull_messages(many)) == []
+        assert loaded[0] == 10
+        assert not any(loaded[1:])
+        delivered(server, key, node_id, replied(question, 1, 1))
+        (came,) = pushing.pull_messages(many)
+        assert came.metadata.reply_to_message_id == sent
+        assert 1 in loaded
+        lost, until = "0" * 64, time.monotonic() + 10  # of what will never come it is told later
+        while not (told := list(pushing.pull_messages([*others, lost]))):
+            assert time.monotonic() < until
+        assert told[0].has_error()
+        assert told[0].metadata.reply_to_message_id == lost
 
 
 def test_a_reply_to_a_run_that_was_stopped_is_answered_so(server: Running, tmp_path: Path) -> None:

@@ -49,8 +49,8 @@ class Back:
             elif path == f"{_RUNTIME}pull-object":
                 await hold(self.app, scope, receive, answer, self.pushes.replies, unavailable)
             elif path == f"{_RUNTIME}pull-messages":  # a node that is gone is found by asking, too
-                replies = self.pushes.replies
-                await hold(self.app, scope, receive, answer, replies, nothing, seconds=_REPLY_S)
+                bell, most = self.pushes.replies, self.max_body  # the question names all that is awaited
+                await hold(self.app, scope, receive, answer, bell, nothing, seconds=_REPLY_S, most=most)
             else:
                 await through(self.app, scope, receive, answer, self.max_body)
         except Refused as refused:

@@ -50,13 +50,15 @@ async def hold(
     empty: Callable[[bytes], bool],
     keep: Callable[[list[Message]], None] | None = None,
     seconds: float | None = None,
+    most: int = QUESTION,
 ) -> None:
     """Answer when there is something to answer, at the latest after so many seconds, or `HOLD_S`.
 
     The app is asked again only where its former answer was empty, and not once the other end has left.
-    An answer that is not empty goes to `keep` before it is sent.
+    An answer that is not empty goes to `keep` before it is sent. Raises Refused where the question has more
+    than `most` bytes.
     """
-    body = await body_of(receive, QUESTION)
+    body = await body_of(receive, most)
     until = asyncio.get_running_loop().time() + (HOLD_S if seconds is None else seconds)
     left = asyncio.ensure_future(receive())  # after the body comes only that the other end has left
     try:
