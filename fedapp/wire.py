@@ -47,6 +47,8 @@ from fedapp.replies import metrics_of, refuse, values_of, weight_of
 from fedapp.running_sum import Own, Reader, RunningSum, Tally, terms_in
 from fedapp.scaffold import Control, Controls, ForgottenError
 from fedapp.vector import (
+    Reply,
+    array_of,
     arrays_in,
     buffers_of,
     layout_of,
@@ -266,9 +268,8 @@ class Wire(Strategy):
                 trained = values_of(arrays, buffers_of(self._weights, layout))
                 trained |= unravel(ravel(self._weights, layout) + update, layout, self._weights)
             if weight:
-                reply.content = RecordDict(
-                    {ARRAYS: record_of({name: trained[name] for name in self._weights}), METRICS: metrics}
-                )
+                arrays = Reply({name: array_of(trained[name]) for name in self._weights})
+                reply.content = RecordDict({ARRAYS: arrays, METRICS: metrics})
                 return [reply]
         return []
 
