@@ -49,6 +49,7 @@ class Flight:
     """A client at work: the message it was sent, in which round, and when by the grid's clock."""
 
     asked: Message
+    partition: int
     round: int
     sent: float
     tries: int
@@ -74,7 +75,8 @@ class Asynchronous:
     places: Places
     traffic: Traffic
     begun: Begun
-    _flights: dict[str, Flight] = field(default_factory=dict)  # by message id
+    _flights: dict[str, Flight] = field(default_factory=dict)  # by message id, as they were sent
+    _training: set[int] = field(default_factory=set)  # the partitions of these
     _arrived: deque[Message] = field(default_factory=deque)  # what came with the last answer of a round
 
     def __post_init__(self) -> None:
@@ -93,7 +95,7 @@ class Asynchronous:
             if self._flights:
                 flight, reply = self._next()
                 if reply is not None and self._again(flight, reply):
-                    failed += self._send(number, arrays, [self._partition(flight)], flight.tries + 1)
+                    failed += self._send(number, arrays, [flight.partition], flight.tries + 1)
                 elif reply is not None and self._taken(buffer, number, flight, reply):
                     accepted += 1
                 else:
@@ -112,11 +114,12 @@ class Asynchronous:
 
     def _drawn(self, number: int, asked: set[int]) -> list[int]:
         """Partitions to be asked next, by the seed: as many as may train, of those free and not yet asked."""
-        training = {self._partition(flight) for flight in self._flights.values()}
-        free = sorted(self.places.nodes.keys() - training - asked)
-        wanted = self.job.at_once - len(training)
+        wanted = self.job.at_once - len(self._training)
+        if wanted <= 0:
+            return []
+        free = sorted(self.places.nodes.keys() - self._training - asked)
         rng = self.job.public_rng(number, len(asked), use=4)
-        return sorted(int(i) for i in rng.permutation(free)[: max(0, wanted)])
+        return sorted(int(i) for i in rng.permutation(free)[:wanted])
 
     def _send(self, number: int, arrays: ArrayRecord, partitions: list[int], tries: int = 0) -> int:
         """Send the weights of now to the clients of these partitions; returns how many the grid refused."""
@@ -131,30 +134,34 @@ class Asynchronous:
         return self._push(list(self.traffic.sent(messages)), number, tries)
 
     def _push(self, messages: list[Message], number: int, tries: int) -> int:
-        sent = now(self.grid)
-        flights = {
-            name: Flight(message, number, sent, tries) for name, message in push(self.grid, messages).items()
-        }
-        self._flights |= flights
-        return len(messages) - len(flights)
+        sent, pushed = now(self.grid), push(self.grid, messages)
+        for name, message in pushed.items():
+            partition = self.places.partitions[message.metadata.dst_node_id]
+            self._flights[name] = Flight(message, partition, number, sent, tries)
+            self._training.add(partition)
+        return len(messages) - len(pushed)
 
     def _next(self) -> tuple[Flight, Message | None]:
         """The flight that ends next, and its reply; None where the client's time was over before one came."""
         while True:
             while self._arrived:
                 reply = self._arrived.popleft()
-                flight = self._flights.pop(reply.metadata.reply_to_message_id, None)
-                if flight is not None:
+                if reply.metadata.reply_to_message_id in self._flights:
+                    flight = self._ended(reply.metadata.reply_to_message_id)
                     return flight, answer(flight.asked, reply)
-            first = min(self._flights, key=lambda name: self._flights[name].sent)
-            timeout = self.job.round_timeout
+            first, timeout = next(iter(self._flights)), self.job.round_timeout
             until = self._flights[first].sent + timeout
             came = next_replies(self.grid, self._flights.keys(), time.monotonic() + timeout, until)
             if not came:
                 forget(self.grid, [first])
-                return self._flights.pop(first), None
+                return self._ended(first), None
             self.traffic.came(came)
             self._arrived.extend(came)
+
+    def _ended(self, name: str) -> Flight:
+        flight = self._flights.pop(name)
+        self._training.discard(flight.partition)
+        return flight
 
     def _again(self, flight: Flight, reply: Message) -> bool:
         """Note what the node holds; whether it could not decode its message, and another one may help."""
@@ -176,9 +183,6 @@ class Asynchronous:
             refuse(reply, error)
             return False
 
-    def _partition(self, flight: Flight) -> int:
-        return self.places.partitions[flight.asked.metadata.dst_node_id]
-
     def state(self) -> dict[str, Any]:
         """Who trains at the end of a round, and on what: that will be computed again, to the same bits."""
         records = {id(f.asked.content[ARRAYS]): f.asked.content[ARRAYS] for f in self._flights.values()}
@@ -187,7 +191,7 @@ class Asynchronous:
             "arrays": [_bytes_of(record) for record in records.values()],
             "flights": [
                 {
-                    "partition": self._partition(flight),
+                    "partition": flight.partition,
                     "round": flight.round,
                     "sent": flight.sent,
                     "tries": flight.tries,

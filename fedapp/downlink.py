@@ -81,6 +81,9 @@ class Downlink:
         self._held: dict[int, int] = {}  # by node; at first each holds version 0
         self._sent: dict[int, int] = {}  # by node, the version that it was sent and has not answered
         self._weights = initial
+        # Of the version now: its CRC, and what nodes that hold another one are sent, by that.
+        self._crc: int | None = None
+        self._made = dict[int, ArrayRecord]()
 
     def send(self, weights: ArrayRecord, messages: Iterable[Message]) -> Iterator[Message]:
         """The messages; instead of weights they hold what their nodes need to make this version of them.
@@ -88,33 +91,34 @@ class Downlink:
         Each as soon as it is ready: what others need is made after it, or beside it.
         """
         if weights is not self._weights:
-            self._weights = weights
-            self._publish(ravel(weights, self._layout))
+            self._publish(weights)
         messages = list(messages)
         held_by = {m.metadata.dst_node_id: self._held.get(m.metadata.dst_node_id, 0) for m in messages}
-        crc = crc_of(self._now.weights(self._initial))
-        made, arrays = self._made(dict.fromkeys(held_by.values()), crc), dict[int, ArrayRecord]()
+        made = self._make([held for held in dict.fromkeys(held_by.values()) if held not in self._made])
         contents: dict[tuple[int, int], RecordDict] = {}  # and are told the same beside
         for message in messages:
             node = message.metadata.dst_node_id
             held, told = held_by[node], id(message.content)
-            if held not in arrays:
-                arrays[held] = next(made)
+            while held not in self._made:
+                base, arrays = next(made)
+                self._made[base] = arrays
             self._sent[node] = self._now.number
             if (held, told) not in contents:
-                contents[held, told] = RecordDict({**message.content, ARRAYS: arrays[held]})
+                contents[held, told] = RecordDict({**message.content, ARRAYS: self._made[held]})
             message.content = contents[held, told]
             yield message
 
-    def _made(self, bases: Collection[int], crc: int) -> Iterator[ArrayRecord]:
+    def _make(self, bases: Collection[int]) -> Iterator[tuple[int, ArrayRecord]]:
         """What nodes that hold these versions are sent, in this order: one for all that hold the same."""
-        make, values = partial(self._arrays, crc=crc), max(1, self._layout.size)
+        if self._crc is None:
+            self._crc = crc_of(self._now.weights(self._initial))
+        make, values = partial(self._arrays, crc=self._crc), max(1, self._layout.size)
         threads = min(len(os.sched_getaffinity(0)), len(bases), _AT_ONCE // values) or 1
         if threads == 1 or len(bases) * values < _ALONE:
-            yield from map(make, bases)
+            yield from zip(bases, map(make, bases), strict=True)
             return
         with ThreadPoolExecutor(threads) as pool:  # the coder runs without Python's lock
-            yield from pool.map(make, bases)
+            yield from zip(bases, pool.map(make, bases), strict=True)
 
     def again(self, reply: Message) -> bool:
         """Note what the node holds; whether it could make nothing of its message, and another may help."""
@@ -154,9 +158,14 @@ class Downlink:
         self._held = {nodes[partition]: v for partition, v in state["held"] if partition in nodes}
         self._sent = {nodes[partition]: v for partition, v in state["sent"] if partition in nodes}
         self._weights = weights if state["published"] else ArrayRecord()
+        self._crc = None
+        self._made.clear()
 
-    def _publish(self, weights: NDArray[np.float32]) -> None:
+    def _publish(self, record: ArrayRecord) -> None:
         """Make the next version: as much of what this one lacks as the rate allows."""
+        self._weights, self._crc = record, None
+        self._made.clear()
+        weights = ravel(record, self._layout)
         lacks, way = weights - self._now.weights(self._initial), weights - self._initial
         if not lacks.any():
             return

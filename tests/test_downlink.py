@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from fedapp import downlink
 from fedapp.codec import Layout, Slot
 from fedapp.codec import context as coder
 from fedapp.codec.quantizer import edges
@@ -151,6 +152,36 @@ def test_a_late_comer_is_sent_one_difference_not_all_of_them() -> None:
     assert np.array_equal(nodes[3].weights, nodes[2].weights)
     assert late < 0.6 * sum(sizes)
     assert nodes[3].messages == 1
+
+
+def test_each_way_to_a_version_is_coded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many messages bring it, one by one, and while others are being made."""
+    coded = list[int]()
+
+    def counting(levels: NDArray[np.int32], layout: Layout) -> bytes:
+        coded.append(len(levels))
+        return code_of(levels, layout)
+
+    monkeypatch.setattr(downlink, "code_of", counting)
+    weights = model(0)
+    server, nodes = Downlink(Coded(), model(0)), {n: Node(model(0)) for n in range(2, 8)}
+    for seed, node in ((1, 2), (2, 3)):
+        weights = moved(weights, seed)
+        exchange(server, weights, {node: nodes[node]})
+    weights = moved(weights, 3)
+    coded.clear()
+    going = server.send(weights, asking([2, 4, 3, 5]))  # who hold versions 1, 0, 2, 0
+    server.again(nodes[2].takes(next(going)))
+    for node in (6, 4):
+        exchange(server, weights, {node: nodes[node]})
+    for message in going:
+        server.again(nodes[message.metadata.dst_node_id].takes(message))
+    exchange(server, weights, nodes)  # those that hold it now, and number 7
+    assert len(coded) == 4
+    assert all(np.array_equal(node.weights, nodes[2].weights) for node in nodes.values())
+    weights = moved(weights, 4)
+    exchange(server, weights, nodes)
+    assert all(np.array_equal(node.weights, nodes[2].weights) for node in nodes.values())
 
 
 def test_the_first_model_comes_from_the_seed_and_unchanged_weights_cost_next_to_nothing() -> None:
