@@ -184,7 +184,7 @@ PRIVATE = {
     "flwr.supercore.protobuf.client": {"ProtobufCall", "ProtobufClient", "ProtobufRequestContext"},
     "flwr.supercore.protobuf.constants": {"PROTOBUF_MEDIA_TYPE"},
     "flwr.supercore.run": {"Run"},
-    "flwr.supercore.state.schema.linkstate_models": {"MessageRes"},
+    "flwr.supercore.state.schema.linkstate_models": {"MessageIns", "MessageRes"},
     "flwr.supercore.task_identity": {"TaskIdentity"},
     "flwr.supercore.utils": {"uint64_to_int64"},
     "flwr.superlink.auth_plugin": {"NoOpControlAuthnPlugin"},

@@ -814,6 +814,44 @@ def test_a_reply_has_a_most_and_nothing_is_added_to_it(
             assert len(came.content.array_records["arrays"]) == 5
 
 
+def test_a_reply_that_was_delivered_is_forgotten(
+    server: Running, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once there are many: one that waits for its ServerApp is counted on, as is one of which parts come."""
+    quotas, opened = list[quota.Quota](), quota.Quota.opened
+
+    def opening(self: quota.Quota, request: PushMessagesRequest, session: str) -> None:
+        quotas.append(self)
+        opened(self, request, session)
+
+    monkeypatch.setattr(quota.Quota, "opened", opening)
+    monkeypatch.setattr(quota, "MANY", 1)
+    key, node_id = server.node()
+    with grid(server, tmp_path / "app") as pushing:
+
+        def replying(whole: bool, pulled: bool) -> tuple[Message, int]:
+            """A reply, and how many are remembered then."""
+            (sent,) = pushing.push_messages([message(node_id)])
+            reply = replied(asked_of(server, key, node_id), 1, 1, first=len(quotas))
+            if whole:
+                delivered(server, key, node_id, reply)
+            else:
+                assert announced(server, key, pushing_of(reply, node_id)).status_code == 200
+            if pulled:
+                list(pushing.pull_messages([sent]))
+            quotas[0]._many = 1
+            return reply, len(quotas[0]._sessions)
+
+        waits, _ = replying(whole=True, pulled=False)
+        assert replying(whole=True, pulled=True)[1] == 2
+        assert replying(whole=True, pulled=True)[1] == 2  # the one before is forgotten
+        replying(whole=False, pulled=False)
+        assert replying(whole=True, pulled=True)[1] == 3
+        more = pushing_of(waits, node_id)
+        more.message_object_trees[0].children.add(object_id="f" * 64)
+        assert announced(server, key, more).status_code == 403
+
+
 def test_of_all_awaited_replies_those_that_came_are_loaded(
     server: Running, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,6 +3,7 @@
 import threading
 from dataclasses import dataclass
 from hashlib import sha256
+from typing import cast
 
 from flwr.common.constant import Status
 from flwr.proto.fleet_pb2 import PushMessagesRequest
@@ -12,14 +13,17 @@ from flwr.server.superlink.utils import check_abort
 from flwr.supercore.inflatable.inflatable_object import iterate_object_tree
 
 from fedapp.deploy.bounded import Refused
+from fedapp.deploy.state import State
 
 PARTS = 1 << 16  # of one reply; one with a thousand arrays has some two thousand
+MANY = 1 << 10  # replies that are remembered before it is looked which of them are over
 
 
 @dataclass
 class _Reply:
-    """A reply that was announced: what hangs on it, and how many bytes of that are here."""
+    """A reply that was announced: to what, what hangs on it, and how many bytes of that are here."""
 
+    asked: str
     tree: bytes
     size: int = 0
     session: str = ""
@@ -29,11 +33,12 @@ class Quota:
     """Of each reply all parts together have at most `most` bytes, and nothing is added to it afterwards.
 
     Flower keeps whatever a registered node announces, of any size, and lets it announce more for the same
-    reply. Replies are counted until their run is over; there is one for each message that the node was sent.
+    reply. There is one reply for each message that the node was sent; it is counted until a ServerApp has it
+    whole, or its run is over.
     """
 
     def __init__(self, most: int, state: LinkState) -> None:
-        self._most, self._state = most, state
+        self._most, self._state, self._many = most, state, MANY
         self._replies = dict[int, dict[str, _Reply]]()  # by run and name
         self._sessions = dict[str, _Reply]()
         self._lock = threading.Lock()
@@ -63,9 +68,23 @@ class Quota:
                 ]:
                     for reply in self._replies.pop(other).values():
                         self._sessions.pop(reply.session, None)
-            reply = self._replies.setdefault(run, {}).setdefault(name, _Reply(_digest(request)))
+            if len(self._sessions) >= self._many:
+                self._forget(run)
+            announced = _Reply(message.metadata.reply_to_message_id, _digest(request))
+            reply = self._replies.setdefault(run, {}).setdefault(name, announced)
             self._sessions.pop(reply.session, None)
             self._sessions[session], reply.session = reply, session
+
+    def _forget(self, run: int) -> None:
+        """Forget the replies that Flower takes nothing more of: delivered, and no part of them to come."""
+        state = cast(State, self._state)  # `fedapp server` has no other
+        awaited, coming = state.awaited(run), state.sessions
+        replies = self._replies.get(run, {})
+        for name, reply in list(replies.items()):
+            if reply.asked not in awaited and reply.session not in coming:
+                del replies[name]
+                self._sessions.pop(reply.session, None)
+        self._many = max(MANY, 2 * len(self._sessions))
 
     def store(self, part: PushObjectRequest) -> bool:
         """Keep a part of a reply; whether it is one that is wanted. Raises Refused, 413."""

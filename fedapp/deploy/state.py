@@ -7,13 +7,14 @@ successor asks anew. Flower keeps it in SQLite too, object by object, at 80 ms o
 import threading
 import time
 from collections import defaultdict
+from collections.abc import Container
 
 from flwr.app import Message
 from flwr.server.superlink.linkstate.linkstate_factory import LinkStateFactory
 from flwr.server.superlink.linkstate.sql_linkstate import SqlLinkState
 from flwr.supercore.corestate.in_memory_corestate import InMemoryCoreState, ObjectPushSession
 from flwr.supercore.object_store.in_memory_object_store import InMemoryObjectStore
-from flwr.supercore.state.schema.linkstate_models import MessageRes
+from flwr.supercore.state.schema.linkstate_models import MessageIns, MessageRes
 from flwr.supercore.utils import uint64_to_int64
 from sqlalchemy import select
 
@@ -64,3 +65,14 @@ class State(SqlLinkState):
         with self.session() as session:
             replied = session.scalars(select(MessageRes.reply_to_message_id).where(*of_run)).all()
         return super().get_message_res(message_ids.intersection(replied), run_id)
+
+    def awaited(self, run_id: int) -> set[str]:
+        """The messages of a run whose replies no ServerApp has."""
+        of_run = MessageIns.run_id == uint64_to_int64(run_id)
+        with self.session() as session:
+            return set(session.scalars(select(MessageIns.message_id).where(of_run)))
+
+    @property
+    def sessions(self) -> Container[str]:
+        """The sessions in which parts of replies are still to come."""
+        return self._object_push_sessions.keys()
