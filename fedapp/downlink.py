@@ -134,14 +134,19 @@ class Downlink:
         self._held[node] = NOTHING if tried == 0 else said if said in self._versions else 0
         return True
 
+    def leave(self, node: int) -> None:
+        """Take note of a node that has left: if it comes back, it is sent the way from the initial model."""
+        self._held.pop(node, None)
+        self._sent.pop(node, None)
+
     def state(self, partitions: Mapping[int, int], weights: ArrayRecord) -> dict[str, Any]:
         """The version now, those that nodes hold, and which partition's node holds which."""
         ways = [(version, *self._coded(version)) for version in sorted(self._versions)]
         return {
             "now": [self._now.number, self._now.exponent, self._now.levels],
             "versions": [[v, e, np.frombuffer(code, np.uint8)] for v, e, code in ways],
-            "held": [[partitions[node], v] for node, v in self._held.items() if node in partitions],
-            "sent": [[partitions[node], v] for node, v in self._sent.items() if node in partitions],
+            "held": _pairs((partitions[node], v) for node, v in self._held.items() if node in partitions),
+            "sent": _pairs((partitions[node], v) for node, v in self._sent.items() if node in partitions),
             "published": weights is self._weights,
             "share": self._share,
         }
@@ -155,8 +160,9 @@ class Downlink:
         self._codes = {v: (exponent, code.tobytes()) for v, exponent, code in state["versions"]}
         self._ready.clear()
         self._share = state.get("share")
-        self._held = {nodes[partition]: v for partition, v in state["held"] if partition in nodes}
-        self._sent = {nodes[partition]: v for partition, v in state["sent"] if partition in nodes}
+        held, sent = (np.array(state[name], np.int64).reshape(-1, 2).tolist() for name in ("held", "sent"))
+        self._held = {nodes[partition]: v for partition, v in held if partition in nodes}
+        self._sent = {nodes[partition]: v for partition, v in sent if partition in nodes}
         self._weights = weights if state["published"] else ArrayRecord()
         self._crc = None
         self._made.clear()
@@ -223,6 +229,11 @@ class Downlink:
         arrays |= {INITIAL: Array(self._initial)} if held == NOTHING else {}
         arrays |= buffers_of(self._weights, self._layout)
         return record_with(arrays)
+
+
+def _pairs(pairs: Iterable[tuple[int, int]]) -> NDArray[np.int64]:
+    """Int64 (n, 2): in a checkpoint an array, since text of so many numbers takes long."""
+    return np.array(list(pairs), np.int64).reshape(-1, 2)
 
 
 def _said(reply: Message) -> int | None:

@@ -204,6 +204,8 @@ class Federation:
                 self.begun.join(partition)
             if left is not None and self._wire.controls is not None:
                 self._wire.controls.leave(left)
+            if left is not None and self._downlink is not None:
+                self._downlink.leave(left)
         if taken:
             self._weigh()
 
