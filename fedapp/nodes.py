@@ -91,11 +91,11 @@ def partitions(grid: Grid, job: Job, at: int) -> dict[int, int]:
     asked = [Message(question(at), node, MessageType.QUERY) for node in nodes]
     replies = stream(grid, asked, job.round_timeout)
     found = {reply.metadata.src_node_id: held_by(reply) for reply in replies}
-    own = sorted(node for node in nodes if found.get(node, OWN) < 0)
-    taken = [p for p in found.values() if p >= 0]
-    if len(set(taken)) < len(taken):
+    told = [p for p in found.values() if p >= 0]
+    taken = set(told)
+    if len(taken) < len(told):
         raise FedappError(
-            f"two nodes hold the same partition ({sorted(taken)}): give each its own partition-id"
+            f"two nodes hold the same partition ({sorted(told)}): give each its own partition-id"
         )
     if taken and max(taken) >= clients:
         raise FedappError(
@@ -103,7 +103,7 @@ def partitions(grid: Grid, job: Job, at: int) -> dict[int, int]:
             f"set clients={max(taken) + 1}, or start fewer nodes"
         )
     free = (p for p in range(max(clients, len(nodes))) if p not in taken)
-    held = {node: next(free) if node in own else found[node] for node in nodes}
+    held = {node: next(free) if found.get(node, OWN) < 0 else found[node] for node in nodes}
     if len(held) > clients:
         log(WARNING, "%s nodes are there, and clients=%s of them take part", len(held), clients)
     return {node: partition for node, partition in held.items() if partition < clients}

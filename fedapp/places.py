@@ -92,7 +92,9 @@ class Places:
         self._late = {node: late for node, late in self._late.items() if node in here}
         self._ask(number, sorted(here - self._late.keys() - set(self.nodes.values())))
         self._hear(empty)
-        return [self._seat(number, place, node) for place, node in self._fitting(empty)]
+        taken = [self._seat(number, place, node) for place, node in self._fitting(empty)]
+        self.nodes = dict(sorted(self.nodes.items()))
+        return taken
 
     def _ask(self, number: int, nodes: list[int]) -> None:
         """Ask nodes what they hold, once while they stay, and for facts where the run's selection does."""
@@ -148,7 +150,7 @@ class Places:
 
     def _seat(self, number: int, place: int, node: int) -> Taken:
         late, left = self._late.pop(node), self.nodes.get(place)
-        self.nodes = dict(sorted({**self.nodes, place: node}.items()))
+        self.nodes[place] = node
         self.partitions[node] = place
         self.facts[place] = late.facts or Facts()
         as_new = "joins" if left is None else f"takes over from node {left}, which has left,"
