@@ -98,7 +98,8 @@ def stripped(one: Round, number: int) -> NDArray[np.uint32]:
     ).astype(np.int64)
     masks.add_mask(total, keys.self_mask(server._recover(position, set())), one.modulus, -1)
     for other in server._near(position, server._commitment.keys() - server._masked):
-        key = keys.pair_mask(server._recover(other, set()), server._masking(position), session)
+        masking = keys.Private(server._recover(other, set()))
+        key = keys.pair_mask(masking, server._masking(position), session)
         masks.add_mask(total, key, one.modulus, 1 if other < position else -1)
     return np.remainder(total, one.modulus).astype(np.uint32)
 
@@ -176,10 +177,10 @@ def test_a_session_that_breaks_off_leaves_no_key_to_the_next() -> None:
 
 
 def test_the_mask_of_two_clients_is_one_at_both_and_another_in_each_session() -> None:
-    one, other = (bytes([n]) * keys.KEY for n in (1, 2))
+    one, other = (keys.Private(bytes([n]) * keys.KEY) for n in (1, 2))
     sessions = [number.to_bytes(8, "little") for number in (1, 2)]
-    made = [keys.pair_mask(one, keys.public(other), session) for session in sessions]
-    assert made == [keys.pair_mask(other, keys.public(one), session) for session in sessions]
+    made = [keys.pair_mask(one, other.public, session) for session in sessions]
+    assert made == [keys.pair_mask(other, one.public, session) for session in sessions]
     assert made[0] != made[1]
 
 

@@ -76,8 +76,8 @@ class Client:
             keys.read_advertisement(one, _number(session, 8), self.roster)
             for one in split(data(message, "keys", size * len(others)), size)
         ]
-        masking, sealing = data(state, "masking", keys.KEY), data(state, "sealing", keys.KEY)
-        public = [keys.public(masking), keys.public(sealing), *(key for one in advertised for key in one[:2])]
+        masking, sealing = (keys.Private(data(state, name, keys.KEY)) for name in ("masking", "sealing"))
+        public = [masking.public, sealing.public, *(key for one in advertised for key in one[:2])]
         own = (*public[:2], b"" if self.signing_key is None else keys.signer(self.signing_key))
         everyone = [*advertised[:position], own, *advertised[position:]]  # by position, if all are neighbours
         signers = [one[2] for one in everyone if self.roster]
@@ -87,7 +87,7 @@ class Client:
         points = [other + 1 for other in others]
         shares = [
             shamir.share(value, graph.threshold, points, self.secret)
-            for value in (seed, int.from_bytes(masking, "little"))
+            for value in (seed, int.from_bytes(data(state, "masking", keys.KEY), "little"))
         ]
         sealed = [
             keys.seal(sealing, key, _context(session, cohort, position, other), _element(one) + _element(two))
@@ -124,7 +124,7 @@ class Client:
         others = graph.neighbours(position)
         present = read_marks(message, "present", len(others))
         sealed = iter(split(data(message, "sealed", SEALED * sum(present)), SEALED))
-        masking, sealing = data(state, "masking", keys.KEY), data(state, "sealing", keys.KEY)
+        masking, sealing = (keys.Private(data(state, name, keys.KEY)) for name in ("masking", "sealing"))
         public = split(data(state, "keys", 2 * keys.KEY * len(others)), 2 * keys.KEY)
         total = values.astype(np.int64)
         add_mask(total, keys.self_mask(data(state, "seed", keys.KEY)), self.modulus, 1)

@@ -23,17 +23,22 @@ def derive(secret: bytes, use: bytes, *context: bytes) -> bytes:
     return HKDF(SHA256(), KEY, salt=None, info=_LABEL + use + b"".join(context)).derive(secret)
 
 
-def public(private: bytes) -> bytes:
-    """The public X25519 key of a private one."""
-    return X25519PrivateKey.from_private_bytes(private).public_key().public_bytes_raw()
+class Private:
+    """A private X25519 key of 32 bytes, and its public one. To load it takes as long as to agree with it."""
+
+    def __init__(self, raw: bytes) -> None:
+        self._key = X25519PrivateKey.from_private_bytes(raw)
+        self.public = self._key.public_key().public_bytes_raw()
+
+    def agree(self, other: bytes) -> bytes:
+        """X25519; raises DecodeError on a public key of small order, which would fix the result."""
+        try:
+            return self._key.exchange(X25519PublicKey.from_public_bytes(other))
+        except ValueError:
+            raise DecodeError("secure aggregation: a public key is not a point of large order") from None
 
 
-def agree(private: bytes, other: bytes) -> bytes:
-    """X25519; raises DecodeError on a public key of small order, which would fix the result."""
-    try:
-        return X25519PrivateKey.from_private_bytes(private).exchange(X25519PublicKey.from_public_bytes(other))
-    except ValueError:
-        raise DecodeError("secure aggregation: a public key is not a point of large order") from None
+_ANY = Private(bytes(KEY))  # finds points of small order
 
 
 def commit(seed: bytes) -> bytes:
@@ -46,20 +51,20 @@ def self_mask(seed: bytes) -> bytes:
     return derive(seed, b"self mask")
 
 
-def pair_mask(private: bytes, other: bytes, session: bytes) -> bytes:
+def pair_mask(private: Private, other: bytes, session: bytes) -> bytes:
     """The key of the mask that two clients share, the same at both."""
-    return derive(agree(private, other), b"pair mask", session, *sorted((public(private), other)))
+    return derive(private.agree(other), b"pair mask", session, *sorted((private.public, other)))
 
 
-def seal(private: bytes, other: bytes, context: bytes, shares: bytes) -> bytes:
+def seal(private: Private, other: bytes, context: bytes, shares: bytes) -> bytes:
     """Shares that only the holder of `other` can read, and only in this context; 16 bytes longer."""
-    key = derive(agree(private, other), b"seal", public(private), other)
+    key = derive(private.agree(other), b"seal", private.public, other)
     return ChaCha20Poly1305(key).encrypt(_NONCE, shares, context)
 
 
-def unseal(private: bytes, other: bytes, context: bytes, sealed: bytes) -> bytes | None:
+def unseal(private: Private, other: bytes, context: bytes, sealed: bytes) -> bytes | None:
     """Undo `seal` at the other end; None if these are not bytes that it made."""
-    key = derive(agree(private, other), b"seal", other, public(private))
+    key = derive(private.agree(other), b"seal", other, private.public)
     try:
         return ChaCha20Poly1305(key).decrypt(_NONCE, sealed, context)
     except InvalidTag:
@@ -73,7 +78,7 @@ def advertisement_size(signed: bool) -> int:
 
 def advertise(masking: bytes, sealing: bytes, session: bytes, signing: bytes | None) -> bytes:
     """Two public keys of private ones, signed with a long-term Ed25519 key if there is one."""
-    keys = public(masking) + public(sealing)
+    keys = Private(masking).public + Private(sealing).public
     if signing is None:
         return keys
     return keys + signer(signing) + _sign(signing, session + keys)
@@ -83,7 +88,7 @@ def read_advertisement(data: bytes, session: bytes, roster: frozenset[bytes]) ->
     """Masking key, sealing key and, with a roster, signer; raises DecodeError if it must not be used."""
     keys, signer, signature = data[: 2 * KEY], data[2 * KEY : SIGNED], data[SIGNED:]
     for key in (keys[:KEY], keys[KEY:]):
-        agree(bytes(KEY), key)
+        _ANY.agree(key)
     if roster:
         if signer not in roster:
             raise DecodeError("secure aggregation: keys are signed by nobody on the roster")

@@ -201,9 +201,10 @@ class Server:
             if position in self._masked:
                 add_mask(self._sum, keys.self_mask(secret), self._modulus, -1)
                 continue
+            masking = keys.Private(secret)
             for other in self._near(position, self._masked):
                 # The other has added this mask if it sits before the one that dropped out, else taken it off.
-                key = keys.pair_mask(secret, self._masking(other), self._number)
+                key = keys.pair_mask(masking, self._masking(other), self._number)
                 add_mask(self._sum, key, self._modulus, -1 if other < position else 1)
         return np.remainder(self._sum, self._modulus).astype(np.uint32)
 
@@ -275,4 +276,4 @@ def _commits(commitment: bytes, seed: int) -> bool:
 
 
 def _opens(public: bytes, private: int) -> bool:
-    return keys.public(private.to_bytes(shamir.BYTES, "little")) == public
+    return keys.Private(private.to_bytes(shamir.BYTES, "little")).public == public
