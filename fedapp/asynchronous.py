@@ -49,7 +49,6 @@ class Flight:
     """A client at work: the message it was sent, in which round, and when by the grid's clock."""
 
     asked: Message
-    partition: int
     round: int
     sent: float
     tries: int
@@ -76,7 +75,7 @@ class Asynchronous:
     traffic: Traffic
     begun: Begun
     _flights: dict[str, Flight] = field(default_factory=dict)  # by message id, as they were sent
-    _training: set[int] = field(default_factory=set)  # the partitions of these
+    _training: set[int] = field(default_factory=set)  # the nodes of these
     _arrived: deque[Message] = field(default_factory=deque)  # what came with the last answer of a round
 
     def __post_init__(self) -> None:
@@ -95,7 +94,7 @@ class Asynchronous:
             if self._flights:
                 flight, reply = self._next()
                 if reply is not None and self._again(flight, reply):
-                    failed += self._send(number, arrays, [flight.partition], flight.tries + 1)
+                    failed += self._send(number, arrays, [self._partition(flight)], flight.tries + 1)
                 elif reply is not None and self._taken(buffer, number, flight, reply):
                     accepted += 1
                 else:
@@ -117,7 +116,8 @@ class Asynchronous:
         wanted = self.job.at_once - len(self._training)
         if wanted <= 0:
             return []
-        free = sorted(self.places.nodes.keys() - self._training - asked)
+        training = set(map(self.places.partitions.__getitem__, self._training))
+        free = sorted(self.places.nodes.keys() - training - asked)
         rng = self.job.public_rng(number, len(asked), use=4)
         return sorted(int(i) for i in rng.permutation(free)[:wanted])
 
@@ -136,9 +136,8 @@ class Asynchronous:
     def _push(self, messages: list[Message], number: int, tries: int) -> int:
         sent, pushed = now(self.grid), push(self.grid, messages)
         for name, message in pushed.items():
-            partition = self.places.partitions[message.metadata.dst_node_id]
-            self._flights[name] = Flight(message, partition, number, sent, tries)
-            self._training.add(partition)
+            self._flights[name] = Flight(message, number, sent, tries)
+            self._training.add(message.metadata.dst_node_id)
         return len(messages) - len(pushed)
 
     def _next(self) -> tuple[Flight, Message | None]:
@@ -160,7 +159,7 @@ class Asynchronous:
 
     def _ended(self, name: str) -> Flight:
         flight = self._flights.pop(name)
-        self._training.discard(flight.partition)
+        self._training.discard(flight.asked.metadata.dst_node_id)
         return flight
 
     def _again(self, flight: Flight, reply: Message) -> bool:
@@ -183,6 +182,9 @@ class Asynchronous:
             refuse(reply, error)
             return False
 
+    def _partition(self, flight: Flight) -> int:
+        return self.places.partitions[flight.asked.metadata.dst_node_id]
+
     def state(self) -> dict[str, Any]:
         """Who trains at the end of a round, and on what: that will be computed again, to the same bits."""
         records = {id(f.asked.content[ARRAYS]): f.asked.content[ARRAYS] for f in self._flights.values()}
@@ -191,7 +193,7 @@ class Asynchronous:
             "arrays": [_bytes_of(record) for record in records.values()],
             "flights": [
                 {
-                    "partition": flight.partition,
+                    "partition": self._partition(flight),
                     "round": flight.round,
                     "sent": flight.sent,
                     "tries": flight.tries,

@@ -107,6 +107,7 @@ class Downlink:
                 contents[held, told] = RecordDict({**message.content, ARRAYS: self._made[held]})
             message.content = contents[held, told]
             yield message
+        self._made.pop(NOTHING, None)  # it holds a model
 
     def _make(self, bases: Collection[int]) -> Iterator[tuple[int, ArrayRecord]]:
         """What nodes that hold these versions are sent, in this order: one for all that hold the same."""
@@ -123,7 +124,9 @@ class Downlink:
     def again(self, reply: Message) -> bool:
         """Note what the node holds; whether it could make nothing of its message, and another may help."""
         node, said = reply.metadata.src_node_id, _said(reply)
-        sent = self._sent.pop(node, 0)
+        sent = self._sent.pop(node, None)
+        if sent is None:  # it has left, or all nodes have started anew
+            return said is not None
         if said is None:
             if reply.has_content():
                 self._held[node] = sent
@@ -164,8 +167,6 @@ class Downlink:
         self._held = {nodes[partition]: v for partition, v in held if partition in nodes}
         self._sent = {nodes[partition]: v for partition, v in sent if partition in nodes}
         self._weights = weights if state["published"] else ArrayRecord()
-        self._crc = None
-        self._made.clear()
 
     def _publish(self, record: ArrayRecord) -> None:
         """Make the next version: as much of what this one lacks as the rate allows."""

@@ -1,12 +1,14 @@
 """Asynchronous rounds by hand and by law; over-selection and deadlines; what goes with neither."""
 
 import re
+import time
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
-from flwr.app import Context, Message, MetricRecord, RecordDict
+from flwr.app import Context, Message, MessageType, MetricRecord, RecordDict
 from grids import Elsewhere, Forgetful, bits, local, model_of, rounds_on
 from grids import rounds_here as run
 
@@ -19,6 +21,7 @@ from fedapp.errors import ConfigError, FedappError
 from fedapp.fedbuff import FedBuff
 from fedapp.job import Job
 from fedapp.records import ARRAYS, METRICS, WEIGHT
+from fedapp.rounds import Federation
 from fedapp.speeds import Stragglers
 from fedapp.vector import record_of
 from fedapp.wire import compress
@@ -255,6 +258,27 @@ def test_who_says_nothing_is_given_up() -> None:
     job = job_of("strategy=fedbuff strategy.buffer=8 rounds=2 round_timeout=1")
     _, records = rounds_on(job, Silent(client_app(lambda _: job), list(range(50, 58))))
     assert [(record.replies, record.failures) for record in records] == [(7, 1)] * 2
+
+
+def test_who_was_asked_first_is_given_up_first() -> None:
+    class Mute(Elsewhere):
+        def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+            training = self._waiting[-1].metadata.message_type == MessageType.TRAIN
+            return [] if training else super().pull_messages(message_ids)
+
+    job = job_of("strategy=fedbuff round_timeout=5")
+    grid = Mute(client_app(lambda _: job), list(range(50, 58)))
+    federation = Federation(job, grid)
+    loop = federation._asynchronous
+    assert loop is not None
+    loop._send(1, federation.arrays, [4])
+    loop._send(1, federation.arrays, [2, 6])
+    early, *_ = loop._flights
+    loop._flights[early] = replace(loop._flights[early], sent=time.monotonic() - 5)
+    flight, reply = loop._next()
+    assert reply is None
+    assert flight.asked.metadata.dst_node_id == 54
+    assert loop._training == {52, 56}
 
 
 def test_a_message_that_the_grid_refuses_is_a_failure() -> None:

@@ -23,7 +23,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import httpx
 import pytest
@@ -53,9 +53,10 @@ from flwr.proto.fleet_pb2 import (
     PushMessagesResponse,
     RegisterNodeFleetRequest,
 )
+from flwr.proto.message_pb2 import PushObjectRequest
 from flwr.proto.node_pb2 import Node
 from flwr.proto.run_pb2 import GetRunRequest
-from flwr.proto.runtime_pb2 import AcquireTaskRequest, PullTaskInputRequest
+from flwr.proto.runtime_pb2 import AcquireTaskRequest, PullAppMessagesRequest, PullTaskInputRequest
 from flwr.server.superlink.linkstate.sql_linkstate import SqlLinkState
 from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIGNATURE_HEADER
 from flwr.supercore.date import now
@@ -87,6 +88,7 @@ from fedapp.deploy import (
     quota,
     registry,
     starting,
+    state,
 )
 from fedapp.deploy.control import Access, from_here
 from fedapp.deploy.objects import deliver
@@ -825,28 +827,40 @@ def test_a_reply_that_was_delivered_is_forgotten(
         opened(self, request, session)
 
     monkeypatch.setattr(quota.Quota, "opened", opening)
-    monkeypatch.setattr(quota, "MANY", 1)
+    monkeypatch.setattr(quota, "MANY", 2)
     key, node_id = server.node()
     with grid(server, tmp_path / "app") as pushing:
 
-        def replying(whole: bool, pulled: bool) -> tuple[Message, int]:
-            """A reply, and how many are remembered then."""
-            (sent,) = pushing.push_messages([message(node_id)])
-            reply = replied(asked_of(server, key, node_id), 1, 1, first=len(quotas))
-            if whole:
-                delivered(server, key, node_id, reply)
-            else:
-                assert announced(server, key, pushing_of(reply, node_id)).status_code == 200
-            if pulled:
-                list(pushing.pull_messages([sent]))
-            quotas[0]._many = 1
-            return reply, len(quotas[0]._sessions)
+        def asked() -> Message:
+            list(pushing.push_messages([message(node_id)]))
+            return asked_of(server, key, node_id)
 
-        waits, _ = replying(whole=True, pulled=False)
-        assert replying(whole=True, pulled=True)[1] == 2
-        assert replying(whole=True, pulled=True)[1] == 2  # the one before is forgotten
-        replying(whole=False, pulled=False)
-        assert replying(whole=True, pulled=True)[1] == 3
+        def remembered() -> int:
+            (replies,) = quotas[0]._replies.values()
+            assert len(replies) == len(quotas[0]._sessions)
+            return len(replies)
+
+        coming = replied(asked(), 1, 1)
+        taken = announced(server, key, pushing_of(coming, node_id))
+        assert pushing._client is not None
+        known = pushing._client.PullMessages(
+            PullAppMessagesRequest(message_ids=[coming.metadata.reply_to_message_id])
+        )
+        assert len(known.messages_list) == 1  # the ServerApp waits for its parts
+        waits = replied(asked(), 1, 1, first=1)
+        delivered(server, key, node_id, waits)
+        for first in range(2, 9):
+            question = asked()
+            delivered(server, key, node_id, replied(question, 1, 1, first))
+            assert len(list(pushing.pull_messages([question.metadata.message_id]))) == 1
+            assert remembered() <= 4
+        session = PushMessagesResponse.FromString(taken.content).session_id
+        name, content = next(iter(get_all_nested_objects(coming).items()))
+        part = PushObjectRequest(
+            node=Node(node_id=node_id), run_id=coming.metadata.run_id, session_id=session,
+            object_id=name, object_content=content.deflate(),
+        )  # fmt: skip
+        assert quotas[0].store(part)
         more = pushing_of(waits, node_id)
         more.message_object_trees[0].children.add(object_id="f" * 64)
         assert announced(server, key, more).status_code == 403
@@ -863,21 +877,29 @@ def test_of_all_awaited_replies_those_that_came_are_loaded(
         return get(self, message_ids, run_id)
 
     monkeypatch.setattr(SqlLinkState, "get_message_res", counting)
+    monkeypatch.setattr(state, "_LOOK_S", 3600.0)
     key, node_id = server.node()
     with grid(server, tmp_path / "app") as pushing:
-        (sent,) = pushing.push_messages([message(node_id)])
-        question = asked_of(server, key, node_id)
-        others = list(pushing.push_messages([message(node_id) for _ in range(9)]))
-        many = [sent, *others] * 200  # more bytes than a question of a node may have
+        sent, other = pushing.push_messages([message(node_id), message(node_id)])
+        questions = [asked_of(server, key, node_id), asked_of(server, key, node_id)]
+        waiting = list(pushing.push_messages([message(node_id) for _ in range(9)]))
+        many = [sent, *waiting] * 200  # more bytes than a question of a node may have
         assert list(pushing.pull_messages(many)) == []
         assert loaded[0] == 10
-        assert not any(loaded[1:])
-        delivered(server, key, node_id, replied(question, 1, 1))
+        for question in questions:
+            delivered(server, key, node_id, replied(question, 1, 1))
         (came,) = pushing.pull_messages(many)
         assert came.metadata.reply_to_message_id == sent
-        assert 1 in loaded
-        lost, until = "0" * 64, time.monotonic() + 10  # of what will never come it is told later
-        while not (told := list(pushing.pull_messages([*others, lost]))):
+        assert max(loaded[1:]) == 1
+        (came,) = pushing.pull_messages([*waiting, other])  # which nobody had asked for
+        assert came.metadata.reply_to_message_id == other
+        monkeypatch.setattr(state, "_LOOK_S", 0.0)
+        monkeypatch.setattr(state, "_LOOK_EACH_S", 0.2)
+        cast(State, server.listening.front.state)._due.clear()
+        assert list(pushing.pull_messages(waiting)) == []
+        lost, until = "0" * 64, time.monotonic() + 10  # it is told, though between is asked for less
+        while not (told := list(pushing.pull_messages([*waiting, lost]))):
+            assert list(pushing.pull_messages(waiting[:1])) == []
             assert time.monotonic() < until
         assert told[0].has_error()
         assert told[0].metadata.reply_to_message_id == lost

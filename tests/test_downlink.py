@@ -25,6 +25,7 @@ from fedapp.downlink import (
     HOLDS,
     INITIAL,
     LEVELS,
+    NOTHING,
     VERSION,
     Coded,
     Downlink,
@@ -152,6 +153,19 @@ def test_a_late_comer_is_sent_one_difference_not_all_of_them() -> None:
     assert np.array_equal(nodes[3].weights, nodes[2].weights)
     assert late < 0.6 * sum(sizes)
     assert nodes[3].messages == 1
+
+
+def test_who_has_left_is_known_no_more_whatever_it_still_says() -> None:
+    server, weights = Downlink(Coded(), model(0)), moved(model(0), 1)
+    nodes = {2: Node(model(0)), 3: Node(model(9))}
+    replies = [nodes[m.metadata.dst_node_id].takes(m) for m in server.send(weights, asking([2, 3]))]
+    for node in nodes:
+        server.leave(node)
+    assert [server.again(reply) for reply in replies] == [False, True]  # the second one needs our model
+    assert not server._held
+    assert exchange(server, weights, nodes) > 4 * len(ravel(weights, layout_of(weights)))
+    assert np.array_equal(nodes[2].weights, nodes[3].weights)
+    assert NOTHING not in server._made
 
 
 def test_each_way_to_a_version_is_coded_once(monkeypatch: pytest.MonkeyPatch) -> None:

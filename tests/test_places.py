@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from flwr.app import ConfigRecord, Context, Error, Message, RecordDict
 from flwr.common.constant import ErrorCode
@@ -229,7 +230,19 @@ def test_who_comes_back_under_another_key_has_its_place_again(
     ):
         held = [place for place, *_ in (() if told is None else told)]
         assert len(set(held)) == len(held)
-    assert 6 not in (federation._downlink._held if federation._downlink else ())
+    if federation._downlink:
+        assert not {6} & (federation._downlink._held.keys() | federation._downlink._sent.keys())
+        assert isinstance(state["downlink"]["held"], np.ndarray)
+
+
+def test_nodes_are_in_the_order_of_their_partitions() -> None:
+    """Which goes by the seed then, whoever came when."""
+    federation, _, _ = run(
+        "privacy=none clients=3 begin_with=2 rounds=3",
+        [5, 6, 7],
+        {0: lambda grid: grid.leave(6), 1: lambda grid: grid.come(60, partition=1)},
+    )
+    assert list(federation.places.nodes.items()) == [(0, 5), (1, 60), (2, 7)]
 
 
 def test_the_old_key_may_have_the_place_again() -> None:

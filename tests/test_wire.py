@@ -45,6 +45,7 @@ from fedapp.nodes import Cohort
 from fedapp.privacy.central import CentralGaussian
 from fedapp.privacy.mechanism import Plan
 from fedapp.records import ARRAYS, METRICS, STYPE, UPDATE, WEIGHT
+from fedapp.vector import Reply
 from fedapp.wire import Wire, compress
 
 EVERYONE = {"min_train_nodes": 1, "min_evaluate_nodes": 1, "min_available_nodes": 1}
@@ -584,6 +585,17 @@ def test_garbage_is_not_collected_for_each_reply(name: str, monkeypatch: pytest.
     collected.clear()
     round_of(Wire(built(name), Identity()), model(), Identity())
     assert len(collected) <= 1  # qfedavg, for the weights of the round before
+
+
+def test_arrays_that_are_taken_out_of_a_reply_are_gone() -> None:
+    """As from Flower's records: else each reply's bytes and arrays are in memory at once."""
+    ours, flowers = Reply({**model()}), model()
+    kept = ours.to_numpy_ndarrays()
+    assert len(ours) == len(flowers)
+    for record in (ours, flowers):
+        taken = record.to_numpy_ndarrays(keep_input=False)
+        assert not record
+        assert all(np.array_equal(one, two) for one, two in zip(taken, kept, strict=True))
 
 
 @pytest.mark.parametrize("codec", [None, Identity()], ids=["plain", "streamed"])

@@ -219,7 +219,7 @@ class Public:
         if messages[0]["status"] == 200:
             taken = parsed(PushMessagesResponse, content_of(messages))
             if taken.objects_to_push:
-                self._quota.opened(request, taken.session_id)
+                await run_in_threadpool(self._quota.opened, request, taken.session_id)
             else:
                 self.pushes.replies.ring()  # else when they are here
         for message in messages:

@@ -68,6 +68,7 @@ class Quota:
                 ]:
                     for reply in self._replies.pop(other).values():
                         self._sessions.pop(reply.session, None)
+                self._many = MANY
             if len(self._sessions) >= self._many:
                 self._forget(run)
             announced = _Reply(message.metadata.reply_to_message_id, _digest(request))

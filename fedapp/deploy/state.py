@@ -18,7 +18,7 @@ from flwr.supercore.state.schema.linkstate_models import MessageIns, MessageRes
 from flwr.supercore.utils import uint64_to_int64
 from sqlalchemy import select
 
-_LOOK_S = 1.0
+_LOOK_S, _LOOK_EACH_S = 1.0, 0.001
 
 
 class State(SqlLinkState):
@@ -42,7 +42,7 @@ class State(SqlLinkState):
         self._lock_object_push_sessions = threading.RLock()
         self._object_push_sessions = dict[str, ObjectPushSession]()
         self._object_push_session_by_root = dict[str, str]()
-        self._looked, self._asked = 0.0, defaultdict[int, float](float)  # when, and when by run
+        self._looked, self._due = 0.0, defaultdict[int, float](float)  # by run, when all is to be looked at
         self.federation_manager.linkstate = self
         factory.state_instance = self
 
@@ -57,13 +57,12 @@ class State(SqlLinkState):
 
         Flower loads all that is awaited each time, at 65 us a message, and answers come one by one.
         """
-        due = self._asked[run_id] + _LOOK_S + len(message_ids) * _LOOK_S / 1000
-        if time.monotonic() >= due:
-            self._asked[run_id] = time.monotonic()
+        if time.monotonic() >= self._due[run_id]:
+            self._due[run_id] = time.monotonic() + _LOOK_S + _LOOK_EACH_S * len(message_ids)
             return super().get_message_res(message_ids, run_id)
-        of_run = MessageRes.run_id == uint64_to_int64(run_id), MessageRes.delivered_at == ""
+        awaited = MessageRes.reply_to_message_id.in_(message_ids), MessageRes.delivered_at == ""
         with self.session() as session:
-            replied = session.scalars(select(MessageRes.reply_to_message_id).where(*of_run)).all()
+            replied = session.scalars(select(MessageRes.reply_to_message_id).where(*awaited)).all()
         return super().get_message_res(message_ids.intersection(replied), run_id)
 
     def awaited(self, run_id: int) -> set[str]:
