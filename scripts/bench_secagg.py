@@ -1,4 +1,4 @@
-"""What secure aggregation costs: bits per parameter of all its bytes, and seconds, beside float32.
+"""What secure aggregation costs: bits per parameter of all its bytes, and time, beside float32.
 
 usage: .venv/bin/python scripts/bench_secagg.py [--clients 10] [--parameters 26146 1200000] [--noise 1.0]
 
@@ -34,7 +34,7 @@ Done = TypeVar("Done")
 
 
 class Clock:
-    """Seconds that each end has worked."""
+    """How long each end has worked."""
 
     def __init__(self) -> None:
         self.seconds = {"client": 0.0, "server": 0.0}
@@ -44,6 +44,9 @@ class Clock:
         done = act(*given)
         self.seconds[end] += time.perf_counter() - started
         return done
+
+    def ms(self, end: str) -> float:
+        return 1000 * self.seconds[end]
 
 
 def measure(
@@ -81,7 +84,7 @@ def measure(
     return (
         f"| {parameters:,} | {keep:g} | {'yes' if signed else 'no'} "
         f"| {terms.bits} | {raised:.3f} | {ways[0]:.3f} | {ways[1]:.3f} | {32 / sum(ways):.1f}x "
-        f"| {clock.seconds['client'] / clients:.2f} | {clock.seconds['server']:.2f} |"
+        f"| {clock.ms('client') / clients:.0f} | {clock.ms('server'):.0f} |"
     )
 
 
@@ -102,7 +105,7 @@ def measure_ckks(clients: int, parameters: int) -> str:
     ways = [way / 4 / parameters / clients for way in (up, down)]
     return (
         f"| {parameters:,} | {ways[0]:.2f}x | {ways[1]:.2f}x | {error:.1e} "
-        f"| {clock.seconds['client'] / clients:.2f} | {clock.seconds['server']:.2f} |"
+        f"| {clock.ms('client') / clients:.0f} | {clock.ms('server'):.0f} |"
     )
 
 
@@ -114,14 +117,15 @@ def main() -> None:
     options = parser.parse_args()
     measure(options.clients, 1000, 1.0, None, options.noise)  # compiles the sampler
     print(
-        "| parameters | kept | roster | bits of one | noise | up | down | smaller | client, s | server, s |"
+        "| parameters | kept | roster | bits of one | noise | up | down | smaller | client, ms | server, ms |"
     )
     print("|---|---|---|---|---|---|---|---|---|---|")
     for parameters in options.parameters:
         for keep, bits, signed in ((1.0, None, False), (0.1, None, False), (0.1, 12, False), (0.1, 12, True)):
             print(measure(options.clients, parameters, keep, bits, options.noise, signed), flush=True)
     print(
-        "\n| parameters, ckks | up, of float32 | down, of float32 | error of a mean | client, s | server, s |"
+        "\n| parameters, ckks | up, of float32 | down, of float32 | error of a mean "
+        "| client, ms | server, ms |"
     )
     print("|---|---|---|---|---|---|")
     for parameters in options.parameters:
