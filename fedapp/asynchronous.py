@@ -116,8 +116,8 @@ class Asynchronous:
         wanted = self.job.at_once - len(self._training)
         if wanted <= 0:
             return []
-        training = set(map(self.places.partitions.__getitem__, self._training))
-        free = sorted(self.places.nodes.keys() - training - asked)
+        busy = set(map(self.places.partitions.__getitem__, self._training))
+        free = sorted(self.places.nodes.keys() - busy - asked)
         rng = self.job.public_rng(number, len(asked), use=4)
         return sorted(int(i) for i in rng.permutation(free)[:wanted])
 

@@ -18,7 +18,7 @@ from flwr.supercore.state.schema.linkstate_models import MessageIns, MessageRes
 from flwr.supercore.utils import uint64_to_int64
 from sqlalchemy import select
 
-_LOOK_S, _LOOK_EACH_S = 1.0, 0.001
+_LOOK_S, _LOOK_EACH_S = 1.0, 0.001  # from one look at all to the next; more for each message awaited
 
 
 class State(SqlLinkState):
