@@ -110,10 +110,7 @@ def _without(tree: Any, name: str, arrays: dict[str, NDArray[Any]]) -> Any:
     if isinstance(tree, Mapping):
         return {key: _without(value, f"{name}/{key}".lstrip("/"), arrays) for key, value in tree.items()}
     if isinstance(tree, (list, tuple)):
-        return [  # numbers come by the thousand, one or more for each node
-            value if type(value) in (int, float) else _without(value, f"{name}/{index}", arrays)
-            for index, value in enumerate(tree)
-        ]
+        return [_without(value, f"{name}/{index}", arrays) for index, value in enumerate(tree)]
     return tree
 
 
