@@ -5,8 +5,9 @@ usage: .venv/bin/python scripts/bench_engine.py [--only lr cnn noop long wide st
 
 lr: logistic regression (7,850 parameters), 10 of 1000 clients a round. cnn: 1.2 million parameters, 50 of
 1000. noop: the same, and nobody trains. All on Fashion-MNIST, an equal random split, batches of 10, one local
-epoch, nobody tests. The bare loop is FedAvg in one process on one thread: no messages, no codec, no engine.
-Two of them at once, each for half of the cohort, say what the machine's cores give together.
+epoch, nobody tests. The bare loop is FedAvg in one process on one thread, with torch's own layers and
+optimizer: no messages, no codec, no engine. Two of them at once, each for half of the cohort, say what the
+machine's cores give together.
 Processes run in turns, so that a busy machine is busy for all; a figure is the least and the median over the
 rounds of all turns, but for each process's first. In FOLDER, scripts `stock_flower.py` and `pfl_peer.py` that
 take SETTING and ROUNDS and print "min X median Y" run in the same turns; one that fails is left out.
@@ -80,6 +81,7 @@ def bare(name: str, device: str) -> None:
     """The floor, in a process of its own; prints the seconds of each round."""
     import torch
     from torch.nn.functional import cross_entropy
+    from torchs_layers import with_torchs_layers
 
     from fedapp import config
     from fedapp.tasks import Data
@@ -90,7 +92,7 @@ def bare(name: str, device: str) -> None:
     ids = range(setting.clients)
     data = [job.task.client_data({"partition-id": i, "num-partitions": setting.clients}) for i in ids]
     data = [Data(one.x.to(device), one.y.to(device)) for one in data]
-    model = job.task.model(0).to(device)
+    model = with_torchs_layers(job.task.model(0)).to(device)
     weights = [p.detach().clone() for p in model.parameters()]
     for _ in range(setting.rounds + 1):
         start = time.perf_counter()

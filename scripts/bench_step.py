@@ -3,22 +3,24 @@
 usage: .venv/bin/python scripts/bench_step.py [--only plain private] [--repeats 8]
 
 All on one thread and on Fashion-MNIST; ways take turns of ten steps on the same batch, and a figure is the
-least turn's. plain: SGD as `trainer=sgd` takes it, with torch's own optimizer, and in ways that might be
-faster. private: a step of DP-SGD beside a plain one, both on pixels.
+least turn's. plain: SGD as `trainer=sgd` takes it, with torch's own layers or optimizer, and in ways that
+might be faster (what is compiled, or mapped over clients, has torch's layers). private: a step of DP-SGD
+beside a plain one, both on pixels.
 """
 
 import argparse
 import time
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from functools import partial
 
 import torch
 from torch import nn
 from torch.func import functional_call, grad, vmap
+from torchs_layers import with_torchs_layers
 
 from fedapp import config
 from fedapp.dp_step import Step
+from fedapp.engine.heap import keep_freed_memory
 from fedapp.tasks import Data, Task
 from fedapp.training import DpSgd
 
@@ -93,10 +95,12 @@ def plain(repeats: int) -> None:
     for model, seen, size in PLAIN:
         job = config.job_of(f"privacy=none partition=iid clients=10 task.features={seen} model={model}")
         task, batch = job.task, first(job.task, size)
-        last, compiled = task.model(0).to(memory_format=torch.channels_last), task.model(0)
+        last = task.model(0).to(memory_format=torch.channels_last)
+        compiled, torchs = (with_torchs_layers(task.model(0)) for _ in range(2))
         compiled.compile()
         ways = {
             "trainer=sgd": by_hand(task, task.model(0), batch),
+            "torch's layers": by_hand(task, torchs, batch),
             "torch.optim.SGD": with_optimizer(task, task.model(0), batch),
             "the same, fused": with_optimizer(task, task.model(0), batch, fused=True),
             "channels last": by_hand(task, last, batch),
@@ -104,9 +108,8 @@ def plain(repeats: int) -> None:
             "bfloat16": by_hand(task, task.model(0), batch, half=True),
         }
         found = milliseconds(ways, repeats)
-        with suppress(RuntimeError):  # torch cannot map small_cnn's pooling over models
-            at_once = milliseconds({"at once": cohort_at_once(task, task.model(0), batch)}, repeats)
-            found["a cohort of ten at once"] = at_once["at once"] / COHORT
+        mapped = cohort_at_once(task, with_torchs_layers(task.model(0)), batch)
+        found["a cohort of ten at once"] = milliseconds({"at once": mapped}, repeats)["at once"] / COHORT
         for name, ms in found.items():
             share = ms / found["trainer=sgd"]
             print(f"| {model} on {seen} | {size} | {name} | {ms:.2f} | {share:.2f} |", flush=True)
@@ -144,6 +147,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=8)
     options = parser.parse_args()
     torch.set_num_threads(1)
+    keep_freed_memory()  # as workers do
     for name in options.only:
         parts[name](options.repeats)
 

@@ -13,7 +13,7 @@ from torch import nn
 from torchvision.models import resnet18
 
 from fedapp.errors import ConfigError
-from fedapp.models import Cnn, Logistic, Mlp, Resnet18, SmallCnn, _MaxPool
+from fedapp.models import Cnn, Logistic, Mlp, Resnet18, SmallCnn
 
 CONF = Path(__file__).parents[1] / "conf" / "model"
 FASHION, DIGITS, COLOUR = (1, 28, 28), (1, 8, 8), (3, 32, 32)
@@ -66,14 +66,6 @@ def test_forward_gives_one_logit_per_class(build: Any, shape: tuple[int, ...]) -
     assert torch.isfinite(output).all()
 
 
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_what_is_pooled_lies_as_it_came(layout: torch.memory_format) -> None:
-    x = torch.rand(2, 3, 9, 9).contiguous(memory_format=layout)
-    pooled = _MaxPool(2, 1)(x)
-    assert pooled.is_contiguous(memory_format=layout)
-    assert torch.equal(pooled, nn.functional.max_pool2d(x, 2, 1))
-
-
 @pytest.mark.parametrize("build", [Logistic(), Mlp()])
 def test_dense_models_take_tables(build: Any) -> None:
     assert build((5,), 3)(torch.rand(4, 5)).shape == (4, 3)
@@ -101,6 +93,20 @@ def test_resnet18_computes_what_torchvisions_does(shape: tuple[int, ...]) -> Non
     x = torch.rand(2, *shape)
     with torch.no_grad():
         assert torch.equal(ours(x), theirs(x))
+
+
+def test_cnn_computes_what_pytorchs_example_does() -> None:
+    """https://github.com/pytorch/examples/blob/main/mnist/main.py, but for dropout, to the last bit."""
+    ours = Cnn()(FASHION, 10).eval()
+    conv1, conv2, linear, output = (m for m in ours.modules() if isinstance(m, nn.Conv2d | nn.Linear))
+    theirs = nn.Sequential(
+        conv1, nn.ReLU(), conv2, nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), linear, nn.ReLU(), output
+    )
+    x, classes = torch.rand(6, *FASHION), torch.arange(6)
+    found, known = (nn.functional.cross_entropy(model(x), classes) for model in (ours, theirs))
+    assert torch.equal(found, known)
+    gradients = [torch.autograd.grad(loss, list(ours.parameters())) for loss in (found, known)]
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
 def test_opacus_refuses_batch_norm() -> None:
