@@ -77,13 +77,21 @@ class Downlink:
         self._ready = dict[int, tuple[int, NDArray[np.int16 | np.int32]]]()
         self._codes = {0: (COARSEST, code_of(self._now.levels, self._layout))}
         self._lock = Lock()
+        # Of the last step onto the lattice: its exponent, and what an eighth of it took of all bytes.
+        self._exponent: int | None = None
         self._share: float | None = None
         self._held: dict[int, int] = {}  # by node; at first each holds version 0
         self._sent: dict[int, int] = {}  # by node, the version that it was sent and has not answered
         self._weights = initial
-        # Of the version now: its CRC, and what nodes that hold another one are sent, by that.
+        # Of the version now: its CRC, the code of the way to it from the one before, by the exponent, and
+        # what nodes that hold another one are sent, by that.
         self._crc: int | None = None
+        self._step = dict[int, bytes]()
         self._made = dict[int, ArrayRecord]()
+
+    def nearest_first(self, messages: Iterable[Message]) -> list[Message]:
+        """Those to nodes that hold the latest version come first: what they need is made soonest."""
+        return sorted(messages, key=lambda m: -self._held.get(m.metadata.dst_node_id, 0))
 
     def send(self, weights: ArrayRecord, messages: Iterable[Message]) -> Iterator[Message]:
         """The messages; instead of weights they hold what their nodes need to make this version of them.
@@ -151,6 +159,7 @@ class Downlink:
             "held": _pairs((partitions[node], v) for node, v in self._held.items() if node in partitions),
             "sent": _pairs((partitions[node], v) for node, v in self._sent.items() if node in partitions),
             "published": weights is self._weights,
+            "exponent": self._exponent,
             "share": self._share,
         }
 
@@ -162,7 +171,7 @@ class Downlink:
         self._now = Version(*state["now"])
         self._codes = {v: (exponent, code.tobytes()) for v, exponent, code in state["versions"]}
         self._ready.clear()
-        self._share = state.get("share")
+        self._exponent, self._share = state.get("exponent"), state.get("share")
         held, sent = (np.array(state[name], np.int64).reshape(-1, 2).tolist() for name in ("held", "sent"))
         self._held = {nodes[partition]: v for partition, v in held if partition in nodes}
         self._sent = {nodes[partition]: v for partition, v in sent if partition in nodes}
@@ -172,18 +181,21 @@ class Downlink:
         """Make the next version: as much of what this one lacks as the rate allows."""
         self._weights, self._crc = record, None
         self._made.clear()
+        self._step.clear()
         weights = ravel(record, self._layout)
         lacks, way = weights - self._now.weights(self._initial), weights - self._initial
         if not lacks.any():
             return
         finest = max(peak_exponent(way) - _DEPTH, FINEST)
-        number, terms = self._now.number + 1, (self._layout, self._rate, self._now.exponent, finest)
+        begin = self._now.exponent if self._exponent is None else self._exponent
+        number, terms = self._now.number + 1, (self._layout, self._rate, begin, finest)
         try:
-            exponent, levels, self._share = quantized(lacks, *terms, self._share)
+            exponent, levels, code, self._share = quantized(lacks, *terms, self._share)
             self._now = self._now.plus(number, exponent, levels)
+            self._exponent, self._step[exponent] = exponent, code
         except OverflowError:  # after ever finer steps a long way: all nodes start anew
-            exponent, levels, _ = quantized(way, *terms)
-            self._now = first(self._layout).plus(number, exponent, levels)
+            exponent, levels, *_ = quantized(way, *terms)
+            self._now, self._exponent = first(self._layout).plus(number, exponent, levels), exponent
             self._held.clear()
             self._sent.clear()
         kept = {0, *self._held.values(), *self._sent.values()}
@@ -222,7 +234,8 @@ class Downlink:
         if held > 0:
             with suppress(OverflowError):  # too far apart for one step: from the initial model it is not
                 exponent, levels = self._now.minus(self._decoded(held))
-                based_on, code = held, code_of(levels, self._layout)
+                known = self._step.get(exponent) if held == self._now.number - 1 else None
+                based_on, code = held, known or code_of(levels, self._layout)
         if not based_on:
             exponent, code = self._coded(self._now.number)
         packet = VersionPacket(crc, exponent, based_on, self._now.number, code)

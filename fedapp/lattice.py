@@ -5,6 +5,7 @@ And what of a difference goes onto it, at so many bits a value.
 
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from math import log
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +20,7 @@ from fedapp.codec.quantizer import LAMBDA, edges
 BOUND = 2**23  # of levels: so far float32 holds them, and halves, which the coder adds
 COARSEST, FINEST = 127, -140  # exponents: that of no way at all, and the least
 _NEAR = 0.02  # of the rate
+_ANYWAY, _SLOPE = 0.6, 0.45  # so many steps are not sent in any case; how log bytes fall by steps, at first
 _LONG = 2**19  # values from which on a search goes by a part of them
 
 
@@ -82,11 +84,12 @@ def _require_exact(reach: int) -> None:
 
 def quantized(
     x: Floats, layout: Layout, rate: float, begin: int, finest: int, share: float | None = None
-) -> tuple[int, NDArray[np.int32], float | None]:
-    """Exponent and levels of x that take about so many bits a value; exponents are tried from `begin` on.
+) -> tuple[int, NDArray[np.int32], bytes, float | None]:
+    """Exponent, levels and code of x that take about so many bits a value.
 
-    Where x is long, an eighth of its columns tells, and again if it misled; then all of x. `share`: what an
-    eighth takes of all bytes, if an earlier x has told; returned is what this one tells, if it does.
+    Exponents are tried from `begin` on. Where x is long, an eighth of its columns tells, and again if it
+    misled; then all of x. `share`: what an eighth takes of all bytes, if an earlier x has told; returned is
+    what this one tells, if it does.
     """
     goal, whole = rate * len(x) / 8, (x, shapes(layout))
     exponent = min(max(begin, finest), max(peak_exponent(x), finest))
@@ -95,47 +98,60 @@ def quantized(
         share = share or len(part[0]) / len(x)
         for _ in range(2):
             exponent, least, told, _levels = _searched(part, share * goal, exponent, finest)
-            taken, levels = _coded(whole, exponent, least)
-            share = told / max(1, taken)
-            if 2 / 3 < taken / goal < 3 / 2 and levels.any():  # else the eighth is not like the rest
-                return exponent, levels, share
-    exponent, _, _, levels = _searched(whole, goal, exponent, finest)
-    return exponent, levels, None
+            code, levels = _coded(whole, exponent, least)
+            share = len(told) / max(1, len(code))
+            if 2 / 3 < len(code) / goal < 3 / 2 and levels.any():  # else the eighth is not like the rest
+                return exponent, levels, code, share
+    exponent, _, code, levels = _searched(whole, goal, exponent, finest)
+    return exponent, levels, code, None
 
 
 def _searched(
     part: Layers, goal: float, exponent: int, finest: int
-) -> tuple[int, float, int, NDArray[np.int32]]:
-    """Exponent, least magnitude in steps, bytes, and levels that take about so many, tried from `exponent`.
+) -> tuple[int, float, bytes, NDArray[np.int32]]:
+    """Exponent, least magnitude in steps, code of about so many bytes, levels, tried from `exponent` on.
 
     The coarsest step that takes as much, then a dearer bit: it makes up for steps that are powers of two.
     """
     coarsest = max(peak_exponent(part[0]), finest)
     coded = lru_cache(2)(partial(_coded, part))  # one step up and back again is one try
-    taken, levels = coded(exponent)
-    while taken > goal and exponent < coarsest:
+    code, levels = coded(exponent)
+    while len(code) > goal and exponent < coarsest:
         exponent += 1
-        taken, levels = coded(exponent)
-    while taken < goal and exponent > finest:
+        code, levels = coded(exponent)
+    while len(code) < goal and exponent > finest:
         exponent -= 1
-        taken, levels = coded(exponent)
-    best, low, high = (taken, 0.0, levels), 0.6, max(2.0 ** (peak_exponent(part[0]) - exponent), 2.0)
+        code, levels = coded(exponent)
+    # Log bytes fall about linearly with the least magnitude that is sent: the next try is where a line ends.
+    best, most = (code, 0.0, levels), max(2.0 ** (peak_exponent(part[0]) - exponent), 2.0)
+    low, high, least, slope = (_ANYWAY, _over(code, goal)), None, 0.0, _SLOPE
     for _ in range(6):
-        if abs(best[0] - goal) <= _NEAR * goal:  # each try codes all of it
+        if abs(len(best[0]) - goal) <= _NEAR * goal:  # each try codes all of it
             break
-        least = (low * high) ** 0.5
-        taken, levels = coded(exponent, least)
-        if abs(taken - goal) < abs(best[0] - goal) and levels.any():
-            best = taken, least, levels
-        low, high = (least, high) if taken > goal else (low, least)
+        if high is not None:
+            slope = (low[1] - high[1]) / (high[0] - low[0])
+        least = min(low[0] + low[1] / slope, most)
+        code, levels = coded(exponent, least)
+        if abs(len(code) - goal) < abs(len(best[0]) - goal) and levels.any():
+            best = code, least, levels
+        over = _over(code, goal)
+        if over > 0:
+            low = least, over
+        else:
+            high = least, over
     return exponent, best[1], best[0], best[2]
 
 
-def _coded(part: Layers, exponent: int, least: float = 0.0) -> tuple[int, NDArray[np.int32]]:
-    """Bytes and levels at a step of 2**exponent, where nothing below so many steps is sent."""
+def _over(code: bytes, goal: float) -> float:
+    """Log of the bytes over those that were asked for."""
+    return log(max(1, len(code)) / goal)
+
+
+def _coded(part: Layers, exponent: int, least: float = 0.0) -> tuple[bytes, NDArray[np.int32]]:
+    """Code and levels at a step of 2**exponent, where nothing below so many steps is sent."""
     x, those = part
     code, levels, _ = coder.encode(np.ldexp(x, -exponent), 1.0, edges(LAMBDA, least), those)
-    return len(code), levels
+    return code, levels
 
 
 def peak_exponent(x: Floats) -> int:

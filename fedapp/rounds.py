@@ -325,6 +325,8 @@ class Federation:
         """Send the weights, yield the replies; a node that cannot decode is sent others, at most twice."""
         self.messages += len(messages)
         for tries_left in (2, 1, 0):
+            if self._downlink is not None:
+                messages = self._downlink.nearest_first(messages)
             if isinstance(self.grid, LocalGrid):
                 messages = self.grid.in_order(messages)
             asked, others = {message.metadata.dst_node_id: message for message in messages}, []

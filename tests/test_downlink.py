@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from fedapp import downlink
+from fedapp import downlink, lattice
 from fedapp.codec import Layout, Slot
 from fedapp.codec import context as coder
 from fedapp.codec.quantizer import edges
@@ -191,11 +191,59 @@ def test_each_way_to_a_version_is_coded_once(monkeypatch: pytest.MonkeyPatch) ->
     for message in going:
         server.again(nodes[message.metadata.dst_node_id].takes(message))
     exchange(server, weights, nodes)  # those that hold it now, and number 7
-    assert len(coded) == 4
+    assert len(coded) == 3  # not the way from version 2: its code came with the step
     assert all(np.array_equal(node.weights, nodes[2].weights) for node in nodes.values())
     weights = moved(weights, 4)
     exchange(server, weights, nodes)
     assert all(np.array_equal(node.weights, nodes[2].weights) for node in nodes.values())
+
+
+def test_the_step_to_a_version_is_sent_as_it_was_made() -> None:
+    """To who holds the version before: the same bytes as if its levels were coded once more."""
+    weights, sent = model(0), list[list[bytes]]()
+    servers, node = [Downlink(Coded(0.5), model(0)) for _ in range(2)], Node(model(0))
+    for number in range(12):
+        weights = moved(weights, number, 0.5 ** (number % 5))
+        for server in servers:
+            server._publish(weights)
+        servers[1]._step.clear()
+        pairs = zip(*(server.send(weights, asking([2])) for server in servers), strict=True)
+        for message, other in pairs:
+            arrays = (m.content.array_records[ARRAYS] for m in (message, other))
+            sent.append([one[VERSION].data for one in arrays])
+            reply = node.takes(message)
+            assert not any(server.again(reply) for server in servers)
+    assert [ours for ours, _ in sent] == [theirs for _, theirs in sent]
+
+
+def test_who_holds_the_latest_version_is_asked_first() -> None:
+    weights, server = model(0), Downlink(Coded(), model(0))
+    nodes = {n: Node(model(0)) for n in range(2, 6)}
+    for seed, those in ((1, [3, 4]), (2, [4])):
+        weights = moved(weights, seed)
+        exchange(server, weights, {n: nodes[n] for n in those})
+    order = [m.metadata.dst_node_id for m in server.nearest_first(asking([2, 3, 4, 5]))]
+    assert order == [4, 3, 2, 5]
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.5, 1.0, 3.0])
+def test_a_step_onto_the_lattice_takes_few_tries(rate: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And comes near to its rate, from the exponent of the step before."""
+    x = np.random.default_rng(1).standard_t(3, 60_000).astype(np.float32)
+    layout = layout_of(ArrayRecord({"w": Array(x.reshape(200, 300))}))
+    begin, *_ = quantized(x, layout, rate, -3, -30)
+    tries, coded = list[int](), lattice._coded
+
+    def counting(*terms: Any) -> tuple[bytes, NDArray[np.int32]]:
+        tries.append(1)
+        return coded(*terms)
+
+    monkeypatch.setattr(lattice, "_coded", counting)
+    for scale in (1.0, 0.8, 0.6, 1.3):
+        tries.clear()
+        _, _, code, _ = quantized(x * np.float32(scale), layout, rate, begin, -30)
+        assert 8 * len(code) / len(x) == pytest.approx(rate, rel=0.021)
+        assert len(tries) <= 7
 
 
 def test_the_first_model_comes_from_the_seed_and_unchanged_weights_cost_next_to_nothing() -> None:
@@ -278,7 +326,7 @@ def test_a_long_update_is_quantized_by_an_eighth_of_it_where_that_is_like_the_re
     x = np.concatenate([a.ravel(), b.ravel()]).astype(np.float32)
     terms = x, layout, rate, -3, peak_exponent(x) - 20
     *_, share = quantized(*terms)
-    exponent, levels, _ = quantized(*terms, share)
+    exponent, levels, *_ = quantized(*terms, share)
     code, *_ = coder.encode(levels.astype(np.float32), 1.0, edges(0.0), list(shapes.values()))
     assert 8 * len(code) / len(x) == pytest.approx(rate, rel=0.5)
     error = float(np.sum((x - np.ldexp(levels.astype(np.float32), exponent)) ** 2) / np.sum(x**2))

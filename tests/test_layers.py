@@ -52,7 +52,8 @@ def test_a_pooled_value_can_be_derived_twice() -> None:
 
 def mask(p: float, n: int = 200_000, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     torch.manual_seed(5)
-    return Dropout(p).train()(torch.ones(n, dtype=dtype))
+    dropped: torch.Tensor = Dropout(p).train()(torch.ones(n, dtype=dtype))
+    return dropped
 
 
 def is_share(kept: torch.Tensor, share: float) -> bool:
