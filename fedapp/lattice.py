@@ -126,7 +126,7 @@ def _searched(
     best, most = (code, 0.0, levels), max(2.0 ** (peak_exponent(part[0]) - exponent), 2.0)
     low, high, least, slope = (_ANYWAY, _over(code, goal)), None, 0.0, _SLOPE
     for _ in range(6):
-        if abs(len(best[0]) - goal) <= _NEAR * goal:  # each try codes all of it
+        if low[1] <= 0 or abs(len(best[0]) - goal) <= _NEAR * goal:  # each try codes all of it
             break
         if high is not None:
             slope = (low[1] - high[1]) / (high[0] - low[0])
