@@ -36,7 +36,7 @@ from fedapp.errors import ConfigError, DecodeError
 from fedapp.lattice import Version, first, peak_exponent, quantized
 from fedapp.records import ARRAYS, CONFIG
 from fedapp.vector import layout_of, ravel
-from fedapp.version_packet import STYPE, VersionPacket, code_of
+from fedapp.version_packet import STYPE, VersionPacket, code_of, crc_of
 
 SHAPES = {"conv.weight": (6, 3, 3), "bn.scale": (), "fc.weight": (20, 30), "fc.bias": (20,)}
 
@@ -492,9 +492,14 @@ def test_nodes_of_a_process_that_come_to_one_version_share_it(monkeypatch: pytes
 
 
 def test_golden_bytes_of_a_version() -> None:
-    initial, data = packet()
-    assert data.hex() == GOLDEN
-    assert result(data, initial) is not None
+    """Both ways; which levels a version has is the server's to choose."""
+    initial, golden = packet()[0], bytes.fromhex(GOLDEN)
+    levels = np.array([0, -1, 0, 3, 0, 0, 8, 0, 0, 0, -2, 0, 4, 0], np.int32)
+    version = Version(1, -6, levels)
+    crc = crc_of(version.weights(ravel(initial, LAYOUT)))
+    assert VersionPacket(crc, -6, 0, 1, code_of(levels, LAYOUT)).to_array().data == golden
+    made = result(golden, initial)
+    assert made is not None and np.array_equal(made, levels.astype(np.float32) / 64)
 
 
 def test_damage_is_noticed_at_every_bit_and_length() -> None:
