@@ -499,7 +499,8 @@ def test_golden_bytes_of_a_version() -> None:
     crc = crc_of(version.weights(ravel(initial, LAYOUT)))
     assert VersionPacket(crc, -6, 0, 1, code_of(levels, LAYOUT)).to_array().data == golden
     made = result(golden, initial)
-    assert made is not None and np.array_equal(made, levels.astype(np.float32) / 64)
+    assert made is not None
+    assert np.array_equal(made, levels.astype(np.float32) / 64)
 
 
 def test_damage_is_noticed_at_every_bit_and_length() -> None:
