@@ -1,4 +1,8 @@
-"""One step of DP-SGD by Opacus, and the trainer whose rounds are one: what it adds up others add noise to."""
+"""One step of DP-SGD, and the trainer whose rounds are one: what it adds up others add noise to.
+
+Where fedapp knows all layers of a model, it clips (`example_gradients`); else Opacus does, by ghost clipping.
+The noise is Opacus' in any case.
+"""
 
 import warnings
 from collections.abc import Callable
@@ -14,6 +18,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from fedapp import check
+from fedapp.example_gradients import Layers, are_known
 from fedapp.privacy.secret import Secret, uniform
 from fedapp.tasks import Data, Task
 
@@ -31,14 +36,13 @@ class DpStep:
     zero. `examples_per_client` is a public number, by which with the rate the mean is divided, whatever a
     client holds. The learning rate is the server's.
 
-    `physical_batch_size` and `ghost_above` bound memory as in `DpSgd`, and change no result.
+    `physical_batch_size` bounds memory as in `DpSgd`, and changes no result.
     """
 
     max_grad_norm: float = 0.1
     sampling_rate: float = 0.12
     examples_per_client: int = 6000
     physical_batch_size: int = 512
-    ghost_above: int = 200_000
     noise_multiplier: ClassVar[float] = 0.0  # what Opacus is to add
     momentum: ClassVar[float] = 0.0
 
@@ -47,7 +51,6 @@ class DpStep:
         check.real("trainer.sampling_rate", self.sampling_rate, above=0.0, high=1.0)
         check.whole("trainer.examples_per_client", self.examples_per_client, 1)
         check.whole("trainer.physical_batch_size", self.physical_batch_size, 1)
-        check.whole("trainer.ghost_above", self.ghost_above, 0)
 
     def total(
         self,
@@ -83,26 +86,24 @@ class Step:
     def __init__(
         self, task: Task, model: nn.Module, dp: "DpSgd | DpStep", noise: torch.Generator | None, lr: float
     ) -> None:
-        from opacus import optimizers
-        from opacus.grad_sample import GradSampleModule, GradSampleModuleFastGradientClipping
+        from opacus.grad_sample import GradSampleModuleFastGradientClipping
+        from opacus.optimizers import DPOptimizerFastGradientClipping
 
         self._task, self._chunk = task, dp.physical_batch_size
         self._parameters: list[Any] = [p for p in model.parameters() if p.requires_grad]
-        self._ghost = sum(p.numel() for p in self._parameters) > dp.ghost_above
-        # A norm that Opacus measures too short lets a gradient pass that is longer than the clip norm. Torch
-        # adds up squares in eight sums, in the parameters' precision: it lacks eps / 32 a value at most.
+        # A norm that is measured too short lets a gradient pass that is longer than the clip norm. Torch adds
+        # up squares in eight sums, in the parameters' precision: it lacks eps / 32 a value at most.
         largest = max(p.numel() for p in self._parameters)
         kept = 1 - torch.finfo(self._parameters[0].dtype).eps * (8 + largest / 32)
-        optimizer: type[optimizers.DPOptimizer] = optimizers.DPOptimizer
-        if self._ghost:
-            optimizer = optimizers.DPOptimizerFastGradientClipping
-            self._model = GradSampleModuleFastGradientClipping(model, max_grad_norm=kept * dp.max_grad_norm)
-        else:
-            self._model = GradSampleModule(model)
-        self._optimizer = optimizer(
+        self._clip = kept * dp.max_grad_norm
+        self._layers = Layers(model) if are_known(model) else None
+        self._model: Any = model
+        if self._layers is None:
+            self._model = GradSampleModuleFastGradientClipping(model, max_grad_norm=self._clip)
+        self._optimizer = DPOptimizerFastGradientClipping(
             PlainSgd(self._parameters, lr=lr, momentum=dp.momentum),
             noise_multiplier=dp.noise_multiplier / kept,  # of what it clips to
-            max_grad_norm=kept * dp.max_grad_norm,
+            max_grad_norm=self._clip,
             expected_batch_size=dp.sampling_rate * dp.examples_per_client,
             generator=noise,
         )
@@ -129,30 +130,46 @@ class Step:
 
         No clip bounds it, and no noise hides that it was there; who made the weights may have aimed at it.
         """
-        from opacus.utils.fast_gradient_clipping_utils import DPTensorFastGradientClipping
-
         if not len(x):  # an empty sample releases noise alone
             for p in self._parameters:
                 p.grad = torch.zeros_like(p)
-                p.grad_sample = p.new_zeros(0, *p.shape)
             return
-        with warnings.catch_warnings():  # the first layer's input needs no gradient, and need not
-            warnings.filterwarnings("ignore", message="Full backward hook is firing")
-            if self._ghost:
-                losses = self._task.loss(self._model(x), y, reduction="none")
-                DPTensorFastGradientClipping(self._model, self._optimizer, losses).backward()
-                finite = self._model.get_norm_sample().isfinite()
-            else:
-                self._task.loss(self._model(x), y).backward()
-                samples = [p.grad_sample.reshape(len(x), -1) for p in self._parameters]
-                finite = torch.stack([sample.sum(1) for sample in samples]).isfinite().all(0)
+        finite = self._add_clipped(x, y) if self._layers else self._ghost(x, y)
         if not finite.all():
             for p in self._parameters:
-                p.grad, p.grad_sample = None, None
+                p.grad = None
             self._backward(x[finite], y[finite])
+
+    def _add_clipped(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """Put the sum of clipped gradients where Opacus looks; returns which examples' are finite."""
+        assert self._layers is not None
+        gradients = self._layers.gradients(self._task.loss(self._model(x), y, reduction="none"))
+        norms = gradients.norms()
+        for p, total in gradients.total(self._shares(norms)):
+            p.grad = total
+        return norms.isfinite()
+
+    def _shares(self, norms: torch.Tensor) -> torch.Tensor:
+        """What is left of gradients of these norms, as Opacus has it."""
+        shares: torch.Tensor = self._clip / (norms + 1e-6)
+        return shares.clamp(max=1.0)
+
+    def _ghost(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """The same by Opacus: one backward pass for the norms, and one for the sum."""
+        from opacus.utils.fast_gradient_clipping_utils import DPTensorFastGradientClipping
+
+        with warnings.catch_warnings():  # the first layer's input needs no gradient, and need not
+            warnings.filterwarnings("ignore", message="Full backward hook is firing")
+            losses = self._task.loss(self._model(x), y, reduction="none")
+            DPTensorFastGradientClipping(self._model, self._optimizer, losses).backward()
+        finite: torch.Tensor = self._model.get_norm_sample().isfinite()
+        return finite
 
     def close(self) -> None:
         """Leave the model as it was: no hooks, no gradients."""
-        self._model._close()
+        if self._layers is None:
+            self._model._close()
+        else:
+            self._layers.close()
         for p in self._parameters:
             p.grad = None

@@ -178,7 +178,7 @@ def _seeded(device: torch.device, seed: int) -> int:
 
 @dataclass(frozen=True)
 class DpSgd:
-    """DP-SGD by Opacus: per-example gradients clipped and summed over a Poisson sample, Gaussian noise added.
+    """DP-SGD: per-example gradients clipped and summed over a Poisson sample, Gaussian noise added by Opacus.
 
     *Formal guarantees* are those of `ExamplePrivacy`, given as `privacy`: each step releases the noised sum
     of gradients clipped to `max_grad_norm`, over a Bernoulli(`sampling_rate`) sample of the client's
@@ -190,8 +190,8 @@ class DpSgd:
     steps) is the trainer's state, and a fit that would pass the budget is refused. Source: Abadi et al. 2016,
     "Deep learning with differential privacy", Algorithm 1.
 
-    Per-example gradients come from Opacus' hooks up to `ghost_above` parameters, beyond that from ghost
-    clipping, which stores norms only. `physical_batch_size` bounds memory and changes no result.
+    What is clipped is each example's gradient over all layers (`dp_step`). `physical_batch_size` bounds
+    memory and changes no result.
     """
 
     lr: float = 1.0
@@ -202,7 +202,6 @@ class DpSgd:
     examples_per_client: int = 6000
     steps: int = 20
     physical_batch_size: int = 512
-    ghost_above: int = 200_000
     rounds: int = 1
     privacy: ExamplePrivacy | None = None
 
@@ -215,7 +214,6 @@ class DpSgd:
         check.whole("trainer.examples_per_client", self.examples_per_client, 1)
         check.whole("trainer.steps", self.steps, 1)
         check.whole("trainer.physical_batch_size", self.physical_batch_size, 1)
-        check.whole("trainer.ghost_above", self.ghost_above, 0)
 
     @property
     def noise_multiplier(self) -> float:

@@ -50,7 +50,7 @@ class Setting:
 
 SETTINGS = {
     "none": Setting(f"{FEW} privacy=none"),
-    "example": Setting(f"{FEW} {LINEAR} privacy=example trainer.ghost_above=0", (1, 3, 8)),
+    "example": Setting(f"{FEW} {LINEAR} privacy=example", (1, 3, 8)),
     "example, shared": Setting("experiment=federated_scattering rounds=100", (1, 3, 8)),
     "local": Setting(f"{FEW} privacy=local_gaussian", (8,)),
     "none, many": Setting(f"{CENTRAL} privacy=none"),
@@ -64,7 +64,7 @@ SETTINGS = {
     # 40 epochs in steps of 8192 examples, and of 2048
     "central-anchor": Setting(
         f"{CENTER} {LINEAR} privacy.noise_multiplier=4.05 trainer.lr=16 trainer.sampling_rate=0.13653333 "
-        "trainer.steps=293 trainer.ghost_above=0"
+        "trainer.steps=293"
     ),
     "central-cnn": Setting(
         f"{CENTER} task.features=pixels privacy.noise_multiplier=2.15 trainer.lr=4 "

@@ -18,6 +18,14 @@ def shell(tmp_path: Path) -> Iterator[Shell]:
         running.close()
 
 
+@pytest.fixture(params=["fedapp", "Opacus"])
+def clipping(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Who clips gradients: fedapp, or Opacus as where layers are not known."""
+    if request.param == "Opacus":
+        monkeypatch.setattr("fedapp.dp_step.are_known", lambda model: False)
+    return str(request.param)
+
+
 @pytest.fixture(autouse=True, scope="module")
 def _where(request: pytest.FixtureRequest) -> Iterator[None]:
     """On a CPU, whatever is there, but for test_cuda.py: many call clients in this process, and it forks."""

@@ -17,7 +17,6 @@ from scipy.stats import binom, norm
 from test_mechanisms import WIDE, WRONG, is_noise_of
 from test_secure_rounds import Watched, moved
 from torch import nn
-from torch.func import functional_call, grad, vmap
 
 from fedapp import config
 from fedapp.codec.rotate import rotated_back
@@ -347,7 +346,7 @@ def test_too_few_or_wrong_sums_are_refused() -> None:
 
 LINEAR = Logistic()
 TASK = Digits(build=LINEAR, partition=Iid(), clients=4, seed=0)
-DP = DpStep(max_grad_norm=0.5, sampling_rate=1.0, ghost_above=0)
+DP = DpStep(max_grad_norm=0.5, sampling_rate=1.0)
 
 
 def data(count: int) -> Data:
@@ -366,16 +365,12 @@ def total(dp: DpStep, examples: Data, build: Any = LINEAR, seed: int = 0) -> Vec
 
 
 def by_hand(model: nn.Module, examples: Data, clip: float) -> Vector:
-    """The same sum by torch.func, one example at a time."""
-    model = model.double()
-    names, values = zip(*model.named_parameters(), strict=True)
-
-    def loss(values: tuple[torch.Tensor, ...], x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        out = functional_call(model, dict(zip(names, values, strict=True)), x[None])
-        return nn.functional.cross_entropy(out, y[None])
-
-    each = vmap(grad(loss), in_dims=(None, 0, 0))(values, examples.x.double(), examples.y)
-    flat: Vector = torch.cat([g.reshape(len(g), -1) for g in each], dim=1).detach().numpy()
+    """The same sum, by a pass for each example."""
+    model, each = model.double(), []
+    for x, y in zip(examples.x.double(), examples.y, strict=True):
+        loss = nn.functional.cross_entropy(model(x[None]), y[None])
+        each.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))]))
+    flat: Vector = torch.stack(each).numpy()
     short: Vector = np.minimum(
         1, clip / (np.linalg.norm(flat, axis=1) + 1e-6)
     )  # as Opacus guards its division
@@ -388,22 +383,21 @@ every_build = pytest.mark.parametrize("build", BUILDS, ids=lambda build: type(bu
 
 
 @every_build
+@pytest.mark.usefixtures("clipping")
 def test_the_total_is_the_sum_of_clipped_gradients(build: Any) -> None:
-    """By hooks or ghost clipping, in physical batches of any size; all far below a thousandth of a step."""
+    """Whoever clips, in physical batches of any size; all far below a thousandth of a step."""
     right = by_hand(replace(TASK, build=build).model(0), data(40), 0.5)
-    for change in ({"ghost_above": 0}, {"ghost_above": 10**9}, {"physical_batch_size": 7}):
-        found = total(replace(DP, **change), data(40), build)
+    for size in (512, 7):
+        found = total(replace(DP, physical_batch_size=size), data(40), build)
         assert found.dtype == np.float64
         assert np.abs(found - right).max() < 1e-12 * np.linalg.norm(right)
 
 
 @every_build
-@pytest.mark.parametrize("ghost_above", [0, 10**9])
+@pytest.mark.usefixtures("clipping")
 @pytest.mark.parametrize("value", [0.0, 1.0, 1e3, 1e30])
-def test_one_example_moves_the_rounded_sum_by_the_sensitivity_at_most(
-    build: Any, ghost_above: int, value: float
-) -> None:
-    dp = replace(DP, ghost_above=ghost_above)
+def test_one_example_moves_the_rounded_sum_by_the_sensitivity_at_most(build: Any, value: float) -> None:
+    dp = replace(DP)
     few, more = total(dp, data(50), build), total(dp, with_outlier(data(50), value), build)
     agreed = terms(len(few), clip=0.5)
     moved_ = agreed._rounded(more, b"abcd") - agreed._rounded(few, b"abcd")
@@ -421,26 +415,26 @@ def test_single_precision_would_not_keep_the_sensitivity() -> None:
     assert np.abs(whole - parts).max() < slack / 1000
 
 
-@pytest.mark.parametrize("ghost_above", [0, 10**9])
+@pytest.mark.usefixtures("clipping")
 @pytest.mark.parametrize("value", [math.inf, math.nan])
-def test_an_example_whose_gradient_is_not_finite_counts_as_zero(value: float, ghost_above: int) -> None:
-    dp = replace(DP, ghost_above=ghost_above)
+def test_an_example_whose_gradient_is_not_finite_counts_as_zero(value: float) -> None:
+    dp = replace(DP)
     for few in (data(20), data(0)):
         assert np.abs(total(dp, with_outlier(few, value), Mlp()) - total(dp, few, Mlp())).max() < 1e-12
 
 
-@pytest.mark.parametrize("ghost_above", [0, 10**9])
-def test_empty_batches_sum_to_zero(ghost_above: int) -> None:
-    for dp, count in ((replace(DP, ghost_above=ghost_above), 0), (replace(DP, sampling_rate=1e-9), 30)):
+@pytest.mark.usefixtures("clipping")
+def test_empty_batches_sum_to_zero() -> None:
+    for dp, count in ((replace(DP), 0), (replace(DP, sampling_rate=1e-9), 30)):
         found = total(dp, data(count))
         assert found.shape == (650,)
         assert not found.any()
 
 
-@pytest.mark.parametrize("ghost_above", [0, 10**9])
-def test_the_model_stays_as_it_is(ghost_above: int) -> None:
+@pytest.mark.usefixtures("clipping")
+def test_the_model_stays_as_it_is() -> None:
     model = TASK.model(0)
-    replace(DP, ghost_above=ghost_above).total(TASK, model, data(20), source(0))
+    replace(DP).total(TASK, model, data(20), source(0))
     fresh = TASK.model(0).state_dict()
     assert all(torch.equal(value, fresh[name]) for name, value in model.state_dict().items())
     assert all(p.grad is None and p.dtype == torch.float32 for p in model.parameters())
@@ -469,15 +463,14 @@ def test_each_example_joins_with_the_stated_probability(
 
 
 def test_dropout_is_as_secret_as_the_draws() -> None:
-    dropout = replace(DP, ghost_above=10**9)
-    one, other = (total(dropout, data(20), Cnn(), seed) for seed in (1, 2))
+    one, other = (total(DP, data(20), Cnn(), seed) for seed in (1, 2))
     assert not np.array_equal(one, other)
-    assert np.array_equal(one, total(dropout, data(20), Cnn(), 1))
+    assert np.array_equal(one, total(DP, data(20), Cnn(), 1))
 
 
 @pytest.mark.parametrize(
     "bad", [{"max_grad_norm": 0}, {"sampling_rate": 1.5}, {"examples_per_client": 0},
-            {"physical_batch_size": 0}, {"ghost_above": -1}],
+            {"physical_batch_size": 0}],
 )  # fmt: skip
 def test_bad_settings_of_the_trainer_are_named(bad: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=f"trainer.{next(iter(bad))}"):

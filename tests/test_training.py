@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import warnings
 from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import replace
@@ -11,6 +12,8 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from opacus import GradSampleModule
+from opacus.optimizers import DPOptimizer
 from scipy.stats import binom, chi2
 from test_mechanisms import WRONG, is_noise_of
 from torch import nn
@@ -18,6 +21,7 @@ from torch import nn
 from fedapp import config
 from fedapp.dp_step import Step
 from fedapp.errors import ConfigError
+from fedapp.example_gradients import are_known
 from fedapp.models import Cnn, Logistic, Mlp, Resnet18, SmallCnn
 from fedapp.privacy.example import ExamplePrivacy
 from fedapp.tasks import Data
@@ -38,7 +42,6 @@ TRAINERS = [  # a new trainer joins with one row
     Sgd(bfloat16=True),
     PRIVATE,
     replace(PRIVATE, momentum=0.5, physical_batch_size=7),
-    replace(PRIVATE, ghost_above=0),
 ]
 
 
@@ -64,7 +67,7 @@ def fit(
 
 
 @pytest.mark.parametrize(
-    "trainer", TRAINERS, ids=["sgd", "momentum", "prox", "last", "half", "dp_sgd", "chunked", "ghost"]
+    "trainer", TRAINERS, ids=["sgd", "momentum", "prox", "last", "half", "dp_sgd", "chunked"]
 )
 class TestLaws:
     def test_same_seed_same_bits(self, trainer: Trainer) -> None:
@@ -168,10 +171,10 @@ def test_batch_norm_skips_a_remainder_of_one() -> None:
 # --- DP-SGD ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("ghost_above", [0, 10**9])
-def test_noise_has_the_stated_deviation(ghost_above: int) -> None:
+@pytest.mark.usefixtures("clipping")
+def test_noise_has_the_stated_deviation() -> None:
     """On no data an update is noise alone: sigma * C * lr / B a step."""
-    dp = replace(PRIVATE, max_grad_norm=0.7, ghost_above=ghost_above)
+    dp = replace(PRIVATE, max_grad_norm=0.7)
     update, _, _ = fit(dp, 0, model=Mlp(hidden=(512, 430))((1, 8, 8), 10))
     deviation = dp.noise_multiplier * 0.7 * 0.5 / (0.2 * 300) * np.sqrt(3)
     assert is_noise_of(update, deviation)
@@ -203,10 +206,10 @@ def test_each_example_joins_each_step_with_the_stated_probability(
     assert chi2.ppf(5e-7, 999) < np.sum((times - 8) ** 2) / (40 * 0.2 * 0.8) < chi2.ppf(1 - 5e-7, 999)
 
 
-@pytest.mark.parametrize("ghost_above", [0, 200_000])
-def test_one_example_moves_an_update_by_the_clip_norm_at_most(ghost_above: int) -> None:
+@pytest.mark.usefixtures("clipping")
+def test_one_example_moves_an_update_by_the_clip_norm_at_most() -> None:
     """Same noise, same draws, one example more, with a huge gradient: lr * C / B, reached within 1 %."""
-    dp = replace(PRIVATE, steps=1, sampling_rate=1.0, max_grad_norm=0.5, ghost_above=ghost_above)
+    dp = replace(PRIVATE, steps=1, sampling_rate=1.0, max_grad_norm=0.5)
     model, outlier = TASK.model(0), Data(1e3 * torch.ones(1, 1, 8, 8), torch.tensor([3]))
 
     def update(examples: Data) -> NDArray[np.float32]:
@@ -226,22 +229,22 @@ def clipped(dp: DpSgd, model: nn.Module, x: torch.Tensor) -> float:
         return float(step.total(Data(x[None], torch.tensor([0])), torch.tensor([0])).double().norm())
 
 
-@pytest.mark.parametrize("ghost_above", [0, 10**9])
+@pytest.mark.usefixtures("clipping")
 @pytest.mark.parametrize("build", [Logistic(), Mlp(), SmallCnn()], ids=lambda build: type(build).__name__)
-def test_no_gradient_is_longer_than_the_clip_norm(build: Any, ghost_above: int) -> None:
+def test_no_gradient_is_longer_than_the_clip_norm(build: Any) -> None:
     """Not by a bit, for sensitivity is a bound; and long ones are little shorter."""
     task = replace(TASK, build=build)
     for norm in (0.1, 0.3, 0.5):
-        dp = replace(PRIVATE, max_grad_norm=norm, ghost_above=ghost_above)
+        dp = replace(PRIVATE, max_grad_norm=norm)
         for number, x in enumerate(data(12).x):
             assert clipped(dp, task.model(0), x * 10.0 ** (number % 4)) <= norm
         assert clipped(dp, task.model(0), 1e3 * torch.ones(1, 8, 8)) > 0.999 * norm
 
 
-@pytest.mark.parametrize("ghost_above", [0, 10**9])
-def test_no_gradient_of_many_equal_values_is_longer_either(ghost_above: int) -> None:
+@pytest.mark.usefixtures("clipping")
+def test_no_gradient_of_many_equal_values_is_longer_either() -> None:
     """Its squares are rounded the same way each time they are added: float32 norms of 100,000 lack 1e-4."""
-    dp = replace(PRIVATE, max_grad_norm=0.5, ghost_above=ghost_above)
+    dp = replace(PRIVATE, max_grad_norm=0.5)
     found = []
     for square in (1.1, 1.2, 1.6):
         model = Logistic()((1, 100, 100), 10)
@@ -262,21 +265,32 @@ def test_what_clipping_leaves_out_is_no_less_noise() -> None:
 
 @pytest.mark.parametrize(
     "build",
-    [Mlp(), Cnn(dropout=(0.0, 0.0)), pytest.param(Resnet18(), marks=pytest.mark.slow)],
+    [Mlp(), SmallCnn(), Cnn(dropout=(0.0, 0.0)), pytest.param(Resnet18(), marks=pytest.mark.slow)],
     ids=lambda build: type(build).__name__,
 )
-def test_ghost_clipping_equals_hooks(build: Any) -> None:
-    """Same noise, same draws: storing norms only, or every gradient, makes no difference beyond rounding."""
-    task = Digits(build=build, partition=Iid(), clients=4, seed=0)
-    results = []
-    for change in ({"ghost_above": 10**9}, {"ghost_above": 0}, {"ghost_above": 0, "physical_batch_size": 5}):
-        model = task.model(0)
-        dp = replace(PRIVATE, sampling_rate=0.5, **change)  # type: ignore[arg-type]
-        dp.fit(task, model, data(24), {}, np.random.default_rng(0), 0.0)
-        results.append(flat(model))
-    moved = np.linalg.norm(results[0] - flat(task.model(0)))
-    assert np.linalg.norm(results[1] - results[0]) < 1e-4 * moved
-    assert np.linalg.norm(results[2] - results[0]) < 1e-4 * moved
+def test_steps_are_those_of_opacus_hooks(build: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever clips, with the same noise and draws, the step is Opacus' own, which stores every gradient."""
+    task, examples = Digits(build=build, partition=Iid(), clients=4, seed=0), data(24)
+    drawn = torch.arange(0, 24, 2)
+    dp = replace(PRIVATE, max_grad_norm=0.7)
+    right = task.model(0)
+    hooked = GradSampleModule(right)
+    optimizer = DPOptimizer(
+        torch.optim.SGD(right.parameters(), lr=0.5), noise_multiplier=dp.noise_multiplier, max_grad_norm=0.7,
+        expected_batch_size=0.2 * 300, generator=torch.Generator().manual_seed(4),
+    )  # fmt: skip
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Full backward hook is firing")
+        nn.functional.cross_entropy(hooked(examples.x[drawn]), examples.y[drawn]).backward()
+    optimizer.step()
+    moved = np.linalg.norm(flat(right) - flat(task.model(0)))
+    for known in (are_known, lambda model: False):
+        for size in (512, 5):
+            monkeypatch.setattr("fedapp.dp_step.are_known", known)
+            model, noise = task.model(0), torch.Generator().manual_seed(4)
+            with closing(Step(task, model, replace(dp, physical_batch_size=size), noise, 0.5)) as step:
+                step(examples, drawn)
+            assert np.linalg.norm(flat(model) - flat(right)) < 1e-4 * moved
 
 
 def test_physical_batches_change_no_result() -> None:
@@ -365,9 +379,7 @@ def test_cosine_schedule_falls_to_a_twentieth(trainer: Sgd | DpSgd) -> None:
     assert constant == pytest.approx(norms[0])
 
 
-@pytest.mark.parametrize(
-    "trainer", [Sgd(batch_size=10), replace(PRIVATE, ghost_above=10**9)], ids=["sgd", "dp_sgd"]
-)
+@pytest.mark.parametrize("trainer", [Sgd(batch_size=10), PRIVATE], ids=["sgd", "dp_sgd"])
 def test_dropout_draws_from_a_stream_of_the_fit(trainer: Trainer) -> None:
     """Whatever the process drew before. Under privacy it is fixed by a test seed alone."""
     task = Digits(build=Cnn(), partition=Iid(), clients=4, seed=0)
@@ -390,12 +402,12 @@ def test_dropout_under_privacy_is_secret(monkeypatch: pytest.MonkeyPatch) -> Non
     assert masks[0] != masks[1]
 
 
-@pytest.mark.parametrize("ghost_above", [0, 10**9])
+@pytest.mark.usefixtures("clipping")
 @pytest.mark.parametrize("value", [3e38, torch.nan])
-def test_an_example_whose_gradient_is_not_finite_counts_as_zero(ghost_above: int, value: float) -> None:
+def test_an_example_whose_gradient_is_not_finite_counts_as_zero(value: float) -> None:
     """It would make every weight NaN, which no noise hides; alone in its batch, or beside others."""
     task = Digits(build=Mlp(), partition=Iid(), clients=4, seed=0)
-    dp = replace(PRIVATE, sampling_rate=1.0, steps=1, ghost_above=ghost_above)
+    dp = replace(PRIVATE, sampling_rate=1.0, steps=1)
     outlier = Data(torch.full((1, 1, 8, 8), value), torch.tensor([3]))
     for few in (data(20), data(0)):
         more = Data(torch.cat([few.x, outlier.x]), torch.cat([few.y, outlier.y]))
@@ -408,10 +420,10 @@ def test_an_example_whose_gradient_is_not_finite_counts_as_zero(ghost_above: int
         assert np.abs(results[1] - results[0]).max() < 1e-6
 
 
-@pytest.mark.parametrize("ghost_above", [0, 200_000])
-def test_a_fit_that_fails_leaves_the_model_clean(ghost_above: int) -> None:
+@pytest.mark.usefixtures("clipping")
+def test_a_fit_that_fails_leaves_the_model_clean() -> None:
     """The model is resident: what one client's failure left on it, the next client would meet."""
-    dp, model = replace(PRIVATE, ghost_above=ghost_above, sampling_rate=1.0), TASK.model(0)
+    dp, model = replace(PRIVATE, sampling_rate=1.0), TASK.model(0)
     wrong = Data(torch.zeros(5, 1, 9, 9), torch.zeros(5, dtype=torch.int64))
     with pytest.raises(RuntimeError):
         dp.fit(TASK, model, wrong, {}, np.random.default_rng(0), 0.0)
@@ -424,9 +436,10 @@ def test_steps_do_not_bring_the_compiler_in() -> None:
     script = (
         "import sys, torch; from fedapp import config; from fedapp.dp_step import Step\n"
         "job = config.job_of('task=digits model=logistic'); job.prepare()\n"
-        "for ghost_above in (0, 10**9):\n"
-        "    dp = job.trainer.__class__(**{**vars(job.trainer), 'ghost_above': ghost_above})\n"
-        "    step = Step(job.task, job.task.model(0), dp, None, 0.1)\n"
+        "from fedapp import dp_step\n"
+        "for known in (dp_step.are_known, lambda model: False):\n"
+        "    dp_step.are_known = known\n"
+        "    step = Step(job.task, job.task.model(0), job.trainer, None, 0.1)\n"
         "    data = job.task.client_data({'partition-id': 0})\n"
         "    step(data, torch.arange(3)); step.close()\n"
         "sys.exit('torch._dynamo' in sys.modules)"

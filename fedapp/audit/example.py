@@ -126,11 +126,6 @@ def examples(job: Job, canaries: int, rng: np.random.Generator) -> Examples | Sh
             f"each of {canaries} canaries needs a weight of its own, the model has {size}: "
             f"{fewer}choose a larger model"
         )
-    if size > job.trainer.ghost_above:
-        raise ConfigError(
-            f"ghost clipping stores no gradients where canaries could be: the model has {size} weights, "
-            f"set trainer.ghost_above={size} or a smaller model"
-        )
     coordinates = torch.from_numpy(rng.permutation(size)[:canaries])
     return (Examples if isinstance(job.trainer, DpSgd) else SharedExamples)(job, coordinates)
 
@@ -143,7 +138,7 @@ def with_canaries(data: Data, included: NDArray[np.bool_]) -> Data:
 
 
 class Canaries(Step):
-    """The trainer's own step, with the canaries' gradients in their rows."""
+    """The trainer's own step; canaries' gradients are clipped as others are, and join their sum."""
 
     def __init__(
         self, task: Task, model: nn.Module, dp: DpSgd | DpStep, noise: torch.Generator | None, lr: float, *,
@@ -153,14 +148,12 @@ class Canaries(Step):
         self._coordinates, self._norm = coordinates, norm
 
     def _backward(self, x: torch.Tensor, y: torch.Tensor) -> None:
-        super()._backward(x, y.clamp(min=0))
-        rows = (y < 0).nonzero().squeeze(1)
-        at = self._coordinates[-1 - y[rows]]
+        super()._backward(x[y >= 0], y[y >= 0])
+        at = self._coordinates[-1 - y[y < 0]]
+        left = self._norm * self._shares(torch.full((len(at),), self._norm, dtype=torch.float64))
         for p in self._parameters:
-            own = ((at >= 0) & (at < p.numel())).nonzero().squeeze(1)
-            gradients = p.new_zeros(len(rows), p.numel())
-            gradients[own, at[own]] = self._norm
-            p.grad_sample[rows] = gradients.view(-1, *p.shape)
+            own = (at >= 0) & (at < p.numel())
+            p.grad.view(-1).index_add_(0, at[own], left[own].to(p.dtype))
             at = at - p.numel()
 
 

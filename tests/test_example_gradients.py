@@ -1,0 +1,174 @@
+"""Each example's gradient by layer: what a pass of its own finds, of known layers and of no others."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fedapp import example_gradients
+from fedapp.example_gradients import ExampleGradients, Layers, are_known
+from fedapp.models import Cnn, Logistic, Mlp, Resnet18, SmallCnn
+
+
+class Twice(nn.Module):
+    """A layer that takes part twice, and one whose input has a row for each of several places."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.again, self.rows, self.out = nn.Linear(6, 6), nn.Linear(6, 3), nn.Linear(12, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.tanh(self.again(torch.tanh(self.again(x))))
+        made: Tensor = self.out(self.rows(x).flatten(1))
+        return made
+
+
+def convolution(before: int, after: int, size: Any, **how: Any) -> nn.Module:
+    return nn.Sequential(nn.Conv2d(before, after, size, **how), nn.Tanh(), nn.Flatten(), nn.LazyLinear(4))
+
+
+def normed() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(3, 6, 3), nn.GroupNorm(3, 6), nn.Tanh(), nn.Conv2d(6, 4, 2), nn.Flatten())
+
+
+MODELS = [  # a layer joins with one row: a model of it, and the shape of an example
+    (nn.Sequential(nn.Linear(7, 5), nn.Tanh(), nn.Linear(5, 4, bias=False)), (7,)),
+    (Twice(), (4, 6)),
+    (convolution(3, 5, 3), (3, 8, 7)),
+    (convolution(1, 5, 4, stride=2, padding=3), (1, 9, 9)),
+    (convolution(2, 6, (3, 1), stride=(1, 2), padding=(0, 1), bias=False), (2, 6, 8)),
+    (normed(), (3, 4, 4)),
+]  # fmt: skip
+
+
+@pytest.fixture(params=[2**23, 100])
+def _few(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All examples at once, whose gradients are kept; and few, which are made again."""
+    monkeypatch.setattr(example_gradients, "_AT_ONCE", request.param)
+
+
+def losses(model: nn.Module, x: Tensor) -> Tensor:
+    return nn.functional.cross_entropy(model(x), torch.arange(len(x)) % 4, reduction="none")
+
+
+def one_by_one(model: nn.Module, x: Tensor) -> Iterator[list[Tensor]]:
+    """Gradients of what is trained, by a pass for each example."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    for loss in losses(model, x):
+        yield list(torch.autograd.grad(loss, trained, retain_graph=True))
+
+
+def found(model: nn.Module, x: Tensor) -> ExampleGradients:
+    watched = Layers(model)
+    try:
+        return watched.gradients(losses(model, x))
+    finally:
+        watched.close()
+
+
+def prepared(model: nn.Module, shape: tuple[int, ...], n: int = 9) -> tuple[nn.Module, Tensor]:
+    torch.manual_seed(0)
+    x = torch.randn(n, *shape, dtype=torch.float64)
+    model = model.double()
+    model(x)  # lazy layers take their sizes
+    return model, x
+
+
+@pytest.mark.usefixtures("_few")
+@pytest.mark.parametrize("frozen", [None, "weight", "bias"])
+@pytest.mark.parametrize(("model", "shape"), MODELS)
+def test_norms_and_sums_are_those_of_a_pass_for_each(
+    model: nn.Module, shape: tuple[int, ...], frozen: str | None
+) -> None:
+    model, x = prepared(model, shape)
+    for name, p in model.named_parameters():
+        p.requires_grad_(frozen is None or not (name.endswith(frozen) and "0" in name))
+    assert are_known(model)
+    each = list(one_by_one(model, x))
+    gradients, weights = found(model, x), torch.rand(len(x), dtype=torch.float64)
+    norms = torch.stack([torch.cat([g.flatten() for g in one]).norm() for one in each])
+    assert torch.allclose(gradients.norms(), norms, rtol=1e-12)
+    total = dict(gradients.total(weights))
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert total.keys() == set(trained)
+    for p, *those in zip(trained, *each, strict=True):
+        right = sum(weight * one for weight, one in zip(weights, those, strict=True))
+        assert total[p].shape == p.shape
+        assert total[p].is_contiguous()
+        assert torch.allclose(total[p], torch.as_tensor(right), rtol=1e-10, atol=1e-13)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e30])
+def test_a_norm_is_right_where_its_parts_are_beyond_squares(scale: float) -> None:
+    """A large input times a small gradient, or the other way: float32 holds neither square."""
+    model = nn.Linear(3, 2, bias=False)
+    nn.init.zeros_(model.weight)
+    x = torch.full((2, 3), scale)
+    watched = Layers(model)
+    made = model(x)
+    gradients = watched.gradients((made / scale).sum(1))
+    watched.close()
+    assert torch.allclose(gradients.norms(), torch.full((2,), 6.0, dtype=torch.float64).sqrt())
+
+
+def test_what_is_made_at_a_time_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = list[int]()
+    rule = example_gradients._of_convolution
+
+    def noting(layer: nn.Conv2d, x: Tensor, g: Tensor) -> list[Tensor]:
+        of = rule(layer, x, g)
+        made.append(max(of[0].numel(), len(x) * g[0, 0].numel() * layer.weight[0].numel()))
+        return of
+
+    monkeypatch.setitem(example_gradients._RULES, nn.Conv2d, noting)
+    monkeypatch.setattr(example_gradients, "_AT_ONCE", 3000)
+    model, x = prepared(convolution(3, 5, 3), (3, 8, 7), n=40)
+    gradients = found(model, x)
+    gradients.norms()
+    dict(gradients.total(torch.ones(40)))
+    assert max(made) <= 3000
+    assert sum(made) > 3000
+
+
+@pytest.mark.parametrize("build", [Logistic(), Mlp(), SmallCnn(), Cnn(), Resnet18()], ids=str)
+def test_the_models_of_fedapp_are_known(build: Any) -> None:
+    assert are_known(build((1, 28, 28), 10))
+
+
+class Own(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(3))
+
+
+class Wider(nn.Linear):
+    """What this layer does, nobody knows."""
+
+
+def shared() -> nn.Module:
+    first, second = nn.Linear(3, 3), nn.Linear(3, 3)
+    second.weight = first.weight
+    return nn.Sequential(first, second)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        nn.Conv2d(4, 4, 3, groups=2), nn.Conv2d(4, 4, 3, dilation=2), nn.Conv2d(4, 4, 3, padding="same"),
+        nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect"), nn.Conv1d(4, 4, 3), nn.BatchNorm2d(4),
+        nn.LayerNorm(4), Own(), Wider(3, 3), shared(),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_other_layers_are_left_to_opacus(model: nn.Module) -> None:
+    assert not are_known(nn.Sequential(nn.Linear(2, 2), model))
+    model.requires_grad_(False)
+    assert are_known(nn.Sequential(nn.Linear(2, 2), model))
+
+
+def test_who_stops_watching_leaves_nothing() -> None:
+    model = nn.Linear(2, 2)
+    Layers(model).close()
+    assert not model._forward_hooks
