@@ -385,7 +385,7 @@ class Job:
     def torch_device(self) -> torch.device:
         """Where models train. On CUDA by kernels that give the same bits each time, of float32's precision.
 
-        Ghost clipping adds up other products than those whose norms it took, so they may differ by rounding
+        Clipping adds up other products than those whose norms it took, so they may differ by rounding
         only: the 10 bits of TF32 would let an example's gradient be longer than the clip norm.
         """
         chosen = self.device
