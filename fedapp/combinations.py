@@ -350,8 +350,10 @@ def _check_private_model(job: "Job", model: nn.Module) -> None:
     from opacus.validators import ModuleValidator
 
     errors: list[Any] = ModuleValidator.validate(model, strict=False)
-    if errors:
-        said = str(errors[0]).splitlines()[0]
+    # Nothing of it may be trained, and Opacus then lets it pass: yet it mixes the examples of a batch.
+    mixing = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    if errors or mixing:
+        said = str(errors[0]).splitlines()[0] if errors else f"{mixing[0]} mixes the examples of a batch"
         raise ConfigError(
             f"this model cannot be trained under privacy={job.choices['privacy']} ({said}): "
             f"use group normalisation (model.norm=group for resnet18), or privacy=none"

@@ -181,7 +181,7 @@ class Downlink:
         """Make the next version: as much of what this one lacks as the rate allows."""
         self._weights, self._crc = record, None
         self._made.clear()
-        self._step.clear()
+        self._step = {}
         weights = ravel(record, self._layout)
         lacks, way = weights - self._now.weights(self._initial), weights - self._initial
         if not lacks.any():
@@ -192,7 +192,7 @@ class Downlink:
         try:
             exponent, levels, code, self._share = quantized(lacks, *terms, self._share)
             self._now = self._now.plus(number, exponent, levels)
-            self._exponent, self._step[exponent] = exponent, code
+            self._exponent, self._step = exponent, {exponent: code}
         except OverflowError:  # after ever finer steps a long way: all nodes start anew
             exponent, levels, *_ = quantized(way, *terms)
             self._now, self._exponent = first(self._layout).plus(number, exponent, levels), exponent

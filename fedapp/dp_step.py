@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from fedapp import check
-from fedapp.example_gradients import Layers, are_known
+from fedapp.example_gradients import ExampleGradients, are_known, example_gradients
 from fedapp.privacy.secret import Secret, uniform
 from fedapp.tasks import Data, Task
 
@@ -32,9 +32,9 @@ class DpStep:
 
     *Formal guarantees* are those of `DistributedExample`, which rounds the sum and adds the noise: what is
     made here is private, and must not leave the client. Every example joins by itself with probability
-    `sampling_rate`, from secret bytes, as do dropout masks. An example whose gradient is not finite counts as
-    zero. `examples_per_client` is a public number, by which with the rate the mean is divided, whatever a
-    client holds. The learning rate is the server's.
+    `sampling_rate`, from secret bytes, as do dropout masks. An example whose gradient is not finite, or
+    beyond 1e30, counts as zero. `examples_per_client` is a public number, by which with the rate the mean is
+    divided, whatever a client holds. The learning rate is the server's.
 
     `physical_batch_size` bounds memory as in `DpSgd`, and changes no result.
     """
@@ -86,7 +86,6 @@ class Step:
     def __init__(
         self, task: Task, model: nn.Module, dp: "DpSgd | DpStep", noise: torch.Generator | None, lr: float
     ) -> None:
-        from opacus.grad_sample import GradSampleModuleFastGradientClipping
         from opacus.optimizers import DPOptimizerFastGradientClipping
 
         self._task, self._chunk = task, dp.physical_batch_size
@@ -96,10 +95,8 @@ class Step:
         largest = max(p.numel() for p in self._parameters)
         kept = 1 - torch.finfo(self._parameters[0].dtype).eps * (8 + largest / 32)
         self._clip = kept * dp.max_grad_norm
-        self._layers = Layers(model) if are_known(model) else None
-        self._model: Any = model
-        if self._layers is None:
-            self._model = GradSampleModuleFastGradientClipping(model, max_grad_norm=self._clip)
+        self._model = model
+        self._ghost: Any = None if are_known(model) else _ghost(model, self._clip)
         self._optimizer = DPOptimizerFastGradientClipping(
             PlainSgd(self._parameters, lr=lr, momentum=dp.momentum),
             noise_multiplier=dp.noise_multiplier / kept,  # of what it clips to
@@ -134,42 +131,50 @@ class Step:
             for p in self._parameters:
                 p.grad = torch.zeros_like(p)
             return
-        finite = self._add_clipped(x, y) if self._layers else self._ghost(x, y)
+        finite = self._clipped(x, y) if self._ghost is None else self._clipped_by_opacus(x, y)
         if not finite.all():
             for p in self._parameters:
                 p.grad = None
             self._backward(x[finite], y[finite])
 
-    def _add_clipped(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        """Put the sum of clipped gradients where Opacus looks; returns which examples' are finite."""
-        assert self._layers is not None
-        gradients = self._layers.gradients(self._task.loss(self._model(x), y, reduction="none"))
+    def _clipped(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """Leave the sum of clipped gradients in `p.grad`; returns which examples' are finite."""
+        gradients = self._gradients(x, y)
         norms = gradients.norms()
-        for p, total in gradients.total(self._shares(norms)):
-            p.grad = total
+        total = gradients.total(self._shares(norms))
+        for p in self._parameters:
+            p.grad = total.get(p, torch.zeros_like(p))
         return norms.isfinite()
+
+    def _gradients(self, x: torch.Tensor, y: torch.Tensor) -> ExampleGradients:
+        return example_gradients(self._model, lambda: self._task.loss(self._model(x), y, reduction="none"))
 
     def _shares(self, norms: torch.Tensor) -> torch.Tensor:
         """What is left of gradients of these norms, as Opacus has it."""
         shares: torch.Tensor = self._clip / (norms + 1e-6)
         return shares.clamp(max=1.0)
 
-    def _ghost(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        """The same by Opacus: one backward pass for the norms, and one for the sum."""
+    def _clipped_by_opacus(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """The same, by one backward pass for the norms and one for the sum."""
         from opacus.utils.fast_gradient_clipping_utils import DPTensorFastGradientClipping
 
         with warnings.catch_warnings():  # the first layer's input needs no gradient, and need not
             warnings.filterwarnings("ignore", message="Full backward hook is firing")
-            losses = self._task.loss(self._model(x), y, reduction="none")
-            DPTensorFastGradientClipping(self._model, self._optimizer, losses).backward()
-        finite: torch.Tensor = self._model.get_norm_sample().isfinite()
+            losses = self._task.loss(self._ghost(x), y, reduction="none")
+            DPTensorFastGradientClipping(self._ghost, self._optimizer, losses).backward()
+        finite: torch.Tensor = self._ghost.get_norm_sample().isfinite()
         return finite
 
     def close(self) -> None:
         """Leave the model as it was: no hooks, no gradients."""
-        if self._layers is None:
-            self._model._close()
-        else:
-            self._layers.close()
+        if self._ghost is not None:
+            self._ghost._close()
         for p in self._parameters:
             p.grad = None
+
+
+def _ghost(model: nn.Module, clip: float) -> Any:
+    """The model in Opacus' hands."""
+    from opacus.grad_sample import GradSampleModuleFastGradientClipping
+
+    return GradSampleModuleFastGradientClipping(model, max_grad_norm=clip)

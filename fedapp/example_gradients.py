@@ -18,7 +18,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import group_norm, pad
 
+from fedapp.errors import ConfigError
+
 _AT_ONCE = 2**23  # values that are made at a time; of a layer with no more in all, what was made is kept
+LARGEST = 1e30  # norms; see `ExampleGradients.norms`
 _SLOTS = ("weight", "bias")  # what a known layer may hold
 
 
@@ -55,15 +58,17 @@ Those of a convolution's weight come with the channels last.
 
 def are_known(model: nn.Module) -> bool:
     """Whether all that is trained belongs to layers whose gradients are known here, each to one layer."""
-    owners = Counter(id(p) for layer in _trained(model) for p in _parameters(layer))
+    owners = Counter(id(p) for layer in _trained(model) for p in _parameters(layer).values())
     return all(map(_is_known, _trained(model))) and all(count == 1 for count in owners.values())
 
 
 def _is_known(layer: nn.Module) -> bool:
     if isinstance(layer, nn.Conv2d):
-        plain = layer.groups == 1 and layer.dilation == (1, 1) and layer.padding_mode == "zeros"
-        return type(layer) in _RULES and plain and not isinstance(layer.padding, str)
-    return type(layer) in _RULES
+        if layer.groups > 1 or layer.dilation != (1, 1) or layer.padding_mode != "zeros":
+            return False
+        if isinstance(layer.padding, str):
+            return False
+    return type(layer) in _RULES and _parameters(layer).keys() <= set(_SLOTS)
 
 
 def _trained(model: nn.Module) -> list[nn.Module]:
@@ -71,79 +76,102 @@ def _trained(model: nn.Module) -> list[nn.Module]:
     return [layer for layer in model.modules() if _parameters(layer)]
 
 
-def _parameters(layer: nn.Module) -> list[nn.Parameter]:
-    """What is trained of a layer itself."""
-    return [p for p in layer.parameters(recurse=False) if p.requires_grad]
+def _parameters(layer: nn.Module) -> dict[str, nn.Parameter]:
+    """What is trained of a layer itself, by name, weight first."""
+    return {name: p for name, p in layer.named_parameters(recurse=False) if p.requires_grad}
 
 
-class Layers:
-    """The layers of a model, watched from here on. All must be known (`are_known`)."""
+def example_gradients(model: nn.Module, losses: Callable[[], Tensor]) -> "ExampleGradients":
+    """The gradients of the losses (n,), one an example, that a forward pass comes to; layers must be known.
 
-    def __init__(self, model: nn.Module) -> None:
-        self._seen: dict[nn.Module, list[tuple[Tensor, Tensor]]] = {}
-        self._hooks = [layer.register_forward_hook(self._see) for layer in _trained(model)]
+    Raises ConfigError where layers do not keep examples apart as rows, or overwrite what others need.
+    """
+    seen = dict[nn.Module, list[_Use]]()
 
-    def _see(self, layer: nn.Module, given: tuple[Tensor, ...], made: Tensor) -> None:
-        self._seen.setdefault(layer, []).append((given[0].detach(), made))
+    def see(layer: nn.Module, given: tuple[Tensor, ...], made: Tensor) -> None:
+        seen.setdefault(layer, []).append(_Use(given[0].detach(), made))
 
-    def gradients(self, losses: Tensor) -> "ExampleGradients":
-        """Those of the losses (n,), one an example, that the forward pass before came to."""
-        seen, self._seen = self._seen, {}
-        made = [out for uses in seen.values() for _, out in uses]
-        found = iter(torch.autograd.grad(losses.sum(), made, materialize_grads=True))
-        return ExampleGradients(
-            [_Layer(layer, [(x, next(found)) for x, _ in uses]) for layer, uses in seen.items()]
-        )
-
-    def close(self) -> None:
-        """Leave the model as it was."""
-        for hook in self._hooks:
+    hooks = [layer.register_forward_hook(see) for layer in _trained(model)]
+    try:
+        found = losses()
+    finally:
+        for hook in hooks:
             hook.remove()
+    uses = [(layer, use) for layer, those in seen.items() for use in those]
+    for layer, use in uses:
+        use.check(layer, len(found))
+    outputs = torch.autograd.grad(found.sum(), [use.out for _, use in uses], materialize_grads=True)
+    given = dict[nn.Module, list[tuple[Tensor, Tensor]]]()
+    for (layer, use), g in zip(uses, outputs, strict=True):
+        given.setdefault(layer, []).append((use.x, g))
+    return ExampleGradients([LayerGradients(layer, pairs) for layer, pairs in given.items()])
+
+
+class _Use:
+    """What went into a layer, and what came out."""
+
+    def __init__(self, x: Tensor, out: Tensor) -> None:
+        self.x, self.out = x, out
+        self._versions = x._version, out._version
+
+    def check(self, layer: nn.Module, n: int) -> None:
+        if not len(self.x) == len(self.out) == n:
+            raise ConfigError(
+                f"{layer} makes {len(self.out)} rows of {len(self.x)} where there are {n} examples, whose "
+                "gradients cannot be told apart: give each layer one row an example"
+            )
+        if (self.x._version, self.out._version) != self._versions:
+            raise ConfigError(f"what {layer} takes or makes is overwritten later: set inplace=False")
 
 
 @dataclass(frozen=True)
 class ExampleGradients:
-    """The gradients of n examples, none of which need be in memory."""
+    """The gradients of n examples, few of which are in memory at a time."""
 
-    layers: "list[_Layer]"
+    layers: "list[LayerGradients]"
 
     def norms(self) -> Tensor:
-        """Float64 (n,): of each example's gradient, over all layers."""
+        """Float64 (n,): of each example's gradient, over all layers; inf or NaN where it is not finite.
+
+        Nor does it count as finite where it, or a factor of it, is longer than `LARGEST`: its share would be
+        among the smallest numbers of float32, whose rounding may double them.
+        """
         return torch.stack([layer.squares() for layer in self.layers]).sum(0).sqrt()
 
-    def total(self, weights: Tensor) -> Iterator[tuple[nn.Parameter, Tensor]]:
-        """Each parameter with the sum of its gradients, the examples' times their weights (n,)."""
-        for layer in self.layers:
-            yield from layer.total(weights).items()
+    def total(self, weights: Tensor) -> dict[nn.Parameter, Tensor]:
+        """By parameter the sum of gradients, the examples' times their weights (n,)."""
+        return {p: total for layer in self.layers for p, total in layer.total(weights).items()}
 
 
-class _Layer:
+class LayerGradients:
     """Gradients of one layer: its uses in the pass are what went in, and the gradient of what came out."""
 
     def __init__(self, layer: nn.Module, uses: list[tuple[Tensor, Tensor]]) -> None:
-        self._layer: Any = layer
-        self._uses = uses
-        slots = {name: getattr(layer, name) for name in _SLOTS}
-        self._trained = {name: p for name, p in slots.items() if p is not None and p.requires_grad}
+        self.layer: Any = layer
+        self.uses = uses
+        self._trained = _parameters(layer)
         self._outer = isinstance(layer, nn.Linear) and len(uses) == 1 and uses[0][0].ndim == 2
         self._kept: list[list[Tensor]] = []
 
     def squares(self) -> Tensor:
         """Float64 (n,): squared norms."""
-        if self._outer:  # in float64, where no product of two float32 is too large, or too small
-            x, g = (torch.linalg.vector_norm(v, dim=1, dtype=torch.float64).square() for v in self._uses[0])
-            both: Tensor = g * (x * ("weight" in self._trained) + float("bias" in self._trained))
-            return both
-        found = []
+        if self._outer:
+            x, g = (torch.linalg.vector_norm(v, dim=1, dtype=torch.float64).square() for v in self.uses[0])
+            found = torch.zeros_like(g)
+            found += g * x if "weight" in self._trained else 0.0
+            found += g if "bias" in self._trained else 0.0
+            return torch.where(torch.maximum(x, g) < LARGEST**2, found, torch.inf)
+        squares = []
         for made in self._made():
             norms = [torch.linalg.vector_norm(v, dim=1) for v in made]
-            found.append(torch.stack(norms).double().square().sum(0))
-        return torch.cat(found)
+            squares.append(torch.stack(norms).double().square().sum(0))
+        found = torch.cat(squares)
+        return torch.where(found < LARGEST**2, found, torch.inf)
 
     def total(self, weights: Tensor) -> dict[nn.Parameter, Tensor]:
         """The weighted sum over the examples."""
         if self._outer:
-            x, g = self._uses[0]
+            x, g = self.uses[0]
             g = g * weights[:, None].to(g.dtype)
             return {p: g.mT @ x if name == "weight" else g.sum(0) for name, p in self._trained.items()}
         sums, begin = [torch.zeros_like(p).view(-1) for p in self._trained.values()], 0
@@ -158,7 +186,7 @@ class _Layer:
     def _shaped(self, name: str, total: Tensor) -> Tensor:
         """The sum in the shape of what it is of."""
         p = self._trained[name]
-        if isinstance(self._layer, nn.Conv2d) and name == "weight":
+        if isinstance(self.layer, nn.Conv2d) and name == "weight":
             return total.view(len(p), *p.shape[2:], -1).permute(0, 3, 1, 2).contiguous()
         return total.view_as(p)
 
@@ -167,14 +195,19 @@ class _Layer:
         if self._kept:
             yield from self._kept
             return
-        rule, n = _RULES[type(self._layer)], len(self._uses[0][0])
-        size, places = sum(p.numel() for p in self._trained.values()), self._uses[0][1][0, :1].numel()
-        step = max(1, _AT_ONCE // max(size, places * self._layer.weight[0].numel()))
+        rule, n = _RULES[type(self.layer)], len(self.uses[0][0])
+        size = sum(p.numel() for p in self._trained.values())
+        step = max(1, _AT_ONCE // max(size, *(self._unfolded(x, g) for x, g in self.uses)))
         for begin in range(0, n, step):
             these = slice(begin, begin + step)
-            uses = [rule(self._layer, x[these], g[these]) for x, g in self._uses]
+            uses = [rule(self.layer, x[these], g[these]) for x, g in self.uses]
             both = dict(zip(_SLOTS, (reduce(torch.add, of) for of in zip(*uses, strict=True)), strict=True))
             made = [both[name].flatten(1) for name in self._trained]
             if n * size <= _AT_ONCE:
                 self._kept.append(made)
             yield made
+
+    def _unfolded(self, x: Tensor, g: Tensor) -> int:
+        """Values of the largest array on the way to one example's gradient."""
+        taps = self.layer.weight[0].numel() if isinstance(self.layer, nn.Conv2d) else 1
+        return max(x[0].numel(), g[0].numel(), g[0, 0].numel() * taps)

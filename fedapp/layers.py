@@ -19,7 +19,12 @@ class MaxPool(nn.MaxPool2d):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(n, channels, height, width) to fewer pixels."""
-        if x.device.type == "cpu" and x.is_contiguous():
+        pooled: torch.Tensor
+        if x.ndim != 4 or self.return_indices:
+            pooled = super().forward(x)
+            return pooled
+        exact = x.dtype in (torch.float32, torch.float64)  # others would be added up in another precision
+        if x.device.type == "cpu" and exact and x.is_contiguous():
             last = x.detach().contiguous(memory_format=torch.channels_last)
             _, found = max_pool2d(
                 last, self.kernel_size, self.stride, self.padding, self.dilation, self.ceil_mode,
@@ -29,7 +34,7 @@ class MaxPool(nn.MaxPool2d):
             return x.flatten(2).gather(2, places.flatten(2)).view_as(places)
         came = torch.contiguous_format if x.is_contiguous() else torch.channels_last
         layout = torch.channels_last if x.device.type == "cpu" else torch.contiguous_format
-        pooled: torch.Tensor = super().forward(x.contiguous(memory_format=layout))
+        pooled = super().forward(x.contiguous(memory_format=layout))
         return pooled.contiguous(memory_format=came)
 
 
@@ -41,7 +46,7 @@ class Dropout(nn.Dropout):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """A tensor of any shape."""
-        if not self.training or self.p == 0 or x.device.type != "cpu":
+        if not self.training or not 0 < self.p < 1 or self.inplace or x.device.type != "cpu":
             return super().forward(x)
         kept = torch.rand(x.shape, device=x.device) >= self.p
         return x * (kept.to(x.dtype) * (1 / (1 - self.p)))

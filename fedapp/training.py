@@ -184,11 +184,11 @@ class DpSgd:
     of gradients clipped to `max_grad_norm`, over a Bernoulli(`sampling_rate`) sample of the client's
     examples. The sum is divided by the public `sampling_rate * examples_per_client`, never by what the
     client holds or drew, and every client does `steps` steps, weighs 1, and reports nothing else. An example
-    whose gradient is not finite counts as zero, and dropout masks are as secret as the draws. The noise is
-    set for `rounds`, those that the public draws of the run give one client at most. One accountant per
-    client composes over those that it takes part in; its history (float64 (k, 3): noise multiplier, rate,
-    steps) is the trainer's state, and a fit that would pass the budget is refused. Source: Abadi et al. 2016,
-    "Deep learning with differential privacy", Algorithm 1.
+    whose gradient is not finite, or beyond 1e30, counts as zero, and dropout masks are as secret as the
+    draws. The noise is set for `rounds`, those that the public draws of the run give one client at most. One
+    accountant per client composes over those that it takes part in; its history (float64 (k, 3): noise
+    multiplier, rate, steps) is the trainer's state, and a fit that would pass the budget is refused. Source:
+    Abadi et al. 2016, "Deep learning with differential privacy", Algorithm 1.
 
     What is clipped is each example's gradient over all layers (`dp_step`). `physical_batch_size` bounds
     memory and changes no result.

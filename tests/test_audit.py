@@ -12,15 +12,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from opacus.optimizers import DPOptimizerFastGradientClipping
 from scipy.stats import binom, norm
+from torch import nn
 
 from fedapp import cli, config
 from fedapp.audit import command
 from fedapp.audit.bound import lower_bound, p_value
 from fedapp.audit.client import Central, Distributed, Local
-from fedapp.audit.example import Examples, SharedExamples, examples
+from fedapp.audit.example import Examples, SharedExamples, _plant, examples
 from fedapp.audit.one_run import Claim, Finding, Guesses, audit, choose
 from fedapp.dp_step import Step
 from fedapp.errors import ConfigError
+from fedapp.example_gradients import ExampleGradients, LayerGradients
 from fedapp.job import Job
 from fedapp.privacy import central, distributed_example, local
 from fedapp.privacy import distributed as distributed_module
@@ -338,6 +340,58 @@ def test_a_canary_adds_the_sensitivity(monkeypatch: pytest.MonkeyPatch, trainer:
     monkeypatch.setattr(type(release.job.task), "client_data", lambda self, node: nobody)
     included = np.arange(50) % 3 == 0
     assert np.abs(release(included) - included).max() < 1e-4
+
+
+LAYERS = [
+    (nn.Linear(4, 3), (4,), (3,)),
+    (nn.Conv2d(1, 2, 4, stride=2, padding=3), (1, 9, 9), (2, 6, 6)),
+    (nn.Conv2d(2, 3, (3, 1), stride=(1, 2), padding=(0, 1)), (2, 6, 8), (3, 4, 5)),
+]
+
+
+@pytest.mark.parametrize(("layer", "given", "made"), LAYERS)
+def test_canaries_point_at_one_weight(
+    layer: nn.Module, given: tuple[int, ...], made: tuple[int, ...]
+) -> None:
+    for place, (name, p) in enumerate(layer.named_parameters()):
+        n = p.numel()
+        x, g, at = torch.zeros(n, *given), torch.zeros(n, *made), torch.arange(n)
+        _plant(layer, name, x, g, at, at, 3.0)
+        found = LayerGradients(layer, [(x, g)])
+        for example in range(n):
+            one = torch.zeros(n)
+            one[example] = 1
+            total = found.total(one)[p].flatten()
+            assert torch.equal(total, 3 * one), place
+        assert torch.allclose(found.squares(), torch.full((n,), 9.0, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("model", ["mlp", "small_cnn"])
+def test_canaries_beside_what_is_not_finite_count_once(monkeypatch: pytest.MonkeyPatch, model: str) -> None:
+    monkeypatch.setattr(DPOptimizerFastGradientClipping, "add_noise", no_noise)
+    release = examples(
+        job(f"model={model} trainer.sampling_rate=1.0 trainer.steps=2"), 50, np.random.default_rng(0)
+    )
+    whole = release.job.task.client_data({"partition-id": 0})
+    nobody = Data(torch.full_like(whole.x[:3], torch.nan), whole.y[:3])
+    monkeypatch.setattr(type(release.job.task), "client_data", lambda self, node: nobody)
+    included = np.arange(50) % 3 == 0
+    assert np.abs(release(included) - included).max() < 1e-4
+
+
+def test_models_that_opacus_clips_are_not_audited(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fedapp.audit.example.are_known", lambda model: False)
+    with pytest.raises(ConfigError, match="audit another model"):
+        examples(job(), 1000, np.random.default_rng(0))
+
+
+@pytest.mark.parametrize("broken", [1e-9, 0.1])
+def test_norms_that_are_measured_too_short_are_caught(monkeypatch: pytest.MonkeyPatch, broken: float) -> None:
+    measured = ExampleGradients.norms
+    monkeypatch.setattr(ExampleGradients, "norms", lambda self: measured(self) * broken)
+    found = audited()
+    assert found.bound > 2
+    assert not found.passed
 
 
 def test_nothing_else_changes() -> None:

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from fedapp import example_gradients
-from fedapp.example_gradients import ExampleGradients, Layers, are_known
+from fedapp.errors import ConfigError
+from fedapp.example_gradients import ExampleGradients, are_known
 from fedapp.models import Cnn, Logistic, Mlp, Resnet18, SmallCnn
 
 
@@ -30,7 +31,9 @@ def convolution(before: int, after: int, size: Any, **how: Any) -> nn.Module:
 
 
 def normed() -> nn.Module:
-    return nn.Sequential(nn.Conv2d(3, 6, 3), nn.GroupNorm(3, 6), nn.Tanh(), nn.Conv2d(6, 4, 2), nn.Flatten())
+    return nn.Sequential(
+        nn.Conv2d(3, 6, 3), nn.GroupNorm(3, 6, eps=0.1), nn.Tanh(), nn.Conv2d(6, 4, 2), nn.Flatten()
+    )
 
 
 MODELS = [  # a layer joins with one row: a model of it, and the shape of an example
@@ -61,11 +64,7 @@ def one_by_one(model: nn.Module, x: Tensor) -> Iterator[list[Tensor]]:
 
 
 def found(model: nn.Module, x: Tensor) -> ExampleGradients:
-    watched = Layers(model)
-    try:
-        return watched.gradients(losses(model, x))
-    finally:
-        watched.close()
+    return example_gradients.example_gradients(model, lambda: losses(model, x))
 
 
 def prepared(model: nn.Module, shape: tuple[int, ...], n: int = 9) -> tuple[nn.Module, Tensor]:
@@ -100,36 +99,127 @@ def test_norms_and_sums_are_those_of_a_pass_for_each(
         assert torch.allclose(total[p], torch.as_tensor(right), rtol=1e-10, atol=1e-13)
 
 
-@pytest.mark.parametrize("scale", [1e-30, 1e30])
+@pytest.mark.parametrize("scale", [1e-25, 1e25])
 def test_a_norm_is_right_where_its_parts_are_beyond_squares(scale: float) -> None:
     """A large input times a small gradient, or the other way: float32 holds neither square."""
-    model = nn.Linear(3, 2, bias=False)
-    nn.init.zeros_(model.weight)
-    x = torch.full((2, 3), scale)
-    watched = Layers(model)
-    made = model(x)
-    gradients = watched.gradients((made / scale).sum(1))
-    watched.close()
-    assert torch.allclose(gradients.norms(), torch.full((2,), 6.0, dtype=torch.float64).sqrt())
+    model, x = nn.Linear(3, 2, bias=False), torch.full((2, 3), scale)
+    gradients = example_gradients.example_gradients(model, lambda: (model(x) / scale).sum(1))
+    norms = gradients.norms()
+    assert torch.allclose(norms, torch.full((2,), 6.0, dtype=torch.float64).sqrt())
+    (total,) = gradients.total(0.1 / norms).values()
+    assert total.double().norm() == pytest.approx(0.2)
 
 
-def test_what_is_made_at_a_time_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    made = list[int]()
-    rule = example_gradients._of_convolution
+@pytest.mark.parametrize("large", [1e31, 3e38])
+def test_what_is_beyond_bounds_does_not_count_as_finite(large: float) -> None:
+    """Its share would be so small that rounding doubles it; or products overflow that a sum is made of."""
+    dense = nn.Linear(1, 1)
+    x = torch.tensor([[1.0], [large]])
+    assert example_gradients.example_gradients(
+        dense, lambda: dense(x).sum(1)
+    ).norms().isfinite().tolist() == [True, False]
+    assert example_gradients.example_gradients(
+        dense, lambda: dense(torch.ones(2, 1)).sum(1) * x[:, 0]
+    ).norms().isfinite().tolist() == [True, False]
+    seen = nn.Conv2d(1, 1, 1)
+    pixels = torch.ones(2, 1, 4, 4) * x[:, :, None, None]
+    assert example_gradients.example_gradients(
+        seen, lambda: (seen(pixels) * pixels).sum((1, 2, 3))
+    ).norms().isfinite().tolist() == [True, False]
 
-    def noting(layer: nn.Conv2d, x: Tensor, g: Tensor) -> list[Tensor]:
-        of = rule(layer, x, g)
-        made.append(max(of[0].numel(), len(x) * g[0, 0].numel() * layer.weight[0].numel()))
-        return of
 
-    monkeypatch.setitem(example_gradients._RULES, nn.Conv2d, noting)
-    monkeypatch.setattr(example_gradients, "_AT_ONCE", 3000)
-    model, x = prepared(convolution(3, 5, 3), (3, 8, 7), n=40)
+class Apart(nn.Module):
+    """Models that no rule can follow, by what is wrong with them."""
+
+    def __init__(self, wrong: str) -> None:
+        super().__init__()
+        self.wrong, self.first, self.second = wrong, nn.Linear(6, 6), nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.wrong == "more rows":
+            made: Tensor = self.second(self.first(x.repeat(3, 1)).view(3, -1, 6).sum(0))
+        elif self.wrong == "one row for all":
+            made = self.second(torch.tanh(self.first(torch.ones(1, 6).to(x)) + x))
+        elif self.wrong == "input overwritten":
+            made = self.second(self.first(x) + x.mul_(2))
+        else:
+            made = self.second(self.first(x).relu_())
+        return made
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ("more rows", "27 rows of 27 where there are 9"),
+        ("one row for all", "1 rows of 1 where there are 9"),
+        ("input overwritten", "inplace=False"), ("output overwritten", "inplace=False"),
+    ],
+)  # fmt: skip
+def test_models_that_do_not_keep_examples_apart_are_refused(wrong: str, said: str) -> None:
+    model, x = prepared(Apart(wrong), (6,))
+    with pytest.raises(ConfigError, match=said):
+        found(model, x)
+    assert not any(m._forward_hooks for m in model.modules())
+
+
+class Idle(nn.Module):
+    """A layer whose output is used, one whose output is not, and one that takes no part."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.used, self.unused, self.idle = nn.Linear(6, 4), nn.Linear(6, 4), nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.unused(x)
+        made: Tensor = self.used(x)
+        return made
+
+
+def test_layers_that_do_nothing_add_nothing() -> None:
+    model, x = prepared(Idle(), (6,))
+    assert isinstance(model, Idle)
+    unused, idle = model.unused.weight, model.idle.weight
+    gradients = found(model, x)
+    right = torch.stack(
+        [
+            torch.cat(
+                [
+                    g.flatten()
+                    for g in torch.autograd.grad(loss, list(model.used.parameters()), retain_graph=True)
+                ]
+            ).norm()
+            for loss in losses(model, x)
+        ]
+    )
+    assert torch.allclose(gradients.norms(), right)
+    total = gradients.total(torch.ones(len(x)))
+    assert isinstance(unused, nn.Parameter)
+    assert not total[unused].any()
+    assert idle not in total
+
+
+@pytest.mark.parametrize(("room", "times"), [(100_000, 1), (3000, 2)])
+def test_what_is_made_at_a_time_is_bounded(room: int, times: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And what is too much to be kept is made a second time."""
+    model, x = prepared(normed(), (3, 8, 7), n=40)
+    made = list[tuple[int, int]]()
+    for kind in (nn.Conv2d, nn.GroupNorm):
+        rule = example_gradients._RULES[kind]
+
+        def noting(layer: Any, x: Tensor, g: Tensor, rule: Any = rule) -> list[Tensor]:
+            of: list[Tensor] = rule(layer, x, g)
+            unfolded = g[0, 0].numel() * layer.weight[0].numel() if isinstance(layer, nn.Conv2d) else 0
+            made.append((len(x), len(x) * max(of[0][0].numel(), unfolded, x[0].numel(), g[0].numel())))
+            return of
+
+        monkeypatch.setitem(example_gradients._RULES, kind, noting)
+    monkeypatch.setattr(example_gradients, "_AT_ONCE", room)
     gradients = found(model, x)
     gradients.norms()
-    dict(gradients.total(torch.ones(40)))
-    assert max(made) <= 3000
-    assert sum(made) > 3000
+    gradients.total(torch.ones(40))
+    assert max(values for _, values in made) <= room
+    assert 40 * 3 <= sum(examples for examples, _ in made) <= times * 40 * 3
+    assert sum(examples for examples, _ in made) > (times - 1) * 40 * 3
 
 
 @pytest.mark.parametrize("build", [Logistic(), Mlp(), SmallCnn(), Cnn(), Resnet18()], ids=str)
@@ -158,7 +248,7 @@ def shared() -> nn.Module:
     [
         nn.Conv2d(4, 4, 3, groups=2), nn.Conv2d(4, 4, 3, dilation=2), nn.Conv2d(4, 4, 3, padding="same"),
         nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect"), nn.Conv1d(4, 4, 3), nn.BatchNorm2d(4),
-        nn.LayerNorm(4), Own(), Wider(3, 3), shared(),
+        nn.LayerNorm(4), Own(), Wider(3, 3), shared(), nn.utils.parametrizations.weight_norm(nn.Linear(3, 3)),
     ],
     ids=str,
 )  # fmt: skip
@@ -166,9 +256,3 @@ def test_other_layers_are_left_to_opacus(model: nn.Module) -> None:
     assert not are_known(nn.Sequential(nn.Linear(2, 2), model))
     model.requires_grad_(False)
     assert are_known(nn.Sequential(nn.Linear(2, 2), model))
-
-
-def test_who_stops_watching_leaves_nothing() -> None:
-    model = nn.Linear(2, 2)
-    Layers(model).close()
-    assert not model._forward_hooks

@@ -223,6 +223,9 @@ def test_one_example_moves_an_update_by_the_clip_norm_at_most() -> None:
     assert 0.99 * 0.5 * 0.5 / 300 < moved < 1.001 * 0.5 * 0.5 / 300
 
 
+SIZES = (0, 1, 2, 3, 15, 25, 29, 31, 37, 38)  # powers of ten
+
+
 def clipped(dp: DpSgd, model: nn.Module, x: torch.Tensor) -> float:
     """How long one example's gradient is once it is clipped, measured in float64; its label is 0."""
     with closing(Step(TASK, model, dp, None, 0.0)) as step:
@@ -237,8 +240,26 @@ def test_no_gradient_is_longer_than_the_clip_norm(build: Any) -> None:
     for norm in (0.1, 0.3, 0.5):
         dp = replace(PRIVATE, max_grad_norm=norm)
         for number, x in enumerate(data(12).x):
-            assert clipped(dp, task.model(0), x * 10.0 ** (number % 4)) <= norm
+            assert clipped(dp, task.model(0), x * 10.0 ** SIZES[number % len(SIZES)]) <= norm
         assert clipped(dp, task.model(0), 1e3 * torch.ones(1, 8, 8)) > 0.999 * norm
+
+
+@pytest.mark.parametrize("large", [1e25, 1e29, 1e31, 1e38])
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_weights_that_aim_at_it_make_no_gradient_longer(large: float, sign: float) -> None:
+    """Whoever sends weights may have shares come to the smallest float32, of which the next is the double."""
+    model = Mlp(hidden=(1, 1))((1, 8, 8), 10)
+    for w in np.linspace(1e6, 1.9e6, 10):
+        with torch.no_grad():
+            for layer, value in zip(
+                [m for m in model.modules() if isinstance(m, nn.Linear)],
+                (large, 1 / large / w, w * sign),
+                strict=True,
+            ):
+                layer.weight.fill_(value)
+                layer.bias.zero_()
+        dp = replace(PRIVATE, max_grad_norm=0.1)
+        assert clipped(dp, model, torch.full((1, 8, 8), 1 / 64)) <= 0.1
 
 
 @pytest.mark.usefixtures("clipping")

@@ -12,20 +12,24 @@ from torch import nn
 from fedapp.audit.one_run import LEAST, SIZE, Claim
 from fedapp.dp_step import DpStep, Step
 from fedapp.errors import ConfigError
+from fedapp.example_gradients import ExampleGradients, are_known
 from fedapp.job import Job
 from fedapp.privacy.distributed_example import StepTerms
 from fedapp.privacy.secret import BATCH, CLIENT, source
 from fedapp.tasks import Data, Task
 from fedapp.training import DpSgd, State
 
+_LARGE = 2.0**20  # of an input
+
 
 @dataclass(frozen=True)
 class Examples:
     """One client's training with canaries beside its examples: Dirac canaries, a weight of its own each.
 
-    A canary is one more row of the client's data, so the trainer draws it, batches it, clips it and adds
-    noise as it does for any example; only its gradient is not computed but set. Released are the weights
-    after each step. Source: Steinke, Nasr and Jagielski 2023, section 6, "Dirac canaries".
+    A canary is one more row of the client's data, so the trainer draws it, batches it, measures, clips and
+    adds up its gradient as any example's; only what the gradient is a product of is not computed but set.
+    Released are the weights after each step. Source: Steinke, Nasr and Jagielski 2023, section 6, "Dirac
+    canaries".
 
     The client's own examples move the canaries' weights too. That blurs scores and can only lower the bound.
     """
@@ -119,15 +123,28 @@ def examples(job: Job, canaries: int, rng: np.random.Generator) -> Examples | Sh
     """So many canaries on weights of the job's model; raises ConfigError where they do not fit."""
     if not isinstance(job.trainer, (DpSgd, DpStep)):
         raise ConfigError(f"privacy={job.choices['privacy']} has no audit: set privacy=example, for example")
-    size = sum(p.numel() for p in job.task.model(job.seed).parameters() if p.requires_grad)
-    if canaries > size:
-        fewer = f"set canaries={size} or " if size >= LEAST else ""
+    model = job.task.model(job.seed)
+    if not are_known(model):
         raise ConfigError(
-            f"each of {canaries} canaries needs a weight of its own, the model has {size}: "
+            "canaries have no place in layers whose gradients Opacus finds: audit another model"
+        )
+    places = np.concatenate([np.arange(start, start + p.numel()) for start, p in _open_to(model)])
+    if canaries > len(places):
+        fewer = f"set canaries={len(places)} or " if len(places) >= LEAST else ""
+        raise ConfigError(
+            f"each of {canaries} canaries needs a weight of its own, the model has {len(places)}: "
             f"{fewer}choose a larger model"
         )
-    coordinates = torch.from_numpy(rng.permutation(size)[:canaries])
+    coordinates = torch.from_numpy(rng.permutation(places)[:canaries])
     return (Examples if isinstance(job.trainer, DpSgd) else SharedExamples)(job, coordinates)
+
+
+def _open_to(model: nn.Module) -> list[tuple[int, nn.Parameter]]:
+    """Where canaries can point: parameters, and where each begins in the flat weights."""
+    scales = {id(m.weight) for m in model.modules() if isinstance(m, nn.GroupNorm)}
+    trained = [p for p in model.parameters() if p.requires_grad]
+    starts = np.cumsum([0, *(p.numel() for p in trained)])
+    return [(int(start), p) for start, p in zip(starts, trained, strict=False) if id(p) not in scales]
 
 
 def with_canaries(data: Data, included: NDArray[np.bool_]) -> Data:
@@ -138,7 +155,7 @@ def with_canaries(data: Data, included: NDArray[np.bool_]) -> Data:
 
 
 class Canaries(Step):
-    """The trainer's own step; canaries' gradients are clipped as others are, and join their sum."""
+    """The trainer's own step, with the factors of the canaries' gradients in their rows."""
 
     def __init__(
         self, task: Task, model: nn.Module, dp: DpSgd | DpStep, noise: torch.Generator | None, lr: float, *,
@@ -146,15 +163,45 @@ class Canaries(Step):
     ) -> None:  # fmt: skip
         super().__init__(task, model, dp, noise, lr)
         self._coordinates, self._norm = coordinates, norm
+        self._starts = {p: start for start, p in _open_to(model)}
 
-    def _backward(self, x: torch.Tensor, y: torch.Tensor) -> None:
-        super()._backward(x[y >= 0], y[y >= 0])
-        at = self._coordinates[-1 - y[y < 0]]
-        left = self._norm * self._shares(torch.full((len(at),), self._norm, dtype=torch.float64))
-        for p in self._parameters:
-            own = (at >= 0) & (at < p.numel())
-            p.grad.view(-1).index_add_(0, at[own], left[own].to(p.dtype))
-            at = at - p.numel()
+    def _gradients(self, x: torch.Tensor, y: torch.Tensor) -> ExampleGradients:
+        gradients = super()._gradients(x, y.clamp(min=0))
+        rows = (y < 0).nonzero().squeeze(1)
+        at = self._coordinates[-1 - y[rows]]
+        for layer in gradients.layers:
+            ((given, g),) = layer.uses
+            given, g = given.clone(), g.clone()  # other layers may share them
+            given[rows], g[rows] = 0, 0
+            for name, p in layer.layer.named_parameters(recurse=False):
+                if p in self._starts:
+                    here = at - self._starts[p]
+                    own = (here >= 0) & (here < p.numel())
+                    _plant(layer.layer, name, given, g, rows[own], here[own], self._norm)
+            layer.uses = [(given, g)]
+        return gradients
+
+
+def _plant(
+    layer: nn.Module, name: str, x: torch.Tensor, g: torch.Tensor, rows: torch.Tensor, at: torch.Tensor,
+    norm: float,
+) -> None:  # fmt: skip
+    """Give each row a gradient so long that points at one weight of its layer, by the weight's place.
+
+    Its bias would have some of it too: `_LARGE` times less.
+    """
+    if name == "bias":
+        (g if g.ndim == 2 else g.flatten(2)[:, :, 0])[rows, at] = norm
+    elif isinstance(layer, nn.Linear):
+        x[rows, at % x.shape[1]] = _LARGE
+        g[rows, at // x.shape[1]] = norm / _LARGE
+    else:
+        assert isinstance(layer, nn.Conv2d)
+        unit, channel, *taps = torch.unravel_index(at, layer.weight.shape)
+        tap, stride, padding = torch.stack(taps, 1), *map(at.new_tensor, (layer.stride, layer.padding))
+        window = ((padding - tap).clamp(min=0) + stride - 1) // stride  # the first where it lies on a pixel
+        x[rows, channel, *(window * stride - padding + tap).unbind(1)] = _LARGE
+        g[rows, unit, *window.unbind(1)] = norm / _LARGE
 
 
 class CanaryStep(Canaries):
