@@ -29,7 +29,7 @@ from torch import nn
 
 from fedapp import config, server_app, wire
 from fedapp.client_app import FAILED, client_app, local_app
-from fedapp.downlink import HOLDS
+from fedapp.downlink import HOLDS, Downlink
 from fedapp.engine.grid import next_replies, push, stream
 from fedapp.engine.local import Local, LocalGrid
 from fedapp.errors import ConfigError, FedappError
@@ -148,6 +148,23 @@ def test_nodes_that_start_anew_train_on_the_same_weights() -> None:
     assert federation.messages == plain.messages == 18
     assert grid.pulled > 18
     assert federation.traffic.downlink > plain.traffic.downlink
+
+
+def test_nodes_that_hold_the_latest_versions_are_sent_theirs_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What others need is made while these train."""
+    held, send = list[list[int]](), Downlink.send
+
+    def watched(self: Downlink, weights: ArrayRecord, messages: Iterable[Message]) -> Iterator[Message]:
+        messages = list(messages)
+        held.append([self._held.get(message.metadata.dst_node_id, 0) for message in messages])
+        return send(self, weights, messages)
+
+    monkeypatch.setattr(Downlink, "send", watched)
+    job = job_of("codec=default rounds=6 clients=12 cohort=6")
+    rounds_on(job, Elsewhere(client_app(lambda _: job), list(range(5, 17))))
+    assert len(held) == 6
+    assert held == [sorted(versions, reverse=True) for versions in held]
+    assert max(len(set(versions)) for versions in held) > 2
 
 
 def test_a_node_whose_seed_gives_another_model_is_given_the_servers() -> None:
