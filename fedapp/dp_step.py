@@ -96,7 +96,7 @@ class Step:
         kept = 1 - torch.finfo(self._parameters[0].dtype).eps * (8 + largest / 32)
         self._clip = kept * dp.max_grad_norm
         self._model = model
-        self._ghost: Any = None if are_known(model) else _ghost(model, self._clip)
+        self._opacus: Any = None if are_known(model) else _opacus(model, self._clip)
         self._optimizer = DPOptimizerFastGradientClipping(
             PlainSgd(self._parameters, lr=lr, momentum=dp.momentum),
             noise_multiplier=dp.noise_multiplier / kept,  # of what it clips to
@@ -131,7 +131,7 @@ class Step:
             for p in self._parameters:
                 p.grad = torch.zeros_like(p)
             return
-        finite = self._clipped(x, y) if self._ghost is None else self._clipped_by_opacus(x, y)
+        finite = self._clipped(x, y) if self._opacus is None else self._clipped_by_opacus(x, y)
         if not finite.all():
             for p in self._parameters:
                 p.grad = None
@@ -143,7 +143,7 @@ class Step:
         norms = gradients.norms()
         total = gradients.total(self._shares(norms))
         for p in self._parameters:
-            p.grad = total.get(p, torch.zeros_like(p))
+            p.grad = total[p] if p in total else torch.zeros_like(p)
         return norms.isfinite()
 
     def _gradients(self, x: torch.Tensor, y: torch.Tensor) -> ExampleGradients:
@@ -160,20 +160,20 @@ class Step:
 
         with warnings.catch_warnings():  # the first layer's input needs no gradient, and need not
             warnings.filterwarnings("ignore", message="Full backward hook is firing")
-            losses = self._task.loss(self._ghost(x), y, reduction="none")
-            DPTensorFastGradientClipping(self._ghost, self._optimizer, losses).backward()
-        finite: torch.Tensor = self._ghost.get_norm_sample().isfinite()
+            losses = self._task.loss(self._opacus(x), y, reduction="none")
+            DPTensorFastGradientClipping(self._opacus, self._optimizer, losses).backward()
+        finite: torch.Tensor = self._opacus.get_norm_sample().isfinite()
         return finite
 
     def close(self) -> None:
         """Leave the model as it was: no hooks, no gradients."""
-        if self._ghost is not None:
-            self._ghost._close()
+        if self._opacus is not None:
+            self._opacus._close()
         for p in self._parameters:
             p.grad = None
 
 
-def _ghost(model: nn.Module, clip: float) -> Any:
+def _opacus(model: nn.Module, clip: float) -> Any:
     """The model in Opacus' hands."""
     from opacus.grad_sample import GradSampleModuleFastGradientClipping
 

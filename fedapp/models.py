@@ -162,12 +162,12 @@ class Resnet18:
         model.maxpool = MaxPool(3, 2, 1)
         for module in model.modules():
             if isinstance(module, nn.ReLU):
-                module.inplace = False  # Opacus hooks need the values that would be overwritten
+                module.inplace = False  # clipping needs the values that would be overwritten
         return model
 
 
 def _residual_block() -> type[nn.Module]:
-    """torchvision's basic block with a sum that overwrites nothing, which Opacus hooks forbid."""
+    """torchvision's basic block with a sum that overwrites nothing, which clipping forbids."""
     from torchvision.models.resnet import BasicBlock
 
     class ResidualBlock(BasicBlock):  # type: ignore[misc]
