@@ -395,7 +395,7 @@ def test_the_total_is_the_sum_of_clipped_gradients(build: Any) -> None:
 
 @every_build
 @pytest.mark.usefixtures("clipping")
-@pytest.mark.parametrize("value", [0.0, 1.0, 1e3, 1e30])
+@pytest.mark.parametrize("value", [0.0, 1.0, 1e3, 1e28])
 def test_one_example_moves_the_rounded_sum_by_the_sensitivity_at_most(build: Any, value: float) -> None:
     dp = replace(DP)
     few, more = total(dp, data(50), build), total(dp, with_outlier(data(50), value), build)
