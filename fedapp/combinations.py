@@ -15,6 +15,7 @@ from fedapp.codec.public_step import PublicStep
 from fedapp.dp_step import DpStep
 from fedapp.errors import ConfigError
 from fedapp.fedbuff import FedBuff
+from fedapp.models import batch_norms
 from fedapp.privacy.central import CentralGaussian
 from fedapp.privacy.distributed_example import DistributedExample
 from fedapp.privacy.example import ExamplePrivacy
@@ -350,8 +351,7 @@ def _check_private_model(job: "Job", model: nn.Module) -> None:
     from opacus.validators import ModuleValidator
 
     errors: list[Any] = ModuleValidator.validate(model, strict=False)
-    # Nothing of it may be trained, and Opacus then lets it pass: yet it mixes the examples of a batch.
-    mixing = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    mixing = batch_norms(model)  # Opacus lets those pass of which nothing is trained
     if errors or mixing:
         said = str(errors[0]).splitlines()[0] if errors else f"{mixing[0]} mixes the examples of a batch"
         raise ConfigError(

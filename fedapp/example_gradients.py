@@ -86,10 +86,10 @@ def example_gradients(model: nn.Module, losses: Callable[[], Tensor]) -> "Exampl
 
     Raises ConfigError where layers do not keep examples apart as rows, or overwrite what others need.
     """
-    seen = dict[nn.Module, list[_Use]]()
+    uses = list[tuple[nn.Module, _Use]]()
 
     def see(layer: nn.Module, given: tuple[Tensor, ...], made: Tensor) -> None:
-        seen.setdefault(layer, []).append(_Use(given[0].detach(), made))
+        uses.append((layer, _Use(given[0].detach(), made)))
 
     hooks = [layer.register_forward_hook(see) for layer in _trained(model)]
     try:
@@ -97,14 +97,13 @@ def example_gradients(model: nn.Module, losses: Callable[[], Tensor]) -> "Exampl
     finally:
         for hook in hooks:
             hook.remove()
-    uses = [(layer, use) for layer, those in seen.items() for use in those]
     for layer, use in uses:
         use.check(layer, len(found))
     outputs = torch.autograd.grad(found.sum(), [use.out for _, use in uses], materialize_grads=True)
-    given = dict[nn.Module, list[tuple[Tensor, Tensor]]]()
+    by_layer = dict[nn.Module, list[tuple[Tensor, Tensor]]]()
     for (layer, use), g in zip(uses, outputs, strict=True):
-        given.setdefault(layer, []).append((use.x, g))
-    return ExampleGradients([LayerGradients(layer, pairs) for layer, pairs in given.items()])
+        by_layer.setdefault(layer, []).append((use.x, g))
+    return ExampleGradients([LayerGradients(layer, pairs) for layer, pairs in by_layer.items()])
 
 
 class _Use:

@@ -192,6 +192,11 @@ def _joined(*stacks: nn.Sequential) -> nn.Sequential:
     return _stack(**{name: layer for stack in stacks for name, layer in stack.named_children()})
 
 
+def batch_norms(model: nn.Module) -> list[nn.Module]:
+    """The layers that mix the examples of a batch, whether anything of them is trained or not."""
+    return [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+
+
 def _width(features: nn.Module, input_shape: tuple[int, ...]) -> int:
     """How many values `features` makes of one example."""
     with torch.no_grad():

@@ -17,6 +17,7 @@ from fedapp import check
 from fedapp.assignment import WHOLE, Part
 from fedapp.dp_step import Step
 from fedapp.errors import ConfigError
+from fedapp.models import batch_norms
 from fedapp.privacy.example import ExamplePrivacy, History
 from fedapp.tasks import Data, Task
 
@@ -116,7 +117,7 @@ class Sgd:
         lr, velocity = scheduled(self.lr, self.schedule, progress), list[torch.Tensor]()
         shuffle = torch.Generator().manual_seed(_seeded(data.x.device, int(rng.integers(2**63))))
         # Batch statistics of a single example do not exist, so such a remainder sits out an epoch.
-        smallest = 2 if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules()) else 1
+        smallest = 2 if batch_norms(model) else 1
         losses, seen = [], 0
         # Also where it does nothing, autocast costs a small model 3 % of a step.
         mixed = torch.autocast(data.x.device.type, torch.bfloat16) if self.bfloat16 else nullcontext()

@@ -276,6 +276,7 @@ def fit(device: str, build: Any, trainer: Trainer, count: int, outlier: bool = F
 
 
 @everywhere
+@pytest.mark.usefixtures("clipping")
 def test_noise_has_the_stated_deviation(device: str) -> None:
     """As in test_training.py: on no data an update is noise alone, and another each time."""
     dp = replace(PRIVATE, privacy=ExamplePrivacy(), max_grad_norm=0.7)
@@ -289,6 +290,7 @@ def test_noise_has_the_stated_deviation(device: str) -> None:
 
 
 @everywhere
+@pytest.mark.usefixtures("clipping")
 def test_one_example_moves_an_update_by_the_clip_norm_at_most(device: str) -> None:
     """Also where norms and sums are of different products, which with fewer bits differ by a thousandth."""
     dp = replace(PRIVATE, steps=1, sampling_rate=1.0, max_grad_norm=0.5)

@@ -394,16 +394,19 @@ def test_the_total_is_the_sum_of_clipped_gradients(build: Any) -> None:
 
 
 @every_build
-@pytest.mark.usefixtures("clipping")
-@pytest.mark.parametrize("value", [0.0, 1.0, 1e3, 1e28])
-def test_one_example_moves_the_rounded_sum_by_the_sensitivity_at_most(build: Any, value: float) -> None:
-    dp = replace(DP)
-    few, more = total(dp, data(50), build), total(dp, with_outlier(data(50), value), build)
+@pytest.mark.parametrize("value", [0.0, 1.0, 1e3, 1e28, 1e30])
+def test_one_example_moves_the_rounded_sum_by_the_sensitivity_at_most(
+    build: Any, value: float, clipping: str
+) -> None:
+    few, more = total(DP, data(50), build), total(DP, with_outlier(data(50), value), build)
     agreed = terms(len(few), clip=0.5)
     moved_ = agreed._rounded(more, b"abcd") - agreed._rounded(few, b"abcd")
     length = math.sqrt(moved_ @ moved_) / sensitivity(agreed)
     assert length <= 1
-    assert length > 0.95 or value < 1e3 or build is not LINEAR  # others may be too sure to learn
+    if clipping == "fedapp" and value == 1e30 and build is LINEAR:
+        assert length == 0  # it is beyond what counts as finite
+    else:
+        assert length > 0.95 or value < 1e3 or build is not LINEAR  # others may be too sure to learn
 
 
 def test_single_precision_would_not_keep_the_sensitivity() -> None:
@@ -418,14 +421,13 @@ def test_single_precision_would_not_keep_the_sensitivity() -> None:
 @pytest.mark.usefixtures("clipping")
 @pytest.mark.parametrize("value", [math.inf, math.nan])
 def test_an_example_whose_gradient_is_not_finite_counts_as_zero(value: float) -> None:
-    dp = replace(DP)
     for few in (data(20), data(0)):
-        assert np.abs(total(dp, with_outlier(few, value), Mlp()) - total(dp, few, Mlp())).max() < 1e-12
+        assert np.abs(total(DP, with_outlier(few, value), Mlp()) - total(DP, few, Mlp())).max() < 1e-12
 
 
 @pytest.mark.usefixtures("clipping")
 def test_empty_batches_sum_to_zero() -> None:
-    for dp, count in ((replace(DP), 0), (replace(DP, sampling_rate=1e-9), 30)):
+    for dp, count in ((DP, 0), (replace(DP, sampling_rate=1e-9), 30)):
         found = total(dp, data(count))
         assert found.shape == (650,)
         assert not found.any()
@@ -434,7 +436,7 @@ def test_empty_batches_sum_to_zero() -> None:
 @pytest.mark.usefixtures("clipping")
 def test_the_model_stays_as_it_is() -> None:
     model = TASK.model(0)
-    replace(DP).total(TASK, model, data(20), source(0))
+    DP.total(TASK, model, data(20), source(0))
     fresh = TASK.model(0).state_dict()
     assert all(torch.equal(value, fresh[name]) for name, value in model.state_dict().items())
     assert all(p.grad is None and p.dtype == torch.float32 for p in model.parameters())

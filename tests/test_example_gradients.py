@@ -63,6 +63,10 @@ def one_by_one(model: nn.Module, x: Tensor) -> Iterator[list[Tensor]]:
         yield list(torch.autograd.grad(loss, trained, retain_graph=True))
 
 
+def norms_one_by_one(model: nn.Module, x: Tensor) -> Tensor:
+    return torch.stack([torch.cat([g.flatten() for g in one]).norm() for one in one_by_one(model, x)])
+
+
 def found(model: nn.Module, x: Tensor) -> ExampleGradients:
     return example_gradients.example_gradients(model, lambda: losses(model, x))
 
@@ -87,8 +91,7 @@ def test_norms_and_sums_are_those_of_a_pass_for_each(
     assert are_known(model)
     each = list(one_by_one(model, x))
     gradients, weights = found(model, x), torch.rand(len(x), dtype=torch.float64)
-    norms = torch.stack([torch.cat([g.flatten() for g in one]).norm() for one in each])
-    assert torch.allclose(gradients.norms(), norms, rtol=1e-12)
+    assert torch.allclose(gradients.norms(), norms_one_by_one(model, x), rtol=1e-12)
     total = dict(gradients.total(weights))
     trained = [p for p in model.parameters() if p.requires_grad]
     assert total.keys() == set(trained)
@@ -180,18 +183,7 @@ def test_layers_that_do_nothing_add_nothing() -> None:
     assert isinstance(model, Idle)
     unused, idle = model.unused.weight, model.idle.weight
     gradients = found(model, x)
-    right = torch.stack(
-        [
-            torch.cat(
-                [
-                    g.flatten()
-                    for g in torch.autograd.grad(loss, list(model.used.parameters()), retain_graph=True)
-                ]
-            ).norm()
-            for loss in losses(model, x)
-        ]
-    )
-    assert torch.allclose(gradients.norms(), right)
+    assert torch.allclose(gradients.norms(), norms_one_by_one(model.used, x))
     total = gradients.total(torch.ones(len(x)))
     assert isinstance(unused, nn.Parameter)
     assert not total[unused].any()

@@ -12,6 +12,8 @@ from opacus.validators import ModuleValidator
 from torch import nn
 from torchvision.models import resnet18
 
+from fedapp import config
+from fedapp.combinations import check_model
 from fedapp.errors import ConfigError
 from fedapp.models import Cnn, Logistic, Mlp, Resnet18, SmallCnn
 
@@ -111,6 +113,19 @@ def test_cnn_computes_what_pytorchs_example_does() -> None:
 
 def test_opacus_refuses_batch_norm() -> None:
     assert ModuleValidator.validate(Resnet18(norm="batch")(COLOUR, 10), strict=False)
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_examples_that_are_mixed_are_refused_though_nothing_of_it_is_trained(frozen: bool) -> None:
+    """Opacus' validator says nothing of such layers."""
+    norm = nn.BatchNorm1d(8, affine=frozen, track_running_stats=False).requires_grad_(False)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 8), norm, nn.Linear(8, 10))
+    job = config.job(config.compose("task=digits privacy=example model=logistic"))
+    assert ModuleValidator.validate(model, strict=False) == []
+    with pytest.raises(
+        ConfigError, match=r"BatchNorm1d.* mixes the examples of a batch.*group normalisation"
+    ):
+        check_model(job, model)
 
 
 @pytest.mark.parametrize("build", [SmallCnn(), Cnn(), Resnet18()])

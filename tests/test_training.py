@@ -66,6 +66,7 @@ def fit(
     return flat(model) - before, metrics, after
 
 
+@pytest.mark.usefixtures("clipping")
 @pytest.mark.parametrize(
     "trainer", TRAINERS, ids=["sgd", "momentum", "prox", "last", "half", "dp_sgd", "chunked"]
 )
