@@ -62,9 +62,9 @@ class RateDistortion:
     Aims at one of: step, in root mean squares of the vector; else nmse, squared error over squared norm;
     else rate, bits per parameter of the whole packet. Targets are met within 3 % or 32 bytes by a search
     on an estimate with at most three full encodes; to a rate up to about 2, of a long update, one is usual,
-    after one or two of an eighth of it. From the second round on one is usual everywhere, since the state
-    says what the estimate missed in the last one, and the step (`miss`, `step`, float64 (1,)); should that
-    mislead, four are the most, and what is no such state is passed over. Under error feedback, where a rate
+    after one or two of an eighth of it. Of others one is usual from the second round on, since the state says
+    what the estimate missed in the last one, and the step (`miss`, `step`, float64 (1,)); should that mislead,
+    four are the most, and what is no such state is passed over. Under error feedback, where a rate
     may lie between two steps, up to seven more find it. The coarsest step is 0.9 of the largest magnitude,
     since error feedback would owe a vector that is never sent for ever; the finest is 2^-24 of it. A target
     beyond these gets the nearer one, and the log names it.
@@ -143,10 +143,10 @@ class RateDistortion:
 
         factors = self._search(fresh, step_with, about) if self.products else fresh()
         to_rate = self.nmse is None and not self.trellis
-        unknown = to_rate and len(x) >= _LONG and usual is None
+        long = to_rate and len(x) >= _LONG
         packet, miss, step = meet(
             target(factors), partial(code, factors), usual, partial(code, factors) if to_rate else None,
-            pilot(factors, layout, self._quantizer, self._like) if unknown else None,
+            pilot(factors, layout, self._quantizer, self._like) if long else None,
         )  # fmt: skip
         return packet, {"miss": np.array([miss]), "step": np.array([step / rms])}
 

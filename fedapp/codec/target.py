@@ -62,7 +62,7 @@ def meet(
     `code` encodes at a step between limits that the largest magnitude sets. A target that lies beyond these
     gets the packet of that limit, and a warning in the log names what it has. `usual`: log of what the
     estimate missed in the update before; returned with the packet is what it missed in this one, and the
-    step. Where nothing is usual yet, `pilot(step)` says what the estimate misses, from a part of the update.
+    step. `pilot(step)` says what it misses in this one, from a part of the update.
 
     What error feedback owes lies dense just below the level 1 of the round before: a little finer step sends
     most of it at once. So where no step does, `thin(step, least)` encodes magnitudes from so many steps on.
@@ -70,8 +70,8 @@ def meet(
     coarsest, estimate = _COARSEST * target.most, _by_log2(target)
     low, high = _BOTTOM, 0.0
     guess, near = [(0.0, usual or 0.0)], usual is not None or pilot is not None
-    if usual is None and pilot is not None:
-        guess = [(0.0, _OFTEN)]
+    if pilot is not None:
+        guess = [(0.0, _OFTEN if usual is None else usual)]
         for _ in range(2):  # the first may have been far away
             at = _solve(target, estimate, guess, low, high)
             off, guess = guess[-1][1], [(at, pilot(2.0**at * coarsest))]
@@ -79,7 +79,7 @@ def meet(
                 break
     missed: list[tuple[float, float]] = []  # log2 of a step, log of what the estimate missed there
     packets: list[Packet] = []
-    encodes = target.encodes + (usual is not None)  # what was usual may mislead the first
+    encodes = target.encodes + (usual is not None and pilot is None)  # what was usual may mislead the first
     while len(packets) < encodes:
         at = _solve(target, estimate, missed or guess, low, high)
         if any(abs(at - earlier) < 1e-4 for earlier, _ in missed):
