@@ -19,11 +19,13 @@ Layers = tuple[Floats, Sequence[tuple[int, ...]]]
 """Values of layers, end to end, and their shapes."""
 
 
-def pilot(factors: Factors, layout: Layout, coder: Quantizer, like: Like) -> Callable[[float], float]:
+def pilot(
+    factors: Factors, layout: Layout, coder: Quantizer, like: Like, beyond: float
+) -> Callable[[float], float]:
     """What says how far the estimate is off at a step: log of bits taken over estimated ones.
 
     An eighth of the columns is coded, of what the products leave and of their vectors: each is learned over
-    all rows, and neighbours stay together.
+    all rows, and neighbours stay together. `beyond`: log of what such a part is known to miss.
     """
     x, (left, vectors, _) = factors.residual, factors.magnitudes
     share = np.exp(-_DEARER * (2**20 / len(x)) ** 0.5)
@@ -41,7 +43,7 @@ def pilot(factors: Factors, layout: Layout, coder: Quantizer, like: Like) -> Cal
         taken = off(part, 1 / step) * share * rest
         if those:
             taken += off(eighth((values, products.shapes)), 1.0) * those
-        return float(np.log(taken / (rest + those)))
+        return float(np.log(taken / (rest + those))) + beyond
 
     return miss
 

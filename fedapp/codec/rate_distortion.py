@@ -29,8 +29,9 @@ _ENCODES = {False: 3, True: 6}  # by trellis: under it noise falls from 0.8 to 0
 _LIKE = {False: Like(finer=1.0, weight=LAMBDA, rounds=3), True: Like(finer=1.6, weight=0.17, rounds=8)}
 # Searches for products at most, again where the step came to less than so much of the one before, or to more.
 _TURNS, _MUCH = 3, 0.8
-# What the state says and may say: log of what the estimate missed; the step, in root mean squares.
-_MEMORY = ("miss", -0.8, 0.8), ("step", 1e-9, 1e9)
+# What the state says and may say: log of what the estimate missed; the step, in root mean squares; log of
+# what a part of the update missed.
+_MEMORY = ("miss", -0.8, 0.8), ("step", 1e-9, 1e9), ("part", -0.8, 0.8)
 _REST = 7  # what a packet holds beside header and code: the header's length, version, dtype, CRC
 _LONG = 2**19  # updates from this length on are coded in part first
 
@@ -59,15 +60,15 @@ class RateDistortion:
     first, and the rest is what their quantized products leave. All are rounded where bits and distance weigh
     least together, to levels of one step, and coded as layers of their own (`context`).
 
-    Aims at one of: step, in root mean squares of the vector; else nmse, squared error over squared norm;
-    else rate, bits per parameter of the whole packet. Targets are met within 3 % or 32 bytes by a search
-    on an estimate with at most three full encodes; to a rate up to about 2, of a long update, one is usual,
-    after one or two of an eighth of it. Of others one is usual from the second round on, since the state says
-    what the estimate missed in the last one, and the step (`miss`, `step`, float64 (1,)); should that mislead,
-    four are the most, and what is no such state is passed over. Under error feedback, where a rate
-    may lie between two steps, up to seven more find it. The coarsest step is 0.9 of the largest magnitude,
-    since error feedback would owe a vector that is never sent for ever; the finest is 2^-24 of it. A target
-    beyond these gets the nearer one, and the log names it.
+    Aims at one of: step, in root mean squares of the vector; else nmse, squared error over squared norm; else
+    rate, bits per parameter of the whole packet. Targets are met within 3 % or 32 bytes by a search on an
+    estimate with at most three full encodes. From the second round on one is usual, since the state says what
+    the estimate missed in the last one, and the step (`miss`, `step`, float64 (1,)); should that mislead,
+    four are the most, and what is no such state is passed over. To a rate up to about 2, of a long update,
+    one is usual in any round, after one or two of an eighth of it; the state says what such a part missed too
+    (`part`). Under error feedback, where a rate may lie between two steps, up to seven more find it. The
+    coarsest step is 0.9 of the largest magnitude, since error feedback would owe a vector that is never sent
+    for ever; the finest is 2^-24 of it. A target beyond these gets the nearer one, and the log names it.
 
     products: False spends no time on them. trellis: dependent quantization (`trellis`); its quantizers have
     this step each, and their points together lie half a step apart. On updates of a small CNN 0.1 to 1.3 dB
@@ -134,7 +135,7 @@ class RateDistortion:
             factors, step = fresh(), within(self.step * rms, most)
             factors.extend(step / self._like.finer)
             return code(factors, step), {}
-        usual, last = (_remembered(state, *what) for what in _MEMORY)
+        usual, last, beyond = (_remembered(state, *what) for what in _MEMORY)
         target = partial(self._target, x, layout)
         about = None if last is None else last * rms
 
@@ -143,12 +144,16 @@ class RateDistortion:
 
         factors = self._search(fresh, step_with, about) if self.products else fresh()
         to_rate = self.nmse is None and not self.trellis
-        long = to_rate and len(x) >= _LONG
-        packet, miss, step = meet(
-            target(factors), partial(code, factors), usual, partial(code, factors) if to_rate else None,
-            pilot(factors, layout, self._quantizer, self._like) if long else None,
-        )  # fmt: skip
-        return packet, {"miss": np.array([miss]), "step": np.array([step / rms])}
+        beyond = beyond or 0.0
+        of_part = None
+        if to_rate and len(x) >= _LONG:
+            of_part = pilot(factors, layout, self._quantizer, self._like, beyond)
+        thin = partial(code, factors) if to_rate else None
+        met = meet(target(factors), partial(code, factors), usual, thin, of_part)
+        after = {"miss": met.miss, "step": met.step / rms}
+        if of_part:
+            after["part"] = beyond + met.miss - met.foreseen
+        return met.packet, {name: np.array([value]) for name, value in after.items()}
 
     def _search(
         self, fresh: Callable[[], Factors], step_with: Callable[[Factors], float], about: float | None

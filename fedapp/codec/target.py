@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -39,6 +40,15 @@ class Target:
         return abs(self.of(packet) / self.goal - 1)
 
 
+class Met(NamedTuple):
+    """A packet and its step; logs of what the estimate missed there, and of what it was foreseen to miss."""
+
+    packet: Packet
+    step: float
+    miss: float
+    foreseen: float
+
+
 def within(step: float, most: float) -> float:
     """The step, or the nearest that is allowed where the largest magnitude is `most`."""
     return min(max(step, _FINEST * most), _COARSEST * most)
@@ -56,13 +66,12 @@ def meet(
     usual: float | None,
     thin: Callable[[float, float], Packet] | None = None,
     pilot: Callable[[float], float] | None = None,
-) -> tuple[Packet, float, float]:
+) -> Met:
     """The packet nearest to the target of a few, each of which corrects the estimate for the next.
 
     `code` encodes at a step between limits that the largest magnitude sets. A target that lies beyond these
     gets the packet of that limit, and a warning in the log names what it has. `usual`: log of what the
-    estimate missed in the update before; returned with the packet is what it missed in this one, and the
-    step. `pilot(step)` says what it misses in this one, from a part of the update.
+    estimate missed in the update before. `pilot(step)` says what it misses in this one, from a part of it.
 
     What error feedback owes lies dense just below the level 1 of the round before: a little finer step sends
     most of it at once. So where no step does, `thin(step, least)` encodes magnitudes from so many steps on.
@@ -79,7 +88,7 @@ def meet(
                 break
     missed: list[tuple[float, float]] = []  # log2 of a step, log of what the estimate missed there
     packets: list[Packet] = []
-    encodes = target.encodes + (usual is not None and pilot is None)  # what was usual may mislead the first
+    encodes = target.encodes + (usual is not None)  # what was usual may mislead the first
     while len(packets) < encodes:
         at = _solve(target, estimate, missed or guess, low, high)
         if any(abs(at - earlier) < 1e-4 for earlier, _ in missed):
@@ -88,7 +97,7 @@ def meet(
         found = target.of(packets[-1])
         missed.append((at, float(np.log(found / estimate(at)))))
         if target.miss(packets[-1]) < target.tolerance * (3 if near or len(packets) > 2 else 1):
-            return packets[-1], missed[-1][1], 2.0**at * coarsest
+            return Met(packets[-1], 2.0**at * coarsest, missed[-1][1], guess[-1][1])
         low, high = (at, high) if (found > target.goal) == target.falls else (low, at)
     best = min(range(len(packets)), key=lambda i: target.miss(packets[i]))
     if thin is not None and target.miss(packets[best]) > 3 * target.tolerance:
@@ -98,7 +107,7 @@ def meet(
         _log.warning("%s: the target is %.6g and the nearest that this update allows %.6g",
                      target.name, target.goal, target.of(packets[best]))  # fmt: skip
     at, miss = missed[min(best, len(missed) - 1)]
-    return packets[best], miss, 2.0**at * coarsest
+    return Met(packets[best], 2.0**at * coarsest, miss, guess[-1][1])
 
 
 def _by_log2(target: Target) -> Callable[[float], float]:
