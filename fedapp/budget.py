@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 from fedapp.fedbuff import FedBuff
 from fedapp.job import Job
-from fedapp.privacy.accounting import Release, Spent
 from fedapp.privacy.begun import Begun
+from fedapp.privacy.release import Release, Spent
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,6 @@ from fedapp.errors import ConfigError
 from fedapp.facts import Facts, speed_of
 from fedapp.fedbuff import FedBuff
 from fedapp.fold import Fold
-from fedapp.privacy.accounting import Release, Sampling, Spent
 from fedapp.privacy.accounting import epsilon as epsilon_of
 from fedapp.privacy.central import CentralGaussian
 from fedapp.privacy.discrete import discrete_gaussian
@@ -40,6 +39,7 @@ from fedapp.privacy.example import ExamplePrivacy, releases
 from fedapp.privacy.local import LocalGaussian
 from fedapp.privacy.mechanism import Mechanism, Plan
 from fedapp.privacy.none import NoPrivacy
+from fedapp.privacy.release import Release, Sampling, Spent
 from fedapp.privacy.secret import COHORT, Secret, source
 from fedapp.running_sum import Own
 from fedapp.scaffold import Control, Controls, Course, Scaffold

@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from scipy.stats import norm
 
 from fedapp.errors import ConfigError
-from fedapp.privacy.accounting import (
+from fedapp.privacy.accounting import analytic_gaussian, epsilon, gaussian_epsilon, noise_for
+from fedapp.privacy.release import (
     ORDERS,
     Adjacency,
     Curve,
@@ -26,12 +27,8 @@ from fedapp.privacy.accounting import (
     Sampling,
     SharedGaussian,
     Spent,
-    analytic_gaussian,
-    epsilon,
-    gaussian_epsilon,
-    noise_for,
-    rdp,
 )
+from fedapp.privacy.renyi import rdp
 
 
 def spent(noise: float, sampling: Sampling, rate: float, count: int, adjacency: Adjacency) -> float:

@@ -19,9 +19,9 @@ import pytest
 from fedapp.deploy import backup, backup_cli, files, keys
 from fedapp.deploy.memory import Kept, Memory
 from fedapp.errors import FedappError
-from fedapp.privacy.accounting import Gaussian
 from fedapp.privacy.ledger import Ledger
 from fedapp.privacy.ledger_backup import bring_back
+from fedapp.privacy.release import Gaussian
 
 NOISED = Gaussian(2.0, "none", 1.0, 1, "add_remove")
 

@@ -18,8 +18,9 @@ import httpx
 import pytest
 from shell import Shell, free_port, wait
 
-from fedapp.privacy.accounting import Gaussian, epsilon
+from fedapp.privacy.accounting import epsilon
 from fedapp.privacy.ledger import Ledger
+from fedapp.privacy.release import Gaussian
 
 pytestmark = pytest.mark.slow
 

@@ -16,10 +16,10 @@ from test_mechanisms import WRONG, is_noise_of
 
 from fedapp.codec.rotate import rotated, rotated_back
 from fedapp.errors import ConfigError, DecodeError, FedappError
-from fedapp.privacy import accounting, distributed
-from fedapp.privacy.accounting import ORDERS
+from fedapp.privacy import distributed, renyi
 from fedapp.privacy.discrete import discrete_gaussian
 from fedapp.privacy.distributed import DistributedGaussian, Terms
+from fedapp.privacy.release import ORDERS
 from fedapp.privacy.secret import Secret, source
 
 Vector = NDArray[np.float32]
@@ -324,7 +324,7 @@ def divergence(variance: float, shares: int, shift: int, order: float) -> float:
 
 def rdp(terms: Terms, *orders: float) -> NDArray[np.float64]:
     """Float64 (len(orders),): what the accountants take one round's sum for."""
-    return accounting.rdp(terms.release(1))[[ORDERS.index(order) for order in orders]]
+    return renyi.rdp(terms.release(1))[[ORDERS.index(order) for order in orders]]
 
 
 @pytest.mark.parametrize("variance", [0.25, 0.5, 1.0, 4.0, 25.0])

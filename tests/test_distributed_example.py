@@ -25,9 +25,11 @@ from fedapp.errors import ConfigError, DecodeError, FedappError
 from fedapp.job import Job
 from fedapp.models import Cnn, Logistic, Mlp
 from fedapp.privacy import distributed_example
-from fedapp.privacy.accounting import ORDERS, Gaussian, epsilon, rdp
+from fedapp.privacy.accounting import epsilon
 from fedapp.privacy.distributed_example import DistributedExample, StepTerms
 from fedapp.privacy.policy import Policy, PolicyRefusal
+from fedapp.privacy.release import ORDERS, Gaussian
+from fedapp.privacy.renyi import rdp
 from fedapp.privacy.secret import source
 from fedapp.tasks import Data
 from fedapp.tasks.images import Digits

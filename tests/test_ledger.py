@@ -22,11 +22,11 @@ from scipy.special import logsumexp
 
 from fedapp import cli
 from fedapp.errors import ConfigError, FedappError
-from fedapp.privacy import accounting, filter
-from fedapp.privacy.accounting import ORDERS, Curve, Gaussian, Release, SharedGaussian
+from fedapp.privacy import accounting, filter, renyi
 from fedapp.privacy.filter import FILTER, Unit, as_text, cost
 from fedapp.privacy.ledger import BudgetSpent, Ledger, TwiceInRun, fingerprint, opened
 from fedapp.privacy.ledger_backup import bring_back
+from fedapp.privacy.release import ORDERS, Curve, Gaussian, Release, SharedGaussian
 
 PLAIN = Gaussian(2.0, "none", 1.0, 1, "add_remove")
 SAMPLED = Gaussian(1.0, "poisson", 0.05, 20, "add_remove")
@@ -61,7 +61,7 @@ def test_epsilon_is_that_of_dp_accounting_at_each_orders_share(
     """An independent conversion of the summed curve (dp-accounting), at delta over the number of orders."""
     for release in releases:
         charge(ledger, release)
-    total = np.sum([accounting.rdp(release) for release in releases], axis=0)
+    total = np.sum([renyi.rdp(release) for release in releases], axis=0)
     at = [ORDERS.index(order) for order in FILTER]
     spent = ledger.spent("a", delta)["example"]
     assert spent == pytest.approx(compute_epsilon(FILTER, total[at], delta / len(FILTER))[0], rel=1e-12)
@@ -99,7 +99,7 @@ def test_what_a_release_costs_either_unit(
     charge(ledger, release, unit)
     spent = ledger.spent("a")
     for name, as_if in (("example", example), ("client", client)):
-        total = np.full(len(ORDERS), np.inf) if as_if is None else accounting.rdp(as_if)
+        total = np.full(len(ORDERS), np.inf) if as_if is None else renyi.rdp(as_if)
         wanted = filter.epsilon(total[[ORDERS.index(order) for order in FILTER]], 1e-5)
         assert spent[name] == wanted  # type: ignore[index]
         assert math.isinf(wanted) == (as_if is None)

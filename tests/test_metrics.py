@@ -22,8 +22,8 @@ from fedapp.deploy.executor import Discreet
 from fedapp.deploy.metrics import Metric, metric, process, text
 from fedapp.deploy.server_metrics import of_runs
 from fedapp.errors import ConfigError, DataError
-from fedapp.privacy.accounting import Gaussian
 from fedapp.privacy.ledger import Ledger
+from fedapp.privacy.release import Gaussian
 from fedapp.report.folder import Round
 
 NOISED = Gaussian(2.0, "none", 1.0, 1, "add_remove")

@@ -28,10 +28,10 @@ from fedapp.engine.local import LocalGrid
 from fedapp.errors import ConfigError
 from fedapp.job import Job
 from fedapp.privacy import consent
-from fedapp.privacy.accounting import Gaussian
 from fedapp.privacy.consent import releases
 from fedapp.privacy.ledger import Ledger
 from fedapp.privacy.policy import Policy, PolicyRefusal
+from fedapp.privacy.release import Gaussian
 from fedapp.records import ARRAYS, CONFIG, METRICS
 from fedapp.rounds import Federation
 from fedapp.tasks import Data

@@ -29,6 +29,7 @@ from fedapp.privacy.consent import releases
 from fedapp.privacy.ledger import Ledger
 from fedapp.privacy.local import LocalGaussian
 from fedapp.privacy.mechanism import Plan
+from fedapp.privacy.release import Gaussian, Release
 from fedapp.records import ARRAYS, CONFIG, METRICS, SECAGG, UPDATE, WEIGHT
 from fedapp.report.progress import Progress
 from fedapp.rounds import Federation
@@ -185,7 +186,7 @@ class Participants(Elsewhere):
             context.node_config |= {"ledger": str(folder / "ledger.db")}
 
 
-def charged(folder: Path, node: int) -> tuple[accounting.Release, ...]:
+def charged(folder: Path, node: int) -> tuple[Release, ...]:
     with sqlite3.connect(folder / "ledger.db") as db:
         rows = db.execute("SELECT release FROM events WHERE id = ?", (str(node),)).fetchall()
     db.close()
@@ -240,7 +241,7 @@ def test_ledgers_are_charged_what_the_run_reports(choice: str, tmp_path: Path) -
         assert spent is not None
         if isinstance(job.trainer, DpSgd):
             (one,) = releases(job)
-            assert isinstance(one, accounting.Gaussian)
+            assert isinstance(one, Gaussian)
             assert job.trainer.history(times) == ((one.noise, one.rate, times * one.count),)
         else:
             assert accounting.epsilon(paid, 1e-5) == spent

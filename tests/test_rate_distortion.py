@@ -122,7 +122,7 @@ def test_a_long_update_is_coded_once_after_a_part_of_it(rate: float, monkeypatch
         assert len(pack(packet, codec, layout)) == pytest.approx(rate * len(x) / 8, rel=0.03)
         assert coded_values < (1.3 if rate < 1 else 1.15) * len(x)
         assert abs(state["part"]) < 0.03
-        state |= {"miss": state["miss"] - 0.1, "step": state["step"] * 1.1}
+        state = {**state, "miss": state["miss"] - 0.1, "step": state["step"] * 1.1}
 
 
 @every_vector

@@ -12,7 +12,7 @@ from opacus.accountants.analysis.rdp import get_privacy_spent
 from rich.console import Console
 
 from fedapp import config, server_app
-from fedapp.privacy.accounting import ORDERS
+from fedapp.privacy.release import ORDERS
 
 FAST = "task=digits model=logistic clients=6 rounds=2 evaluate=none engine.workers=1"
 Recorded = dict[str, Any]

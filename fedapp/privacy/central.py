@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 from fedapp import check
 from fedapp.codec import State
 from fedapp.errors import ConfigError, DecodeError
-from fedapp.privacy.accounting import Adjacency, Gaussian, noise_for
+from fedapp.privacy.accounting import noise_for
 from fedapp.privacy.mechanism import Numbers, Plan, clipped, length, require_budget
+from fedapp.privacy.release import Adjacency, Gaussian
 from fedapp.privacy.secret import Secret, normal
 
 CLIP, BIT = "clip-norm", "below-clip"

@@ -36,9 +36,9 @@ from fedapp.deploy.bundle import digests
 from fedapp.errors import ConfigError, DataError, FedappError
 from fedapp.facts import OF_DATA, SPEED, Told, of_data, of_machine, speed_of
 from fedapp.job import Job
-from fedapp.privacy.accounting import Release
 from fedapp.privacy.ledger import BudgetSpent, Ledger, TwiceInRun, fingerprint
 from fedapp.privacy.policy import Policy, PolicyRefusal
+from fedapp.privacy.release import Release
 from fedapp.records import DRIFT, METRICS, STREAM, config_record, load_state, record_in, store_state
 from fedapp.tasks import Data
 from fedapp.tasks.classification import Classification

@@ -12,10 +12,11 @@ from fedapp import check
 from fedapp.codec import seed
 from fedapp.codec.rotate import rotated, rotated_back
 from fedapp.errors import ConfigError
-from fedapp.privacy.accounting import Gaussian, noise_for
+from fedapp.privacy.accounting import noise_for
 from fedapp.privacy.discrete import discrete_gaussian, sampled_variance
 from fedapp.privacy.integer_sum import WRAPS, honest_of, lifted, reach
 from fedapp.privacy.mechanism import require_budget
+from fedapp.privacy.release import Gaussian
 from fedapp.privacy.secret import Secret
 
 MOST_BITS = 31  # what secure aggregation adds

@@ -3,8 +3,9 @@
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from fedapp.privacy.accounting import Gaussian, epsilon, noise_for
+from fedapp.privacy.accounting import epsilon, noise_for
 from fedapp.privacy.mechanism import require_budget
+from fedapp.privacy.release import Gaussian
 
 History = tuple[tuple[float, float, int], ...]
 """Composed releases of one client's data: (noise multiplier, sampling rate, steps) in order."""

@@ -22,7 +22,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedapp.errors import FedappError
-from fedapp.privacy.accounting import ORDERS, Curve, Gaussian, Release, SharedGaussian, rdp
+from fedapp.privacy.release import ORDERS, Curve, Gaussian, Release, SharedGaussian
+from fedapp.privacy.renyi import rdp
 
 Unit = Literal["example", "client"]
 UNITS: tuple[Unit, ...] = ("example", "client")

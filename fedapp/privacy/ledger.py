@@ -13,8 +13,8 @@ import numpy as np
 
 from fedapp import check
 from fedapp.errors import FedappError
-from fedapp.privacy.accounting import Release
 from fedapp.privacy.filter import FILTER, UNITS, Unit, as_text, cost, epsilon
+from fedapp.privacy.release import Release
 from fedapp.transaction import at_once
 
 _VERSION = 2

@@ -10,8 +10,9 @@ from numpy.typing import NDArray
 from fedapp import check
 from fedapp.codec import State
 from fedapp.errors import ConfigError
-from fedapp.privacy.accounting import Gaussian, noise_for
+from fedapp.privacy.accounting import noise_for
 from fedapp.privacy.mechanism import Numbers, Plan, clipped, require_budget
+from fedapp.privacy.release import Gaussian
 from fedapp.privacy.secret import Secret, normal
 
 

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from fedapp import check
 from fedapp.codec import State
 from fedapp.errors import ConfigError
-from fedapp.privacy.accounting import Release, Sampling
+from fedapp.privacy.release import Release, Sampling
 from fedapp.privacy.secret import Secret
 
 Numbers = Mapping[str, float]

@@ -9,7 +9,7 @@ from dp_accounting.pld.pld_pmf import create_pmf_pessimistic_connect_dots_fixed_
 from dp_accounting.pld.privacy_loss_distribution import PrivacyLossDistribution, identity
 from dp_accounting.pld.privacy_loss_mechanism import AdjacencyType, GaussianPrivacyLoss
 
-from fedapp.privacy.accounting import Gaussian, Spent
+from fedapp.privacy.release import Gaussian, Spent
 
 MOST_POINTS = 2**17
 """Of one release's grid: about half a second's work."""

@@ -18,8 +18,8 @@ from fedapp import __version__, check
 from fedapp.deploy.bundle import signer
 from fedapp.dp_step import DpStep
 from fedapp.errors import ConfigError, FedappError
-from fedapp.privacy.accounting import Gaussian, Release
 from fedapp.privacy.central import BIT, CentralGaussian
+from fedapp.privacy.release import Gaussian, Release
 from fedapp.tasks import Data, Task
 from fedapp.tasks.quality import COUNTS
 from fedapp.tasks.stream import Stream
