@@ -18,7 +18,7 @@ from flwr.serverapp.strategy import Strategy
 from flwr.supercore import log
 from torch import nn
 
-from fedapp import check, combinations, secagg
+from fedapp import check, combinations, model_checks, secagg
 from fedapp.assignment import Deadline, Whole, Workloads
 from fedapp.ckks import SLOTS, Ckks, Open
 from fedapp.codec import Codec
@@ -415,14 +415,14 @@ class Job:
     def prepare(self) -> None:
         """Do once what every worker would do again, and refuse a model that the trainer cannot train."""
         model = self.task.model(self.seed)
-        combinations.check_model(self, model)
-        combinations.check_padding(self)
+        model_checks.check_model(self, model)
+        model_checks.check_padding(self)
         if isinstance(self.trainer, Sgd) and self.trainer.bfloat16 and not has_bfloat16(self.torch_device):
             log(WARNING, "trainer.bfloat16=true: this processor has none, so it takes many times as long")
         if self.privacy.unit is not None:
             self.spent(self.rounds, self.most)  # finds the noise, and imports accountants
         if self.terms is not None:
-            combinations.check_dropouts(self)
+            model_checks.check_dropouts(self)
             t = self.terms
             discrete_gaussian(1, t.share, os.urandom)  # compiled once, for all workers
             said = (

@@ -13,8 +13,8 @@ from torch import nn
 from torchvision.models import resnet18
 
 from fedapp import config
-from fedapp.combinations import check_model
 from fedapp.errors import ConfigError
+from fedapp.model_checks import check_model
 from fedapp.models import Cnn, Logistic, Mlp, Resnet18, SmallCnn
 
 CONF = Path(__file__).parents[1] / "conf" / "model"
