@@ -18,13 +18,13 @@ class Budget:
 
     @property
     def spent(self) -> Spent | None:
-        """The budget of all rounds so far; where clients spend by themselves, of who did most often."""
-        return None if self.job.note else self.job.spent(*self._charged)  # a test seed has a note
+        """What all rounds so far have cost; where clients spend by themselves, who took part most often."""
+        return None if self.job.test_seeded else self.job.spent(*self._charged)
 
     @property
     def releases(self) -> tuple[Release, ...]:
         """What `spent` is computed from; nothing where nothing is private."""
-        return () if self.job.note else self.job.releases(*self._charged)
+        return () if self.job.test_seeded else self.job.releases(*self._charged)
 
     @property
     def _charged(self) -> tuple[int, int]:
@@ -33,18 +33,18 @@ class Budget:
 
     def repeated(self, finished: int) -> int:
         """Private rounds that were begun, beyond those that were finished, which are charged all the same."""
-        private = self.job.privacy.unit is not None and not self.job.note
+        private = self.job.privacy.unit is not None and not self.job.test_seeded
         return self.begun.rounds - finished if private else 0
 
     def ends(self, finished: int) -> bool:
         """Whether one more round would pass it; noise is set for all of a run that nothing stops."""
         epsilon: float | None = getattr(self.job.privacy, "epsilon", None)
         as_planned = not self.repeated(finished) and not self.begun.moved
-        if as_planned or self.job.note or epsilon is None or finished == self.job.rounds:
+        if as_planned or self.job.test_seeded or epsilon is None or finished == self.job.rounds:
             return False
         # Of cohorts that are drawn in secret, all cost the same.
         clients, free = self.job.clients, isinstance(self.job.strategy, FedBuff)
-        cohort = range(clients) if free else self.job.draw(finished + 1, clients)
+        cohort = range(clients) if free else self.job.cohorts.draw(finished + 1, clients)
         most = max((self.begun.took_part + Counter(cohort)).values(), default=0)
         would = self.job.spent(self.begun.rounds + 1, most)
         return would is not None and would.epsilon > epsilon

@@ -2,8 +2,7 @@
 
 import math
 import os
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from logging import WARNING
@@ -24,10 +23,11 @@ from fedapp.ckks import SLOTS, Ckks, Open
 from fedapp.codec import Codec
 from fedapp.codec.chain import Identity
 from fedapp.codec.feedback import AutoFeedback
+from fedapp.cohorts import Cohorts
 from fedapp.downlink import Coded, Plain, receive
 from fedapp.dp_step import DpStep
 from fedapp.errors import ConfigError
-from fedapp.facts import Facts, speed_of
+from fedapp.facts import speed_of
 from fedapp.fedbuff import FedBuff
 from fedapp.fold import Fold
 from fedapp.privacy.accounting import epsilon as epsilon_of
@@ -37,7 +37,7 @@ from fedapp.privacy.distributed import DistributedGaussian, Terms
 from fedapp.privacy.distributed_example import DistributedExample, StepTerms
 from fedapp.privacy.example import ExamplePrivacy, releases
 from fedapp.privacy.local import LocalGaussian
-from fedapp.privacy.mechanism import Mechanism, Plan
+from fedapp.privacy.mechanism import Mechanism
 from fedapp.privacy.none import NoPrivacy
 from fedapp.privacy.release import Release, Sampling, Spent
 from fedapp.privacy.secret import COHORT, Secret, source
@@ -59,7 +59,6 @@ if TYPE_CHECKING:
 
 
 MOST_ROUNDS = 1_000_000
-_COUNTED = 10**8  # draws, of each client in each round: half a minute or more, on server and clients
 
 
 @dataclass(frozen=True)
@@ -142,33 +141,10 @@ class Job:
     def _tell_what_they_need(self) -> None:
         """Trainer and mechanism learn of the run what their accounting needs."""
         if isinstance(self.trainer, DpSgd) and isinstance(self.privacy, ExamplePrivacy):
-            trainer = replace(self.trainer, privacy=self.privacy, rounds=max(1, self.most))
+            trainer = replace(self.trainer, privacy=self.privacy, rounds=max(1, self.cohorts.most))
             object.__setattr__(self, "trainer", trainer)
         elif isinstance(self.privacy, (LocalGaussian, CentralGaussian)):
-            object.__setattr__(self, "privacy", replace(self.privacy, plan=self._plan()))
-
-    def _plan(self) -> Plan:
-        """What the accounting needs: who takes part how often is public where nobody claims amplification."""
-        return Plan(cast(Sampling, self.sampling), self.in_round, self.clients, self.rounds, self.most)
-
-    @cached_property
-    def most(self) -> int:
-        """Rounds that public draws give one client at most; all, where draws are secret or not all there is.
-
-        Raises ConfigError where there are too many draws to count.
-        """
-        everyone = self.in_round == self.clients and self.sampling == "fixed"
-        alike = isinstance(self.selection, (Uniform, Poisson))
-        if everyone or not alike or self.hides_cohorts or isinstance(self.strategy, FedBuff):
-            return self.rounds
-        if self.rounds * self.clients > _COUNTED:
-            raise ConfigError(
-                f"rounds={self.rounds} with clients={self.clients} are too many to count how often each is "
-                f"drawn, which sets the noise: set rounds={_COUNTED // self.clients} or fewer, or leave "
-                f"cohort out"
-            )
-        drawn = Counter(i for r in range(1, self.rounds + 1) for i in self.draw(r, self.clients))
-        return max(drawn.values(), default=0)
+            object.__setattr__(self, "privacy", replace(self.privacy, plan=self.cohorts.plan))
 
     @property
     def hides_cohorts(self) -> bool:
@@ -176,25 +152,36 @@ class Job:
         return isinstance(self.privacy, CentralGaussian) and not self.privacy.seen
 
     @property
-    def keeps_to(self) -> int:
-        """Rounds that a client takes part in at most, whoever asks for more: those that it counts, else all.
+    def answers_at_most(self) -> int:
+        """The most rounds that a client answers, however often it is asked.
 
         Where the noise is its own it declines more than the public draws give it. Shares of noise it does not
         count, nor, under `example`, rounds where no budget was given.
         """
         counts = isinstance(self.privacy, LocalGaussian)
         counts |= isinstance(self.privacy, ExamplePrivacy) and self.privacy.epsilon is not None
-        return self.most if counts else self.rounds
+        return self.cohorts.most if counts else self.rounds
 
-    def draw(self, server_round: int, nodes: int, facts: Sequence[Facts] = ()) -> list[int]:
-        """Who is drawn for a round: of so many nodes, by partition; what the selection asks is in `facts`.
+    @cached_property
+    def cohorts(self) -> Cohorts:
+        """Who takes part in which round; to be asked once sampling and selection are decided."""
+        return Cohorts(
+            clients=self.clients,
+            in_round=self.in_round,
+            at_once=self.at_once,
+            rounds=self.rounds,
+            sampling=cast(Sampling, self.sampling),
+            selection=self.selection,
+            by_answers=isinstance(self.strategy, FedBuff),
+            hidden=self.hides_cohorts,
+            secret=self._drawn_by,
+        )
 
-        By the operating system's randomness where amplification counts on it, else by the seed.
-        """
-        secret: Secret = self.public_rng(server_round, partition=0, use=2).bytes
-        if self.hides_cohorts:
-            secret = source(self.privacy.test_seed, COHORT, server_round)
-        return self.selection.draw(facts or [Facts()] * nodes, min(self.at_once, nodes), secret)
+    def _drawn_by(self, server_round: int) -> Secret:
+        """The operating system's randomness where amplification counts on it, else the seed's."""
+        if isinstance(self.privacy, CentralGaussian) and self.hides_cohorts:
+            return source(self.privacy.test_seed, COHORT, server_round)
+        return self.public_rng(server_round, partition=0, use=2).bytes
 
     def _decide_codec(self) -> None:
         """Both ends get the same: none where only sums are seen, else what `codec.feedback=auto` comes to."""
@@ -273,7 +260,7 @@ class Job:
         """What clients and server agree on where only sums are to be seen; None elsewhere."""
         if not isinstance(self.privacy, Summed):
             return None
-        of = layout_of(self.initial).size, self.in_round, max(1, self.most)
+        of = layout_of(self.initial).size, self.in_round, max(1, self.cohorts.most)
         if isinstance(self.privacy, DistributedGaussian):
             return self.privacy.terms(*of)
         assert isinstance(self.privacy, DistributedExample)
@@ -420,7 +407,7 @@ class Job:
         if isinstance(self.trainer, Sgd) and self.trainer.bfloat16 and not has_bfloat16(self.torch_device):
             log(WARNING, "trainer.bfloat16=true: this processor has none, so it takes many times as long")
         if self.privacy.unit is not None:
-            self.spent(self.rounds, self.most)  # finds the noise, and imports accountants
+            self.spent(self.rounds, self.cohorts.most)  # finds the noise, and imports accountants
         if self.terms is not None:
             model_checks.check_dropouts(self)
             t = self.terms
@@ -458,9 +445,14 @@ class Job:
     @property
     def note(self) -> str | None:
         """What a reader of the results must know."""
-        if not isinstance(self.privacy, NoPrivacy) and self.privacy.test_seed is not None:
+        if self.test_seeded:
             return "privacy.test_seed fixes the noise, so nothing is private and epsilon is null"
         return None
+
+    @property
+    def test_seeded(self) -> bool:
+        """Whether a test seed fixes the noise: what is released is then not private, and costs nothing."""
+        return not isinstance(self.privacy, NoPrivacy) and self.privacy.test_seed is not None
 
     def public_rng(self, server_round: int, partition: int, use: int) -> np.random.Generator:
         """Public randomness of one client in one round; `use` tells its consumers apart."""

@@ -252,7 +252,7 @@ class Federation:
     def _drawn(self, number: int) -> list[int]:
         """The nodes that train in a round; where their losses decide, of those drawn the worst."""
         job, nodes = self.job, self.places.nodes
-        drawn = [nodes[i] for i in job.draw(number, job.clients, self.places.facts) if i in nodes]
+        drawn = [nodes[i] for i in job.cohorts.draw(number, job.clients, self.places.facts) if i in nodes]
         if not isinstance(job.selection, PowerOfChoice):
             return drawn
         losses = self._wire.losses(self._tests(number, drawn))

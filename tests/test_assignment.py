@@ -299,7 +299,7 @@ def test_real_bytes_take_the_time() -> None:
     job = job_of(
         "rounds=1 cohort=1 codec.rate=4 speeds=stragglers speeds.share=0 speeds.bytes_per_second=1000"
     )
-    (which,) = job.draw(1, 8)
+    (which,) = job.cohorts.draw(1, 8)
     _, records = run(job)
     training = 1e-3 * 2 * len(job.task.partitions()[which])
     assert records[0].clock == pytest.approx(training + records[0].uplink_bytes / 1000)

@@ -16,6 +16,7 @@ from fedapp import combinations, config
 from fedapp.asynchronous import Asynchronous
 from fedapp.client_app import client_app
 from fedapp.codec.chain import Identity
+from fedapp.cohorts import Cohorts
 from fedapp.downlink import Downlink
 from fedapp.errors import ConfigError, FedappError
 from fedapp.fedbuff import FedBuff
@@ -302,7 +303,7 @@ def seconds(job: Job, which: int) -> float:
 
 def taken(job: Job, number: int) -> list[int]:
     """Who of those asked answers first, as far as they count."""
-    order = sorted(job.draw(number, job.clients), key=lambda which: (seconds(job, which), which))
+    order = sorted(job.cohorts.draw(number, job.clients), key=lambda which: (seconds(job, which), which))
     late = [which for which in order if job.deadline is not None and seconds(job, which) > job.deadline]
     return [which for which in order if which not in late][: job.in_round]
 
@@ -318,11 +319,11 @@ def test_the_first_are_taken_and_the_rest_leave_no_trace(
     """The run is that of those who came in time: also what all clients keep, and every byte they sent."""
     job = job_of(f"{setting} {codec} speeds=stragglers")
     cohorts = {number: taken(job, number) for number in range(1, 6)}
-    assert all(len(cohorts[number]) < len(job.draw(number, 8)) for number in (1, 2))
+    assert all(len(cohorts[number]) < len(job.cohorts.draw(number, 8)) for number in (1, 2))
     federation, records = run(job)
     alone = job_of(f"cohort=null {codec} speeds=stragglers")
     with monkeypatch.context() as patch:
-        patch.setattr(Job, "draw", lambda self, number, nodes, facts: sorted(cohorts[number]))
+        patch.setattr(Cohorts, "draw", lambda self, number, nodes, facts: sorted(cohorts[number]))
         wanted, _ = run(alone)
     assert bits(federation.arrays) == bits(wanted.arrays)
     assert [record.replies for record in records] == [len(cohorts[number]) for number in range(1, 6)]
@@ -334,7 +335,7 @@ def test_the_first_are_taken_and_the_rest_leave_no_trace(
         full = len(cohorts[number]) == job.in_round
         clock += slowest if full or job.deadline is None else job.deadline
         assert record.clock == pytest.approx(clock)
-        assert record.failures == (0 if full else len(job.draw(number, 8)) - len(cohorts[number]))
+        assert record.failures == (0 if full else len(job.cohorts.draw(number, 8)) - len(cohorts[number]))
 
 
 def test_a_deadline_that_nobody_meets_is_named() -> None:

@@ -184,8 +184,10 @@ def test_a_watched_client_is_audited_in_the_rounds_it_is_seen_in() -> None:
     assert isinstance(job.privacy, CentralGaussian)
     release = Central(job, job.privacy)
     claim = release.claim()
-    assert (claim.sampling_rate, claim.out, claim.steps) == (1.0, -1.0, job.most)
-    times = np.bincount([j for number in range(1, 10) for j in job.draw(number, 2000)], minlength=2000)
+    assert (claim.sampling_rate, claim.out, claim.steps) == (1.0, -1.0, job.cohorts.most)
+    times = np.bincount(
+        [j for number in range(1, 10) for j in job.cohorts.draw(number, 2000)], minlength=2000
+    )
     released = release(np.ones(2000, np.bool_))
     assert (np.count_nonzero(released, axis=0) == times).all()
 
@@ -268,10 +270,10 @@ def test_shared_noise_of_examples_is_audited(monkeypatch: pytest.MonkeyPatch, re
 def test_the_shared_claim_is_the_runs_where_cohorts_are_drawn() -> None:
     release, _ = shared_examples("clients=10 cohort=5 rounds=12")
     job = release.job
-    assert 0 < job.most < 12
-    assert release.claim().steps == job.most
+    assert 0 < job.cohorts.most < 12
+    assert release.claim().steps == job.cohorts.most
     assert 1.9 < release.claim().epsilon <= 2
-    assert release(np.zeros(1500, np.bool_)).shape == (job.most, 1500)
+    assert release(np.zeros(1500, np.bool_)).shape == (job.cohorts.most, 1500)
 
 
 def test_a_canary_example_adds_the_clip_norm(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -412,10 +414,10 @@ def test_a_client_of_a_cohort_is_audited_in_as_many_rounds_as_it_takes_part_in()
     job = config.job(config.compose(f"{SMALL} rounds=6 cohort=30 trainer.steps=2"))
     release = examples(job, 1000, np.random.default_rng(0))
     assert isinstance(release, Examples)
-    assert job.most < 6
-    assert release.claim().steps == 2 * job.most
+    assert job.cohorts.most < 6
+    assert release.claim().steps == 2 * job.cohorts.most
     assert 1.9 < release.claim().epsilon <= 2
-    assert release(np.ones(1000, bool)).shape == (2 * job.most, 1000)
+    assert release(np.ones(1000, bool)).shape == (2 * job.cohorts.most, 1000)
 
 
 @pytest.mark.parametrize(

@@ -49,7 +49,7 @@ def test_absurdly_many_rounds_are_refused_at_once(privacy: str) -> None:
         assert job_of(many).terms is None
         return
     with pytest.raises(ConfigError, match=r"too many to count .*: set rounds=5000 or fewer, or leave cohort"):
-        _ = job_of(many).most
+        _ = job_of(many).cohorts.most
 
 
 @pytest.fixture

@@ -549,11 +549,11 @@ def test_dropouts_within_what_is_tolerated_cost_a_reply_and_beyond_it_the_round(
 
 def test_epsilon_is_that_of_the_rounds_a_client_took_part_in() -> None:
     whole, part = job_of("rounds=6"), job_of("rounds=6 cohort=3")
-    assert 0 < part.most < 6
+    assert 0 < part.cohorts.most < 6
     assert whole.terms is not None
     assert part.terms is not None
     assert part.terms.multiplier < whole.terms.multiplier
-    spent = part.spent(6, part.most)
+    spent = part.spent(6, part.cohorts.most)
     assert spent is not None
     assert 0.98 * 8 < spent.epsilon <= 8
 

@@ -92,7 +92,7 @@ def test_node_ids_and_the_order_of_arrival_change_no_bit(setting: str) -> None:
 def test_cohorts_are_drawn_by_seed_and_round_alone(sampling: str) -> None:
     def drawn(seed: int) -> list[list[int]]:
         job = job_of(f"seed={seed} sampling={sampling}")
-        return [job.draw(number, 5) for number in range(1, 41)]
+        return [job.cohorts.draw(number, 5) for number in range(1, 41)]
 
     cohorts = drawn(0)
     assert cohorts == drawn(0) != drawn(1)

@@ -343,15 +343,15 @@ def test_no_client_tests_for_a_server_under_privacy(privacy: str) -> None:
 
 def test_private_cohorts_come_from_the_operating_system() -> None:
     one, other = (job_of("privacy=central_gaussian clients=400 cohort=100") for _ in range(2))
-    draws = [one.draw(number, 400) for number in range(200)]
-    assert draws[0] != other.draw(0, 400)
-    assert draws[0] != one.draw(0, 400)
+    draws = [one.cohorts.draw(number, 400) for number in range(200)]
+    assert draws[0] != other.cohorts.draw(0, 400)
+    assert draws[0] != one.cohorts.draw(0, 400)
     sizes = np.array([len(drawn) for drawn in draws])
     assert sizes.mean() == pytest.approx(100, abs=2.5)  # 4 standard errors
     assert sizes.std() == pytest.approx(math.sqrt(75), rel=0.2)  # binomial, not a set size
     fixed = job_of("privacy=central_gaussian clients=400 cohort=100 sampling=fixed")
-    assert [len(fixed.draw(number, 400)) for number in range(20)] == [100] * 20
-    assert fixed.draw(1, 400) != fixed.draw(1, 400)
+    assert [len(fixed.cohorts.draw(number, 400)) for number in range(20)] == [100] * 20
+    assert fixed.cohorts.draw(1, 400) != fixed.cohorts.draw(1, 400)
 
 
 def test_padded_packets_all_have_one_size_and_the_same_effect() -> None:
@@ -422,8 +422,8 @@ def test_the_step_on_a_watched_network_follows_public_numbers_alone() -> None:
 def test_who_takes_part_is_public_on_a_watched_network_and_amplifies_nothing() -> None:
     chosen = f"{WATCHED} codec=public_step clients=20 cohort=4 rounds=10 privacy.epsilon=6"
     job, again = job_of(chosen), job_of(chosen)
-    drawn = [job.draw(number, 20) for number in range(1, 11)]
-    assert drawn == [again.draw(number, 20) for number in range(1, 11)]
+    drawn = [job.cohorts.draw(number, 20) for number in range(1, 11)]
+    assert drawn == [again.cohorts.draw(number, 20) for number in range(1, 11)]
     assert {len(cohort) for cohort in drawn} == {4}
     most = max(sum(i in cohort for cohort in drawn) for i in range(20))
     assert most < 10
@@ -579,7 +579,7 @@ def test_a_model_with_other_state_is_refused() -> None:
 
 def test_plans_count_the_rounds_of_who_is_drawn_most() -> None:
     job = job_of("privacy=local_gaussian clients=10 cohort=3 rounds=20")
-    times = [sum(i in job.draw(r, 10) for r in range(1, 21)) for i in range(10)]
+    times = [sum(i in job.cohorts.draw(r, 10) for r in range(1, 21)) for i in range(10)]
     chosen: Mechanism | None = job.mechanism
     assert isinstance(chosen, LocalGaussian)
     assert chosen.plan is not None

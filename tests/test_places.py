@@ -147,7 +147,7 @@ def test_the_same_bits_whatever_the_ids() -> None:
     other, _, again = run(settings, [70, 60, 50], {3: lambda grid: grid.come(4, partition=3)})
     assert bits(one.arrays) == bits(other.arrays)
     assert counts(records) == counts(again)
-    drawn = [set(one.job.draw(number, 4)) for number in range(1, 7)]
+    drawn = [set(one.job.cohorts.draw(number, 4)) for number in range(1, 7)]
     missed = [len(cohort - {3}) if number <= 3 else 2 for number, cohort in enumerate(drawn, 1)]
     assert [replies for replies, _ in counts(records)] == missed
     assert 1 in missed
@@ -321,7 +321,7 @@ def test_data_of_which_nobody_knows_where_they_were_are_charged_what_anyone_was(
 def test_a_run_ends_before_data_that_may_have_been_elsewhere_pass_its_budget() -> None:
     """Noise is set for three rounds of one place; who may have had them in another gets none of this."""
     settings = "privacy=local_gaussian clients=3 cohort=1 begin_with=2 rounds=6 seed=11"
-    drawn = [place for number in range(1, 7) for place in job_of(settings).draw(number, 3)]
+    drawn = [place for number in range(1, 7) for place in job_of(settings).cohorts.draw(number, 3)]
     assert drawn == [1, 1, 1, 2, 2, 2]
     federation, _, records = run(settings, [5, 6], {3: own})
     assert len(records) == 3

@@ -178,7 +178,7 @@ def test_a_cohort_costs_what_a_client_lets_itself_be_asked_for(chosen: str) -> N
     """It declines any round beyond those of the public draws, so the run costs its budget and no more."""
     job = job_of(f"privacy={chosen} privacy.epsilon=4 cohort=1")
     kept = policy(privacy=["example", "local_gaussian"], epsilon=4.0, delta=1e-5)
-    assert job.keeps_to < job.rounds
+    assert job.answers_at_most < job.rounds
     kept.check(job, "train", 1, releases(job))
 
 
@@ -186,7 +186,7 @@ def test_a_cohort_costs_what_a_client_lets_itself_be_asked_for(chosen: str) -> N
 def test_a_cohort_costs_all_rounds_where_no_client_counts_them(chosen: str) -> None:
     given = "privacy.epsilon=null privacy.noise_multiplier=2 rounds=8"
     job = job_of(f"privacy={chosen} {given} clients=6 cohort=3")
-    few, all_ = (job.spent(8, rounds) for rounds in (job.most, 8))
+    few, all_ = (job.spent(8, rounds) for rounds in (job.cohorts.most, 8))
     assert few is not None
     assert all_ is not None
     assert few.epsilon < all_.epsilon

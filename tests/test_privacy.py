@@ -121,7 +121,7 @@ COHORT = "task=digits model=logistic privacy=example clients=100 rounds=20 train
 )
 def test_noise_is_set_for_the_rounds_that_public_draws_give_a_client(drawn: str) -> None:
     job = config.job(config.compose(f"{COHORT} {drawn}"))
-    times = Counter(i for r in range(1, 21) for i in job.draw(r, 100))
+    times = Counter(i for r in range(1, 21) for i in job.cohorts.draw(r, 100))
     assert isinstance(job.trainer, DpSgd)
     assert job.trainer.rounds == max(times.values()) < 20
     assert job.trainer.noise_multiplier < 0.9 * replace(job.trainer, rounds=20).noise_multiplier

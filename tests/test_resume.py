@@ -628,10 +628,10 @@ def test_a_repeated_round_of_a_cohort_does_not_pass_the_budget_either(tmp_path: 
     """Noise is set for who is drawn most often, and it is among those of the round that is repeated."""
     budget = "privacy=example trainer.steps=2 privacy.epsilon=4"
     job = config.job(config.compose(f"{FAST} {budget}"))
-    times = [Counter(i for r in range(1, n + 1) for i in job.draw(r, 5)) for n in (3, 6)]
-    again = times[0] + Counter(job.draw(4, 5)) + times[1] - times[0]
-    assert max(times[1].values()) == job.most < 6
-    assert max(again.values()) > job.most
+    times = [Counter(i for r in range(1, n + 1) for i in job.cohorts.draw(r, 5)) for n in (3, 6)]
+    again = times[0] + Counter(job.cohorts.draw(4, 5)) + times[1] - times[0]
+    assert max(times[1].values()) == job.cohorts.most < 6
+    assert max(again.values()) > job.cohorts.most
 
     def run() -> None:
         Federation._evaluate = at_call(4, Federation._evaluate)  # type: ignore[method-assign]

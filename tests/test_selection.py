@@ -18,6 +18,7 @@ from scipy.stats import chi2
 import fedapp
 from fedapp import config
 from fedapp.client_app import client_app
+from fedapp.cohorts import Cohorts
 from fedapp.errors import ConfigError, DecodeError, FedappError
 from fedapp.facts import Facts, read
 from fedapp.job import Job
@@ -190,9 +191,9 @@ def test_power_of_choice_trains_the_worst_of_its_candidates(
     job = job_of("selection=power_of_choice selection.candidates=6 partition=dirichlet rounds=3")
     told: list[dict[int, float]] = []
     candidates: list[list[int]] = []
-    draw = Job.draw
+    draw = Cohorts.draw
 
-    def noted(self: Job, *args: Any) -> list[int]:
+    def noted(self: Cohorts, *args: Any) -> list[int]:
         candidates.append(draw(self, *args))
         return candidates[-1]
 
@@ -200,7 +201,7 @@ def test_power_of_choice_trains_the_worst_of_its_candidates(
         told.append(losses)
         return sorted(sorted(losses, key=losses.__getitem__)[-size:])
 
-    monkeypatch.setattr(Job, "draw", noted)
+    monkeypatch.setattr(Cohorts, "draw", noted)
     monkeypatch.setattr(PowerOfChoice, "worst", worst)
     federation, records = run(job)
     assert [set(losses) for losses in told] == [set(places) for places in candidates]
@@ -288,7 +289,7 @@ def test_clients_weigh_as_the_selection_says(
     weights = by_size if selection == "by_size" else np.ones(3)
     moves = []
     for partition in cohort:
-        monkeypatch.setattr(Job, "draw", lambda *_, which=partition: [which])
+        monkeypatch.setattr(Cohorts, "draw", lambda *_, which=partition: [which])
         moves.append(ravelled(run(job_of(setting))[0].arrays) - ravelled(job.initial))
     assert moved == pytest.approx(np.average(moves, axis=0, weights=weights), abs=1e-6)
     assert moved != pytest.approx(np.average(moves, axis=0, weights=sizes[cohort]), abs=1e-6)
@@ -310,8 +311,8 @@ def test_poisson_is_one_thing_by_two_names() -> None:
     by_name, by_key = job_of("selection=poisson"), job_of("sampling=poisson")
     assert by_name.selection == by_key.selection == Poisson()
     assert by_name.sampling == by_key.sampling == "poisson"
-    assert [by_name.draw(r, 8) for r in range(20)] == [by_key.draw(r, 8) for r in range(20)]
-    assert len({len(by_name.draw(r, 8)) for r in range(20)}) > 1
+    assert [by_name.cohorts.draw(r, 8) for r in range(20)] == [by_key.cohorts.draw(r, 8) for r in range(20)]
+    assert len({len(by_name.cohorts.draw(r, 8)) for r in range(20)}) > 1
     central = job_of("privacy=central_gaussian selection=uniform")
     assert central.selection == Poisson()
     assert job_of("privacy=central_gaussian sampling=fixed").selection == Uniform()

@@ -50,7 +50,7 @@ class Central:
         released = np.zeros((privacy.plan.most, m))
         for number in range(1, self.job.rounds + 1):
             total, sides, terms = ExactSum(m), Counter[str](), privacy.terms(kept)
-            drawn = self.job.draw(number, m)
+            drawn = self.job.cohorts.draw(number, m)
             for j in drawn:
                 if signs[j]:
                     secret = source(privacy.test_seed, CLIENT, number, j)
@@ -93,7 +93,7 @@ class Local:
         signs, released = np.where(included, 1.0, -1.0), np.zeros((privacy.plan.most, len(included)))
         states, times = dict[int, State](), Counter[int]()
         for number in range(1, self.job.rounds + 1):
-            for j in self.job.draw(number, len(included)):
+            for j in self.job.cohorts.draw(number, len(included)):
                 secret = source(privacy.test_seed, CLIENT, number, j)
                 update = _along(0, 1, signs[j] * SIZE * clip)
                 sent, _, states[j] = privacy.on_client(update, {}, states.get(j, {}), secret)

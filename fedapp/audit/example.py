@@ -79,11 +79,11 @@ class SharedExamples:
 
     def claim(self) -> Claim:
         """Epsilon of the client that takes part most often, which is the run's."""
-        spent, terms = self.job.spent(self.job.rounds, self.job.most), self._terms
+        spent, terms = self.job.spent(self.job.rounds, self.job.cohorts.most), self._terms
         assert spent is not None
         assert self.job.privacy.delta is not None
         noise = terms.step * math.sqrt(terms.honest * terms.share) / self._trainer.max_grad_norm
-        return Claim(spent.epsilon, self.job.privacy.delta, noise, terms.rate, self.job.most)
+        return Claim(spent.epsilon, self.job.privacy.delta, noise, terms.rate, self.job.cohorts.most)
 
     def __call__(self, included: NDArray[np.bool_]) -> NDArray[np.float64]:
         """A `Release`: canary j is an example of client j modulo those that are left."""
@@ -95,7 +95,7 @@ class SharedExamples:
             with_canaries(job.task.client_data({"partition-id": i}), included & (place == i))
             for i in range(terms.honest)
         ]
-        for number in range(1, job.most + 1):
+        for number in range(1, job.cohorts.most + 1):
             total = np.zeros(terms.size, np.int64)
             for i, own in enumerate(data):
                 here = Data(own.x.to(job.torch_device), own.y.to(job.torch_device))

@@ -219,7 +219,7 @@ def releases(job: Job) -> Sequence[Release]:
     Where cohorts are hidden a client is one of those that might have been drawn, in every round of the run,
     so its first reply stands for all of them.
     """
-    return job.releases(job.rounds, 1) if job.note is None else ()
+    return job.releases(job.rounds, 1) if not job.test_seeded else ()
 
 
 def installed() -> Path:

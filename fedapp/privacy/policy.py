@@ -263,7 +263,7 @@ class Policy:
             )
         if self.epsilon is None or self.delta is None:
             return
-        known = job.spent(job.rounds, job.keeps_to) if releases else None
+        known = job.spent(job.rounds, job.answers_at_most) if releases else None
         spends = math.inf if known is None else known.epsilon
         if spends > self.epsilon:
             raise PolicyRefusal(
