@@ -24,23 +24,22 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
 from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 from flwr.serverapp import Grid
 
-from fedapp.downlink import Downlink
+from fedapp.cohorts import Cohort
 from fedapp.engine.grid import answer, forget, next_replies, now, push
 from fedapp.engine.local import LocalGrid
 from fedapp.errors import DecodeError
+from fedapp.exchange import TRIES, Exchange
 from fedapp.fedbuff import FedBuff
 from fedapp.job import Job
-from fedapp.nodes import Cohort, Traffic
 from fedapp.places import Places
 from fedapp.privacy.begun import Begun
 from fedapp.records import ARRAYS, CONFIG, array_record, config_record
 from fedapp.replies import refuse
 from fedapp.report.progress import Progress
 from fedapp.running_sum import RunningSum, terms_in
-from fedapp.stages import AGGREGATE, ENCODE
+from fedapp.stages import AGGREGATE
 from fedapp.wire import Wire
 
-_TRIES = 2  # more, for a node that cannot decode its message
 _PROTO = type(recorddict_to_proto(RecordDict()))
 
 
@@ -55,10 +54,9 @@ class Flight:
 
 
 class Stepped(NamedTuple):
-    """What a round came to: the next weights, and how many clients were asked, took part and failed."""
+    """What a round came to: the next weights, and how many clients took part and failed."""
 
     arrays: ArrayRecord
-    asked: int
     accepted: int
     failed: int
 
@@ -68,18 +66,16 @@ class Asynchronous:
     """The clients at work, from round to round."""
 
     job: Job
-    grid: Grid
     wire: Wire
-    downlink: Downlink | None
+    exchange: Exchange
     places: Places
-    traffic: Traffic
     begun: Begun
     _flights: dict[str, Flight] = field(default_factory=dict)  # by message id, as they were sent
     _training: set[int] = field(default_factory=set)  # the nodes of these
     _arrived: deque[Message] = field(default_factory=deque)  # what came with the last answer of a round
 
     def __post_init__(self) -> None:
-        self._strategy = cast(FedBuff, self.job.strategy)
+        self._strategy, self._grid = cast(FedBuff, self.job.strategy), self.exchange.grid
 
     def round(self, number: int, arrays: ArrayRecord, progress: Progress) -> Stepped:
         """Take answers until the buffer is full, and step."""
@@ -93,7 +89,7 @@ class Asynchronous:
             asked.update(drawn)
             if self._flights:
                 flight, reply = self._next()
-                if reply is not None and self._again(flight, reply):
+                if reply is not None and self.exchange.undecoded(reply) and flight.tries < TRIES:
                     failed += self._send(number, arrays, [self._partition(flight)], flight.tries + 1)
                 elif reply is not None and self._taken(buffer, number, flight, reply):
                     accepted += 1
@@ -109,7 +105,8 @@ class Asynchronous:
             with AGGREGATE:
                 mean = self._strategy.server_learning_rate * buffer.exact.total() / buffer.exact.weight
                 arrays = self.wire.step(number, mean, arrays) or arrays
-        return Stepped(arrays, len(asked), accepted, failed)
+        self.exchange.messages += len(asked)
+        return Stepped(arrays, accepted, failed)
 
     def _drawn(self, number: int, asked: set[int]) -> list[int]:
         """Partitions to be asked next, by the seed: as many as may train, of those free and not yet asked."""
@@ -128,13 +125,11 @@ class Asynchronous:
         view = cast(Grid, Cohort([self.places.nodes[partition] for partition in partitions]))
         asked = self.wire.configure_train(number, arrays, ConfigRecord(), view)
         messages = sorted(asked, key=lambda message: self.places.partitions[message.metadata.dst_node_id])
-        if self.downlink is not None:
-            with ENCODE:
-                messages = list(self.downlink.send(arrays, messages))
-        return self._push(list(self.traffic.sent(messages)), number, tries)
+        coded = self.exchange.coded(arrays, messages)
+        return self._push(list(self.exchange.traffic.sent(coded)), number, tries)
 
     def _push(self, messages: list[Message], number: int, tries: int) -> int:
-        sent, pushed = now(self.grid), push(self.grid, messages)
+        sent, pushed = now(self._grid), push(self._grid, messages)
         for name, message in pushed.items():
             self._flights[name] = Flight(message, number, sent, tries)
             self._training.add(message.metadata.dst_node_id)
@@ -150,21 +145,17 @@ class Asynchronous:
                     return flight, answer(flight.asked, reply)
             first, timeout = next(iter(self._flights)), self.job.round_timeout
             until = self._flights[first].sent + timeout
-            came = next_replies(self.grid, self._flights.keys(), time.monotonic() + timeout, until)
+            came = next_replies(self._grid, self._flights.keys(), time.monotonic() + timeout, until)
             if not came:
-                forget(self.grid, [first])
+                forget(self._grid, [first])
                 return self._ended(first), None
-            self.traffic.came(came)
+            self.exchange.traffic.came(came)
             self._arrived.extend(came)
 
     def _ended(self, name: str) -> Flight:
         flight = self._flights.pop(name)
         self._training.discard(flight.asked.metadata.dst_node_id)
         return flight
-
-    def _again(self, flight: Flight, reply: Message) -> bool:
-        """Note what the node holds; whether it could not decode its message, and another one may help."""
-        return self.downlink is not None and self.downlink.again(reply) and flight.tries < _TRIES
 
     @AGGREGATE
     def _taken(self, buffer: RunningSum, number: int, flight: Flight, reply: Message) -> bool:
@@ -209,7 +200,7 @@ class Asynchronous:
 
         Elsewhere, and under privacy, where it would be charged twice, it is lost, and clients are drawn anew.
         """
-        timeline = self.grid.timeline if isinstance(self.grid, LocalGrid) else None
+        timeline = self._grid.timeline if isinstance(self._grid, LocalGrid) else None
         if timeline is None or self.job.privacy.unit is not None:
             return
         present, records = timeline.now, [_record_of(data) for data in state["arrays"]]

@@ -1,7 +1,7 @@
 """Who takes part in the rounds of a run, and in how many of them one client does at most."""
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -64,3 +64,13 @@ class Cohorts:
     def plan(self) -> Plan:
         """What the accounting needs of it."""
         return Plan(self.sampling, self.in_round, self.clients, self.rounds, self.most)
+
+
+class Cohort:
+    """What a strategy sees of the grid when it samples: the clients of this round, and no others."""
+
+    def __init__(self, nodes: Collection[int]) -> None:
+        self._nodes = nodes
+
+    def get_node_ids(self) -> Iterable[int]:
+        return self._nodes

@@ -1,24 +1,21 @@
-"""The nodes of a run: which partition each holds, what it tells; whom a strategy sees; bytes on the wire."""
+"""The nodes of a run: which partition each holds, and what it tells."""
 
 import time
-from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 from logging import WARNING
 
 from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 from flwr.supercore import log
 
-from fedapp.engine.grid import arrivals, stream
+from fedapp.engine.grid import stream
 from fedapp.engine.local import LocalGrid
 from fedapp.errors import FedappError
 from fedapp.facts import ASKS, Facts, read, simulated
-from fedapp.fold import Folded
 from fedapp.job import Job
-from fedapp.records import CONFIG, brought_by, config_record, size_of
-from fedapp.replies import drifted, refuse
+from fedapp.records import CONFIG, brought_by, config_record
+from fedapp.replies import refuse
 from fedapp.selection import Tags
-from fedapp.stages import TRANSFER
 from fedapp.tasks.folders import ImageFolder
 from fedapp.tasks.quality import COUNTS, of_data
 from fedapp.tasks.stream import Stream
@@ -26,52 +23,6 @@ from fedapp.tasks.tables import Csv
 
 OWN = -1
 """What a node that brings its own data says for a partition."""
-
-
-class Cohort:
-    """What a strategy sees of the grid when it samples: the clients of this round, and no others."""
-
-    def __init__(self, nodes: Collection[int]) -> None:
-        self._nodes = nodes
-
-    def get_node_ids(self) -> Iterable[int]:
-        return self._nodes
-
-
-@dataclass
-class Traffic:
-    """What crossed the wire: bytes of the serialized content of each message and each reply, and alarms."""
-
-    uplink: int = 0
-    downlink: int = 0
-    drifted: int = 0  # replies that say so
-
-    def exchange(
-        self, grid: Grid, messages: Iterable[Message], timeout: float, until: float = float("inf")
-    ) -> Iterator[Message]:
-        """Send the messages, yield the replies, count both; times as in `arrivals`."""
-        for replies in arrivals(grid, self.sent(messages), timeout, until):
-            self.came(replies)
-            yield from replies
-
-    def sent(self, messages: Iterable[Message]) -> Iterator[Message]:
-        """The messages, counted as they are taken to be sent."""
-        sizes = dict[int, tuple[int, RecordDict]]()  # a broadcast's one content is measured once
-        for message in messages:
-            content = message.content
-            if id(content) not in sizes:
-                with TRANSFER:
-                    sizes[id(content)] = size_of(content), content
-            self.downlink += sizes[id(content)][0]
-            yield message
-
-    @TRANSFER
-    def came(self, replies: list[Message]) -> None:
-        """Count replies that have arrived, whatever becomes of them."""
-        for reply in replies:
-            if reply.has_content():
-                self.uplink += reply.size if isinstance(reply, Folded) else size_of(reply.content)
-                self.drifted += reply.tally.drift if isinstance(reply, Folded) else drifted(reply)
 
 
 def question(at: int) -> RecordDict:

@@ -1,7 +1,7 @@
 """The rounds: draw a cohort, send the weights, take the updates, step, test. Works on any Flower Grid."""
 
 import time
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from logging import WARNING
 from typing import Any, cast
@@ -14,14 +14,15 @@ from fedapp.assignment import Workloads
 from fedapp.asynchronous import Asynchronous
 from fedapp.budget import Budget
 from fedapp.ckks import Ckks, CkksSum
+from fedapp.cohorts import Cohort
 from fedapp.downlink import Coded, Downlink
 from fedapp.engine.grid import now
 from fedapp.engine.local import LocalGrid
 from fedapp.errors import FedappError, RoundLost
 from fedapp.evaluation import Evaluated, ServerTest, over_clients
+from fedapp.exchange import Exchange, Traffic
 from fedapp.fedbuff import FedBuff
 from fedapp.job import Job
-from fedapp.nodes import Cohort, Traffic
 from fedapp.places import Places
 from fedapp.privacy.begun import Begun
 from fedapp.report.folder import Round
@@ -29,7 +30,7 @@ from fedapp.report.progress import Progress
 from fedapp.secagg import Server
 from fedapp.secagg.wire import SecureSum
 from fedapp.selection import PowerOfChoice
-from fedapp.stages import AGGREGATE, CLOCK, ENCODE, EVALUATE
+from fedapp.stages import AGGREGATE, CLOCK, EVALUATE
 from fedapp.tasks.stream import Stream
 from fedapp.vector import arrays_in, layout_of, record_of
 
@@ -47,8 +48,6 @@ class Federation:
     job: Job
     grid: Grid
     arrays: ArrayRecord = field(init=False)
-    traffic: Traffic = field(default_factory=Traffic)
-    messages: int = 0
     accepted: int = 0
     finished: int = 0
     begun: Begun = field(default_factory=Begun)
@@ -60,6 +59,7 @@ class Federation:
         self._wire = self.job.wire()
         coded = self.job.downlink
         self._downlink = Downlink(coded, self.arrays) if isinstance(coded, Coded) else None
+        self._exchange = Exchange(self.grid, self._downlink, self.job.round_timeout)
         self.places = Places(self.job, self.grid, self.finished + 1)
         self._weigh()
         self._late, self._lost = 0, False
@@ -67,10 +67,19 @@ class Federation:
         self._streamed = isinstance(self.job.task, Stream) and self.job.privacy.unit is None
         self._asynchronous: Asynchronous | None = None
         if isinstance(self.job.strategy, FedBuff):
-            parts = self._wire, self._downlink, self.places, self.traffic, self.begun
-            self._asynchronous = Asynchronous(self.job, self.grid, *parts)
+            self._asynchronous = Asynchronous(self.job, self._wire, self._exchange, self.places, self.begun)
         self._test = ServerTest(self.job, self.grid) if self.job.evaluate == "server" else None
         self._untested: Round | None = None  # the record of a round whose test goes on
+
+    @property
+    def traffic(self) -> Traffic:
+        """What crossed the wire so far."""
+        return self._exchange.traffic
+
+    @property
+    def messages(self) -> int:
+        """How many times weights were sent."""
+        return self._exchange.messages
 
     def state(self) -> dict[str, Any]:
         """All that the next round depends on, for a checkpoint; by partition, since a node's id is random."""
@@ -108,7 +117,7 @@ class Federation:
         self._failed = state.get("failed", 0)  # older checkpoints do not say
         untested = state.get("untested")
         self._untested = Round(**untested) if untested else None
-        self.traffic.uplink, self.traffic.downlink, self.messages, self.accepted = state["counts"]
+        self.traffic.uplink, self.traffic.downlink, self._exchange.messages, self.accepted = state["counts"]
 
     def run(self, progress: Progress) -> Iterator[list[Round]]:
         """The rounds that are left; after each, the records that are whole by then, in their order.
@@ -217,7 +226,7 @@ class Federation:
         """One round of training; returns how many answers were due, those that failed among them."""
         if self._asynchronous is not None:
             step = self._asynchronous.round(number, self.arrays, progress)
-            self.arrays, self.messages = step.arrays, self.messages + step.asked
+            self.arrays = step.arrays
             self.accepted += step.accepted
             return step.accepted + step.failed
         cohort = self._drawn(number)
@@ -278,11 +287,11 @@ class Federation:
         if job.terms is not None:
             of = job.terms.kept, job.terms.modulus, number, job.dropouts
             server = Server(nodes, *of, roster=job.roster)
-            return SecureSum(server, job.terms, job.public_rng(number, 0, use=3), self._ask)
+            return SecureSum(server, job.terms, job.public_rng(number, 0, use=3), self._exchange.ask)
         if not isinstance(job.aggregation, Ckks):
             return None
         holder = self.places.nodes[job.aggregation.key_holder]
-        return CkksSum(holder, nodes, self.parameters, job.privacy.unit is not None, self._ask)
+        return CkksSum(holder, nodes, self.parameters, job.privacy.unit is not None, self._exchange.ask)
 
     @AGGREGATE
     def _train_on_sums(
@@ -293,23 +302,19 @@ class Federation:
         messages = [message for message in messages if message.metadata.dst_node_id in told]
         for message in messages:
             message.content = RecordDict({**message.content, **told[message.metadata.dst_node_id]})
-        before = self.accepted
-        for reply in self._watched(number, self._exchange(messages), progress, len(messages)):
+        before, replies = self.accepted, self._exchange.send(self.arrays, messages)
+        for reply in self._watched(number, replies, progress, len(messages)):
             summed.take(reply)
         self.accepted = before  # what came counts only in a sum that was opened
         mean, count = summed.mean()
         self.arrays = self._wire.step(number, mean, self.arrays) or self.arrays
         self.accepted += count
 
-    def _ask(self, messages: list[Message]) -> Iterator[Message]:
-        """Send messages as they are, yield the replies."""
-        return self.traffic.exchange(self.grid, messages, self.job.round_timeout)
-
     def _in_time(self, number: int, messages: list[Message], until: float) -> Iterator[Message]:
         """The replies that the round waits for: of an over-selected cohort those that come first."""
         trained, self._late = 0, 0
         silent = {message.metadata.dst_node_id for message in messages}
-        for came, reply in enumerate(self._exchange(messages, until), 1):
+        for came, reply in enumerate(self._exchange.send(self.arrays, messages, until), 1):
             silent.discard(reply.metadata.src_node_id)
             yield reply
             trained += reply.has_content()
@@ -320,26 +325,6 @@ class Federation:
             said = "round %s: %s of %s nodes did not answer in time; what they still send is dropped: %s"
             named = ", ".join(map(str, sorted(silent)[:_NAMED]))
             log(WARNING, said, number, len(silent), len(messages), named)
-
-    def _exchange(self, messages: list[Message], until: float = float("inf")) -> Iterator[Message]:
-        """Send the weights, yield the replies; a node that cannot decode is sent others, at most twice."""
-        self.messages += len(messages)
-        for tries_left in (2, 1, 0):
-            if self._downlink is not None:
-                messages = self._downlink.nearest_first(messages)
-            if isinstance(self.grid, LocalGrid):
-                messages = self.grid.in_order(messages)
-            asked, others = {message.metadata.dst_node_id: message for message in messages}, []
-            sent: Iterable[Message] = messages
-            if self._downlink is not None:
-                sent = ENCODE.each(self._downlink.send(self.arrays, messages))
-            for reply in self.traffic.exchange(self.grid, sent, self.job.round_timeout, until):
-                if self._downlink is not None and self._downlink.again(reply) and tries_left:
-                    others.append(_anew(asked[reply.metadata.src_node_id]))
-                else:
-                    yield reply
-            if not (messages := others):
-                return
 
     def _watched(
         self, number: int, replies: Iterator[Message], progress: Progress, total: int
@@ -371,10 +356,4 @@ class Federation:
         """What these nodes say of the weights, each on its own data, in order of their partitions."""
         view = cast(Grid, Cohort(nodes))
         messages = list(self._wire.configure_evaluate(number, self.arrays, ConfigRecord(), view))
-        return sorted(self._exchange(messages), key=self._partition)
-
-
-def _anew(message: Message) -> Message:
-    """The same message, to be sent once more."""
-    kind, group = message.metadata.message_type, message.metadata.group_id
-    return Message(message.content, message.metadata.dst_node_id, kind, group_id=group)
+        return sorted(self._exchange.send(self.arrays, messages), key=self._partition)

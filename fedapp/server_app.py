@@ -2,13 +2,11 @@
 
 import logging
 import os
-import resource
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
-from importlib.metadata import version
+from dataclasses import asdict
 from pathlib import Path
 from typing import cast
 
@@ -18,7 +16,7 @@ from flwr.serverapp import Grid, ServerApp
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-from fedapp import __version__, combinations, config
+from fedapp import combinations, config
 from fedapp.checkpoint import BEGUN, CLIENTS, Checkpoints
 from fedapp.client_app import local_app, remote_app
 from fedapp.codec.chain import ErrorFeedback
@@ -26,16 +24,16 @@ from fedapp.engine.flower import Flower
 from fedapp.engine.local import Local, LocalGrid
 from fedapp.errors import ConfigError, FedappError
 from fedapp.job import Job
+from fedapp.outcome import Took, charged, summary_of
 from fedapp.privacy.begun import Begun
-from fedapp.privacy.central import CentralGaussian
-from fedapp.report.folder import Round, RunFolder, alone
+from fedapp.report.folder import RunFolder, alone
 from fedapp.report.page import write_page
 from fedapp.report.progress import Progress
 from fedapp.report.summary import Summary, table
 from fedapp.report.trace import trace_json
 from fedapp.resume import Start, start
 from fedapp.rounds import Federation
-from fedapp.stages import CLOCK, MOST, total
+from fedapp.stages import CLOCK, MOST
 
 app = ServerApp()
 
@@ -185,7 +183,7 @@ def _run(
         failure = error
         for record in federation.rest():
             folder.append(record)
-    summary = _summary(job, federation, folder.rounds(), before.plus(startup, started), failure)
+    summary = summary_of(federation, folder.rounds(), before.plus(startup, started), failure is not None)
     folder.write_checks(federation.places.checks)  # with those of nodes that came later
     folder.write_summary(summary)
     folder.write_model(federation.arrays.to_torch_state_dict())
@@ -202,22 +200,6 @@ def _run(
     if failure is not None:
         raise failure
     return summary
-
-
-@dataclass(frozen=True)
-class Took:
-    """Time and memory of a run, over the processes that it went on in, each up to its last checkpoint."""
-
-    startup_s: float = 0.0
-    wall_s: float = 0.0
-    peak_rss_mb: float = 0.0
-
-    def plus(self, startup: float, started: float) -> "Took":
-        """With what this process has taken so far."""
-        who = resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN
-        peak = max(resource.getrusage(one).ru_maxrss for one in who) / 1e3
-        wall = time.perf_counter() - started
-        return Took(self.startup_s + startup, self.wall_s + wall, max(self.peak_rss_mb, peak))
 
 
 def _restored(federation: Federation, folder: RunFolder, begin: Start) -> Took:
@@ -249,7 +231,7 @@ def _told(federation: Federation, begin: Start) -> Iterator[str]:
     yield from begin.said
     yield from (str(said) for said in (job.said, getattr(job.task, "anonymity_cost", None)) if said)
     if repeated:
-        yield _charged(repeated)
+        yield charged(repeated)
     if (
         begin.state is not None
         and isinstance(job.codec, ErrorFeedback)
@@ -257,80 +239,3 @@ def _told(federation: Federation, begin: Start) -> Iterator[str]:
         and not _served()
     ):
         yield "Nodes begin anew: what error feedback kept back on them is lost"
-
-
-def _charged(repeated: int) -> str:
-    many = "1 round was" if repeated == 1 else f"{repeated} rounds were"
-    return f"{many} begun and not finished, and what had left by then is charged"
-
-
-def _lost(job: Job, records: list[Round]) -> str:
-    """Which rounds left no update."""
-    lost = [str(record.round) for record in records if record.failures and not record.replies]
-    did = "added noise alone" if isinstance(job.privacy, CentralGaussian) else "changed nothing"
-    return f"no update came of round {', '.join(lost)}, which {did}" if lost else ""
-
-
-def _note(federation: Federation, records: list[Round]) -> str | None:
-    """What a reader of the results must know."""
-    job, repeated = federation.job, federation.budget.repeated(federation.finished)
-    ended = f"the budget ends after round {federation.finished} of {job.rounds}"
-    said = [
-        job.note,
-        _lost(job, records) or None,
-        _charged(repeated) if repeated else None,
-        ended if federation.budget.ends(federation.finished) else None,
-    ]
-    return "; ".join(text for text in said if text) or None
-
-
-def _summary(
-    job: Job, federation: Federation, records: list[Round], took: Took, failure: BaseException | None
-) -> Summary:
-    traffic, parameters, spent = federation.traffic, federation.parameters, federation.budget.spent
-    float32_up = 4 * parameters * federation.accepted
-    last = records[-1] if records else None
-    uncompressed = float32_up + 4 * parameters * federation.messages
-    sent = traffic.uplink + traffic.downlink
-    return Summary(
-        task=str(job.choices["task"]),
-        codec=job.coded_by,
-        privacy=str(job.choices["privacy"]),
-        engine=str(job.choices["engine"]),
-        clients=job.clients,
-        cohort=job.in_round,
-        rounds=len(records),
-        accuracy=last.accuracy if last else None,
-        loss=last.loss if last else None,
-        clients_mean=last.clients_mean if last else None,
-        clients_worst=last.clients_worst if last else None,
-        clients_tested=last.clients_tested if last else None,
-        uplink_bytes=traffic.uplink,
-        downlink_bytes=traffic.downlink,
-        uplink_bits_per_parameter=8 * traffic.uplink / (parameters * federation.accepted)
-        if federation.accepted
-        else None,
-        uncompressed_bytes=uncompressed,
-        compression_ratio=uncompressed / sent if sent else None,
-        uplink_ratio=float32_up / traffic.uplink if traffic.uplink else None,
-        parameters=parameters,
-        epsilon=None if spent is None else spent.epsilon,
-        delta=job.privacy.delta,
-        accountant=None if spent is None else spent.accountant,
-        privacy_unit=job.privacy.unit,
-        releases=[asdict(release) for release in federation.budget.releases] or None,
-        privacy_against=job.privacy.against,
-        startup_s=took.startup_s,
-        seconds_per_round=sum(r.seconds for r in records) / len(records) if records else None,
-        wall_s=took.wall_s,
-        peak_rss_mb=took.peak_rss_mb,
-        seed=job.seed,
-        versions={
-            "fedapp": __version__,
-            **{name: version(name) for name in ("flwr", "torch", "opacus", "numpy")},
-        },
-        interrupted=failure is not None,
-        coding=job.said,
-        stages=total([record.stages for record in records]),
-        note=_note(federation, records),
-    )

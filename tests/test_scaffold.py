@@ -19,9 +19,9 @@ from fedapp.codec import Codec
 from fedapp.codec.chain import Identity
 from fedapp.codec.prune import TopK
 from fedapp.codec.rate_distortion import RateDistortion
+from fedapp.cohorts import Cohort
 from fedapp.engine.local import LocalGrid
 from fedapp.errors import ConfigError
-from fedapp.nodes import Cohort
 from fedapp.records import ARRAYS, CONFIG, METRICS, WEIGHT, load_state
 from fedapp.scaffold import COUNTED, FORGOTTEN, KEPT, STEERED, Control, Controls, Course, Scaffold
 from fedapp.tasks import Data

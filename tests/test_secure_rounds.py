@@ -135,7 +135,7 @@ def test_a_server_gets_one_sum_a_round_and_of_no_others(told: int, session: int,
     messages = [
         Message(RecordDict({**beside, **content}), node, "train") for node, content in summed.begin().items()
     ]
-    for reply in federation._exchange(messages):
+    for reply in federation._exchange.send(job.initial, messages):
         summed.take(reply)
     if answers:
         assert summed.mean()[1] == 6
@@ -160,7 +160,9 @@ def test_a_message_that_comes_twice_is_not_trained_on_again(monkeypatch: pytest.
     contents = summed.begin()
     for answered in (6, 0):
         messages = [Message(RecordDict({**beside, **c}), node, "train") for node, c in contents.items()]
-        assert sum(reply.has_content() for reply in federation._exchange(messages)) == answered
+        assert (
+            sum(reply.has_content() for reply in federation._exchange.send(job.initial, messages)) == answered
+        )
         assert len(trained) == 6
 
 

@@ -38,10 +38,10 @@ from fedapp.codec.ternary import Ternary
 from fedapp.codec.uniform import Dither, Stochastic, Uniform
 from fedapp.codec.varint import varint
 from fedapp.codec.zstd import Zstd
+from fedapp.cohorts import Cohort
 from fedapp.engine.local import LocalGrid
 from fedapp.errors import DecodeError
 from fedapp.exact_sum import ExactSum
-from fedapp.nodes import Cohort
 from fedapp.privacy.central import CentralGaussian
 from fedapp.privacy.mechanism import Plan
 from fedapp.records import ARRAYS, METRICS, STYPE, UPDATE, WEIGHT
