@@ -194,7 +194,7 @@ def check_privacy(job: "Job") -> None:
             f"fewer than {LEAST} clients hide nobody in their sum: set cohort={LEAST} or more",
         ),
         (
-            job.privacy.unit == "example" and isinstance(job.task, Stream) and job.task.shifts,
+            example and isinstance(job.task, Stream) and job.task.shifts,
             "task.rows and task.replay take an example in because another one is there or not, which is "
             "not accounted for: set task.rounds, or none of them",
         ),

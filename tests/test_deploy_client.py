@@ -35,6 +35,7 @@ import fedapp
 from fedapp.deploy import client, preflight
 from fedapp.deploy import node as deploy_node
 from fedapp.deploy.activity import Activity
+from fedapp.deploy.address import Address
 from fedapp.deploy.bundle import bundle, difference, files, sign, signer
 from fedapp.deploy.frames import context_of, message_of, of_context, of_message, round_of
 from fedapp.deploy.link import Over
@@ -376,7 +377,7 @@ class TestPreflight:
     @pytest.mark.parametrize("text", ["", "host", "host:", ":8443", "host:http", "host:0", "host:70000"])
     def test_a_server_is_host_and_port(self, text: str) -> None:
         with pytest.raises(ConfigError, match="HOST:PORT"):
-            preflight.Server.of(text)
+            Address.of(text)
 
     def test_without_tls_a_node_speaks_to_its_own_machine_only(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -401,17 +402,17 @@ class TestPreflight:
         asked.assert_called_once_with(tmp_path)
 
     def test_servers(self) -> None:
-        assert str(preflight.Server.of("[::1]:8443")) == "[::1]:8443"
-        assert preflight.Server.of("127.0.0.1:1").local
-        assert not preflight.Server.of("fed.example.org:8443").local
+        assert str(Address.of("[::1]:8443")) == "[::1]:8443"
+        assert Address.of("127.0.0.1:1").local
+        assert not Address.of("fed.example.org:8443").local
 
     def test_a_server_that_is_not_there(self) -> None:
         with pytest.raises(ConfigError, match="cannot be reached"):
-            preflight.reach(preflight.Server.of("127.0.0.1:9"), None)
+            preflight.reach(Address.of("127.0.0.1:9"), None)
 
     def test_a_name_that_is_not_known(self) -> None:
         with pytest.raises(ConfigError, match=r"nowhere\.invalid cannot be found"):
-            preflight.reach(preflight.Server.of("nowhere.invalid:8443"), None)
+            preflight.reach(Address.of("nowhere.invalid:8443"), None)
 
 
 @dataclass

@@ -41,6 +41,7 @@ from fedapp import config
 from fedapp.client_app import client_app
 from fedapp.deploy import bounded, disk, holding, keys, listener, memory, preflight
 from fedapp.deploy.activity import Activity
+from fedapp.deploy.address import Address
 from fedapp.deploy.bounded import Bodies
 from fedapp.deploy.link import Link, Refused
 from fedapp.deploy.memory import Kept, Memory
@@ -87,7 +88,7 @@ def clock(seconds: float) -> Iterator[None]:
 
 @pytest.mark.parametrize(("seconds", "said"), [(60, "6[01] s ahead of"), (-400, "(399|400) s behind")])
 def test_a_wrong_clock_is_told_before_a_node_starts(server: Running, seconds: float, said: str) -> None:
-    where = preflight.Server.of(server.access.server), (server.folder / keys.CA).read_bytes()
+    where = Address.of(server.access.server), (server.folder / keys.CA).read_bytes()
     preflight.reach(*where)
     with clock(seconds), pytest.raises(ConfigError, match=f"clock is {said}.*timedatectl"):
         preflight.reach(*where)
@@ -137,7 +138,7 @@ def test_a_node_says_what_is_wrong_with_a_certificate_and_goes_on_with_the_new_o
         server.listening.outer.config.ssl.load_cert_chain(  # type: ignore[union-attr]
             server.folder / keys.CERTIFICATE, server.folder / keys.KEY
         )
-        where = preflight.Server.of(server.access.server)
+        where = Address.of(server.access.server)
         for name, said in (("server", "has expired: tell the operator"), ("other", "another CA vouches")):
             with pytest.raises(ConfigError, match=said):
                 preflight.reach(where, (tmp_path / name / keys.CA).read_bytes())

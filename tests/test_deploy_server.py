@@ -90,7 +90,8 @@ from fedapp.deploy import (
     starting,
     state,
 )
-from fedapp.deploy.control import Access, from_here
+from fedapp.deploy.address import from_here
+from fedapp.deploy.control import Access
 from fedapp.deploy.objects import deliver
 from fedapp.deploy.runs import tar
 from fedapp.deploy.server import Listening, Server

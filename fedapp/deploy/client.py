@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fedapp.deploy import backup_cli, preflight
+from fedapp.deploy.address import Address
 from fedapp.deploy.logs import to_file
 from fedapp.errors import ConfigError
 
@@ -30,7 +31,7 @@ def main(arguments: Sequence[str]) -> None:
     folder: Path = options.folder.expanduser()
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     _begin_log(folder, options.log_json)
-    server = preflight.Server.of(options.server)
+    server = Address.of(options.server)
     config = preflight.node_config(options.data_config)
     if options.insecure:
         if not server.local:

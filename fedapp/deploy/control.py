@@ -8,7 +8,6 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from ipaddress import ip_address
 from pathlib import Path
 
 import httpx
@@ -16,6 +15,7 @@ from flwr.supercore.control import ControlHttpClient
 from flwr.supercore.protobuf.client import ProtobufCall, ProtobufRequestContext
 
 from fedapp.deploy import keys
+from fedapp.deploy.address import Address, is_loopback
 from fedapp.errors import FedappError
 
 ADDRESS = "address"  # file in the server's folder, while it runs: its URL on this machine
@@ -87,14 +87,6 @@ class Access:
             ) from error
 
 
-def control(server: str, ca: Path | None, token: str) -> ControlHttpClient:
-    """A client of the server's Control API. Its calls raise FedappError.
-
-    `server` is `host:port`. `ca` None stands for the system's CAs; on a loopback address, for no TLS.
-    """
-    return Access(server, ca, token).control()
-
-
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Add to a parser where the server is and what opens it; `access` and `of` read them."""
     group = parser.add_argument_group("the server", "On its own machine, nothing of this is needed.")
@@ -108,7 +100,7 @@ def access(options: argparse.Namespace) -> Access:
     """What `arguments` asked: by flags or FEDAPP_SERVER, FEDAPP_CA, FEDAPP_TOKEN_FILE; else by folder."""
     token = keys.token(options.token_file or options.folder / keys.TOKEN)
     if options.server is not None:
-        return Access(_address(options.server), options.ca, token)
+        return Access(str(Address.of(options.server)), options.ca, token)
     try:
         scheme, _, address = (options.folder / ADDRESS).read_text().strip().partition("://")
     except OSError as error:
@@ -116,33 +108,14 @@ def access(options: argparse.Namespace) -> Access:
             f"no server runs from {options.folder}: start `fedapp server`, or name one by --server HOST:PORT"
         ) from error
     if scheme == "http":
-        return Access(_address(address), None, token)
+        return Access(str(Address.of(address)), None, token)
     ca = options.ca or options.folder / keys.CA
-    return Access(_address(address), ca, token, keys.called(options.folder))
+    return Access(str(Address.of(address)), ca, token, keys.called(options.folder))
 
 
 def of(options: argparse.Namespace) -> ControlHttpClient:
     """The client that `arguments` asked for."""
     return access(options).control()
-
-
-def is_loopback(host: str) -> bool:
-    """Whether a host is this machine only."""
-    try:
-        return ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
-def from_here(host: str) -> str:
-    """What this machine reaches a server by that listens on `host`, which may stand for all addresses."""
-    try:
-        address = ip_address(host.strip("[]"))
-    except ValueError:
-        return host
-    if address.is_unspecified:
-        address = ip_address("127.0.0.1" if address.version == 4 else "::1")
-    return f"[{address}]" if address.version == 6 else str(address)
 
 
 class _Bearer:
@@ -186,13 +159,6 @@ def _raise(access: Access, response: httpx.Response) -> None:
     except (ValueError, AttributeError):
         said = response.text.strip()[:200]
     raise FedappError(f"{access.server} refuses ({response.status_code}): {said}")
-
-
-def _address(text: str) -> str:
-    host, _, port = text.rpartition(":")
-    if not host or not port.isdecimal() or not 0 < int(port) < 65536:
-        raise FedappError(f"--server {text} is no HOST:PORT: for example fed.example.org:8443")
-    return text
 
 
 def _path(name: str) -> Path | None:

@@ -7,7 +7,6 @@ import socket
 import ssl
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_ssh_private_key
 
+from fedapp.deploy.address import Address
 from fedapp.deploy.files import private
 from fedapp.errors import ConfigError
 from fedapp.privacy.ledger import Ledger
@@ -124,30 +124,7 @@ def ledger(path: Path, data_id: str) -> str | None:
     )
 
 
-@dataclass(frozen=True)
-class Server:
-    """Where the server is: host and port, and whether it speaks TLS."""
-
-    host: str
-    port: int
-
-    @classmethod
-    def of(cls, text: str) -> "Server":
-        host, colon, port = text.rpartition(":")
-        if not colon or not host or not port.isdecimal() or not 0 < int(port) < 65536:
-            raise ConfigError(f"the server must be HOST:PORT, got {text!r}: write fed.example.org:8443, say")
-        return cls(host.strip("[]"), int(port))
-
-    @property
-    def local(self) -> bool:
-        """Whether it is this machine, so that nothing crosses a network."""
-        return self.host in ("127.0.0.1", "localhost", "::1")
-
-    def __str__(self) -> str:
-        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
-
-
-def reach(server: Server, ca: bytes | None) -> None:
+def reach(server: Address, ca: bytes | None) -> None:
     """Ask the server for a sign of life. Raises ConfigError that says what is in the way."""
     scheme = "http" if ca is None else "https"
     try:
@@ -191,7 +168,7 @@ def room(folder: Path) -> None:
         )
 
 
-def _unreachable(server: Server, error: httpx.ConnectError) -> str:
+def _unreachable(server: Address, error: httpx.ConnectError) -> str:
     said = str(error)
     if "certificate has expired" in said:
         return f"the certificate of {server} has expired: tell the operator (`fedapp keys renew`)"

@@ -22,9 +22,10 @@ from flwr.superlink.config_loader import SuperLinkLifespanConfig
 from flwr.superlink.main import create_app
 
 from fedapp.deploy import backup_cli, files, keys, superexec
+from fedapp.deploy.address import from_here, is_loopback
 from fedapp.deploy.back import Back
 from fedapp.deploy.bounded import Refusals
-from fedapp.deploy.control import ADDRESS, Access, access, from_here, is_loopback
+from fedapp.deploy.control import ADDRESS, Access, access
 from fedapp.deploy.disk import Disk
 from fedapp.deploy.front import Public
 from fedapp.deploy.going_on import take_up

@@ -1,6 +1,5 @@
 """Data that grow while a node runs: each round trains on what had arrived when it began."""
 
-import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +17,6 @@ from fedapp.tasks.classification import Classification
 from fedapp.tasks.drift import noticed
 from fedapp.tasks.quality import Findings
 
-_log = logging.getLogger("fedapp.client")
 State = Mapping[str, NDArray[Any]]
 Indices = NDArray[np.int64]
 
