@@ -28,7 +28,7 @@ from fedapp.errors import ConfigError, DecodeError, FedappError
 from fedapp.records import CKKS, METRICS, WEIGHT, array_record, config_record, record_in
 from fedapp.replies import metrics_of, refuse, weight_of
 from fedapp.stages import DECODE, ENCODE
-from fedapp.wire import require_finite, update_of
+from fedapp.vector import require_finite, update_of
 
 _DEGREE, _MODULI, _SCALE = 4096, (54, 54), 30  # at most 109 bits of moduli are secure; sums stay below 2^22
 SLOTS = _DEGREE // 2

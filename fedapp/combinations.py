@@ -16,15 +16,14 @@ from fedapp.privacy.example import ExamplePrivacy
 from fedapp.privacy.local import LocalGaussian
 from fedapp.secagg.wire import Summed
 from fedapp.selection import Poisson, PowerOfChoice, Uniform
+from fedapp.strategies import ROBUST, STREAMED
 from fedapp.tasks.stream import Stream
 from fedapp.training import DpSgd, Sgd
-from fedapp.wire import STREAMED
 
 if TYPE_CHECKING:
     from fedapp.job import Job
 
 LEAST = 3  # clients in a sum that hides them
-ROBUST = frozenset({"FedMedian", "FedTrimmedAvg", "Krum", "MultiKrum", "Bulyan"})
 
 
 def check_time(job: "Job") -> None:

@@ -46,7 +46,7 @@ from fedapp.scaffold import Control, Controls, Course, Scaffold
 from fedapp.secagg.roster import MADE, make, read_roster
 from fedapp.secagg.wire import Summed
 from fedapp.selection import BySize, Poisson, PowerOfChoice, Selection, Uniform
-from fedapp.speeds import Stragglers, Untimed
+from fedapp.speeds import Seconds, Stragglers, Untimed
 from fedapp.tasks import Data, Task
 from fedapp.tasks.classification import held_out
 from fedapp.training import DpSgd, Sgd, Trainer, has_bfloat16, scheduled
@@ -215,34 +215,31 @@ class Job:
         return isinstance(self.speeds, Stragglers)
 
     @property
-    def seconds(self) -> Callable[[int, int], float] | None:
+    def seconds(self) -> Seconds | None:
         """Simulated seconds that the client of a partition, with so many examples, trains.
 
         None where time is not simulated. Asynchronous rounds need an order of answers: without speeds it is
         that of the messages.
         """
-        if isinstance(self.speeds, Stragglers):
-            epochs, rng = int(getattr(self.trainer, "epochs", 1)), self.public_rng(0, 0, use=5)
-            return self.speeds.times(self.clients, epochs, rng)
-        return (lambda partition, examples: 0.0) if isinstance(self.strategy, FedBuff) else None
+        at_once = (lambda partition, examples: 0.0) if isinstance(self.strategy, FedBuff) else None
+        return self._times(int(getattr(self.trainer, "epochs", 1))) or at_once
 
     @property
     def speed(self) -> Callable[[int], int]:
         """Examples a second that a simulated client trains on; of this CPU where speeds are real."""
-        if not isinstance(self.speeds, Stragglers):
-            return lambda partition: self._speed
-        seconds = self.speeds.times(self.clients, 1, self.public_rng(0, 0, use=5))
-        return lambda partition: int(1 / seconds(partition, 1))
+        times = self._times(epochs=1)
+        return (lambda partition: int(1 / times(partition, 1))) if times else (lambda partition: self._speed)
 
     @cached_property
     def _speed(self) -> int:
         return speed_of(self.task, self.task.model(self.seed))  # on the CPU: this may be the server
 
+    def _times(self, epochs: int) -> Seconds | None:
+        return self.speeds.times(self.clients, epochs, self.public_rng(0, 0, use=5))
+
     @property
-    def sending(self) -> Callable[[int, int], float] | None:
+    def sending(self) -> Seconds | None:
         """Simulated seconds that the client of a partition sends so many bytes; None: no time."""
-        if not isinstance(self.speeds, Stragglers):
-            return None
         return self.speeds.links(self.clients, self.public_rng(0, 0, use=6))
 
     @property

@@ -7,10 +7,19 @@ import numpy as np
 
 from fedapp import check
 
+Seconds = Callable[[int, int], float]
+"""Of the client of a partition, for so many examples, or bytes."""
+
 
 @dataclass(frozen=True)
 class Untimed:
     """Nobody counts seconds: answers come when they come, and in simulated rounds nobody is late."""
+
+    def times(self, clients: int, epochs: int, rng: np.random.Generator) -> None:
+        """No time is simulated."""
+
+    def links(self, clients: int, rng: np.random.Generator) -> None:
+        """No time is simulated."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +42,7 @@ class Stragglers:
         if self.bytes_per_second is not None:
             check.real("speeds.bytes_per_second", self.bytes_per_second, above=0.0)
 
-    def times(self, clients: int, epochs: int, rng: np.random.Generator) -> Callable[[int, int], float]:
+    def times(self, clients: int, epochs: int, rng: np.random.Generator) -> Seconds:
         """How long the client of a partition, with so many examples, trains; `rng` draws who is slow.
 
         The share of so many clients is slow, to the nearest whole one.
@@ -42,7 +51,7 @@ class Stragglers:
         fast = self.seconds_per_example * epochs
         return lambda partition, examples: fast * examples * (self.slowdown if partition in slow else 1.0)
 
-    def links(self, clients: int, rng: np.random.Generator) -> Callable[[int, int], float] | None:
+    def links(self, clients: int, rng: np.random.Generator) -> Seconds | None:
         """How long the client of a partition sends so many bytes; None where that takes no time."""
         if (speed := self.bytes_per_second) is None:
             return None

@@ -59,6 +59,23 @@ def unravel(flat: NDArray[Any], layout: Layout, like: ArrayRecord) -> dict[str, 
     }
 
 
+def update_of(received: ArrayRecord, trained: ArrayRecord) -> NDArray[np.float32]:
+    """Trained minus received, float32 (size,)."""
+    layout = layout_of(received)
+    update = np.empty(layout.size, np.float32)
+    with np.errstate(invalid="ignore"):  # of infinities: the caller looks at what comes out
+        for slot in layout.slots:
+            start, end = values_in(received, slot), values_in(trained, slot)
+            np.subtract(end, start, out=update[slot.offset : slot.offset + len(start)], dtype=np.float32)
+    return update
+
+
+def require_finite(update: NDArray[np.float32]) -> None:
+    """Raises ValueError where training went astray."""
+    if not (np.isfinite(update.max(initial=0)) and np.isfinite(update.min(initial=0))):
+        raise ValueError("the trained weights are not finite; training diverged")
+
+
 def values(array: Array) -> NDArray[Any]:
     """What `array.numpy()` returns, read-only and without a copy; for arrays that this program has made.
 

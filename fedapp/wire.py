@@ -46,18 +46,17 @@ from fedapp.records import (
 from fedapp.replies import metrics_of, refuse, values_of, weight_of
 from fedapp.running_sum import Own, Reader, RunningSum, Tally, terms_in
 from fedapp.scaffold import Control, Controls, ForgottenError
+from fedapp.strategies import STREAMED, in_dtypes_of, kept_by, restore
 from fedapp.vector import (
     Reply,
     array_of,
-    arrays_in,
     buffers_of,
     layout_of,
     ravel,
-    record_of,
     record_with,
+    require_finite,
     unravel,
-    values,
-    values_in,
+    update_of,
 )
 
 Recall = Callable[[Message, Context], Control]
@@ -124,32 +123,7 @@ def compress(
     return mod
 
 
-def update_of(received: ArrayRecord, trained: ArrayRecord) -> NDArray[np.float32]:
-    """Trained minus received, float32 (size,)."""
-    layout = layout_of(received)
-    update = np.empty(layout.size, np.float32)
-    with np.errstate(invalid="ignore"):  # of infinities: the caller looks at what comes out
-        for slot in layout.slots:
-            start, end = values_in(received, slot), values_in(trained, slot)
-            np.subtract(end, start, out=update[slot.offset : slot.offset + len(start)], dtype=np.float32)
-    return update
-
-
-def require_finite(update: NDArray[np.float32]) -> None:
-    """Raises ValueError where training went astray."""
-    if not (np.isfinite(update.max(initial=0)) and np.isfinite(update.min(initial=0))):
-        raise ValueError("the trained weights are not finite; training diverged")
-
-
 # --- the server's end --------------------------------------------------------------------------------
-
-
-STREAMED = frozenset({"FedAvg", "FedAvgM", "FedAdam", "FedYogi", "FedAdagrad", "FedProx", "Scaffold"})
-"""Flower's linear strategies: the mean of the updates is all that they need of a round."""
-
-
-LASTING = ("momentum_vector", "m_t", "v_t")
-"""What Flower's strategies keep from round to round: one array for each of the weights."""
 
 
 class Wire(Strategy):
@@ -290,7 +264,7 @@ class Wire(Strategy):
         self, server_round: int, replies: list[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         stepped, means = self.inner.aggregate_train(server_round, replies)
-        return (None if stepped is None else _in_dtypes_of(self._weights, stepped)), means
+        return (None if stepped is None else in_dtypes_of(self._weights, stepped)), means
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -323,20 +297,12 @@ class Wire(Strategy):
 
     def state(self) -> dict[str, Any]:
         """What lasts from round to round: the mechanism's numbers, and the arrays that the strategy keeps."""
-        kept = {name: getattr(self.inner, name, None) for name in LASTING}
-        weights = getattr(self.inner, "current_arrays", None)  # FedAvgM's own; the others set it each round
-        if isinstance(weights, ArrayRecord):
-            kept["current_arrays"] = arrays_in(weights)
-        return {
-            "mechanism": self._kept,
-            "strategy": {name: value for name, value in kept.items() if value is not None},
-        }
+        return {"mechanism": self._kept, "strategy": kept_by(self.inner)}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go on from what `state` returned."""
         self._kept = dict(state["mechanism"])
-        for name, value in state["strategy"].items():
-            setattr(self.inner, name, record_of(value) if name == "current_arrays" else value)
+        restore(self.inner, state["strategy"])
 
     @contextmanager
     def _at_its_own_cost(self, reply: Message) -> Iterator[None]:
@@ -345,15 +311,3 @@ class Wire(Strategy):
         except Exception as error:  # hostile bytes may reach any line, Flower's and numpy's too
             self.failures += 1
             refuse(reply, error)
-
-
-def _in_dtypes_of(weights: ArrayRecord, arrays: ArrayRecord) -> ArrayRecord:
-    """Flower's means turn integer buffers into float64; the next model wants integers again."""
-    out = ArrayRecord()
-    for name, array in arrays.items():
-        if array.dtype == weights[name].dtype:
-            out[name] = array
-        else:
-            found, dtype = values(array), np.dtype(weights[name].dtype)
-            out[name] = Array(np.asarray(np.rint(found) if dtype.kind in "iub" else found).astype(dtype))
-    return out

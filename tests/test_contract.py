@@ -82,7 +82,7 @@ from fedapp.deploy import front, holding, objects
 from fedapp.deploy.activity import Activity
 from fedapp.deploy.going_on import SILENT
 from fedapp.deploy.state import State
-from fedapp.wire import STREAMED
+from fedapp.strategies import STREAMED
 
 PRIVATE = {
     "flwr.app.message": {"remove_content_from_message"},

@@ -17,7 +17,7 @@ from fedapp.secagg.client import Client
 from fedapp.secagg.record import Record, whole
 from fedapp.secagg.server import Server
 from fedapp.stages import DECODE
-from fedapp.wire import update_of
+from fedapp.vector import update_of
 
 Summed = DistributedGaussian | DistributedExample
 """The kinds of privacy that take it."""
