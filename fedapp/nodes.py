@@ -18,7 +18,7 @@ from fedapp.replies import refuse
 from fedapp.selection import Tags
 from fedapp.tasks.folders import ImageFolder
 from fedapp.tasks.quality import COUNTS, of_data
-from fedapp.tasks.stream import Stream
+from fedapp.tasks.stream import reader_of
 from fedapp.tasks.tables import Csv
 
 OWN = -1
@@ -145,5 +145,5 @@ def counts_in(reply: Message) -> dict[str, int]:
 
 def _checked(job: Job) -> Csv | ImageFolder | None:
     """The task whose data a check is of, if there is one that may tell."""
-    task = job.task.source if isinstance(job.task, Stream) else job.task
+    task = reader_of(job.task)
     return task if job.privacy.unit is None and isinstance(task, (Csv, ImageFolder)) else None

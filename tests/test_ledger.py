@@ -24,8 +24,9 @@ from fedapp import cli
 from fedapp.errors import ConfigError, FedappError
 from fedapp.privacy import accounting, filter, renyi
 from fedapp.privacy.filter import FILTER, Unit, as_text, cost
-from fedapp.privacy.ledger import BudgetSpent, Ledger, TwiceInRun, fingerprint, opened
+from fedapp.privacy.ledger import BudgetSpent, Ledger, TwiceInRun, fingerprint
 from fedapp.privacy.ledger_backup import bring_back
+from fedapp.privacy.ledger_file import opened
 from fedapp.privacy.release import ORDERS, Curve, Gaussian, Release, SharedGaussian
 
 PLAIN = Gaussian(2.0, "none", 1.0, 1, "add_remove")

@@ -88,7 +88,7 @@ def test_a_whole_policy_is_read(tmp_path: Path) -> None:
         ("", "holds no rules: give at least tasks, privacy, metrics"),
         ("tasks: [", "cannot be read"),
         ("!!python/object/apply:os.getcwd []", "cannot be read"),
-        (RULES + "classes: [no, yes]", "policy.classes must list words, and YAML takes False for none"),
+        (RULES + "classes: [no, yes]", "policy.classes must list words, and YAML reads none in False"),
         (RULES + "classes: cats", r"policy.classes must be a list of words, got 'cats': write \[a, b\]"),
         (RULES + "rows: [consent]", "policy.rows must map columns to lists of values"),
         (RULES + "rows: {consent: [yes]}", "policy.rows.consent must list words"),

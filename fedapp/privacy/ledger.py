@@ -4,7 +4,7 @@ import logging
 import sqlite3
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -14,31 +14,10 @@ import numpy as np
 from fedapp import check
 from fedapp.errors import FedappError
 from fedapp.privacy.filter import FILTER, UNITS, Unit, as_text, cost, epsilon
+from fedapp.privacy.ledger_file import bring_up, opened
 from fedapp.privacy.release import Release
 from fedapp.transaction import at_once
 
-_VERSION = 2
-_SCHEMA = """
-CREATE TABLE data (id TEXT PRIMARY KEY, budget INTEGER NOT NULL);
-CREATE TABLE fingerprints (id TEXT NOT NULL, fingerprint TEXT NOT NULL, PRIMARY KEY (id, fingerprint));
-CREATE TABLE limits (
-    id TEXT NOT NULL, unit TEXT NOT NULL, epsilon REAL NOT NULL, delta REAL NOT NULL, PRIMARY KEY (id, unit));
-CREATE TABLE events (
-    number INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL, unit TEXT, release TEXT,
-    adversary TEXT NOT NULL, run TEXT NOT NULL, round INTEGER NOT NULL, purpose TEXT NOT NULL,
-    time REAL NOT NULL, mechanism TEXT NOT NULL);
-CREATE TABLE replies (
-    id TEXT NOT NULL, run TEXT NOT NULL, round INTEGER NOT NULL, purpose TEXT NOT NULL, digest TEXT NOT NULL,
-    reply BLOB NOT NULL, PRIMARY KEY (id, run, purpose));
-"""
-# Version 1 wrote no mechanism, and "server" of one that may have to follow the protocol, or where none helps.
-_SINCE_1 = """
-ALTER TABLE events ADD COLUMN mechanism TEXT NOT NULL DEFAULT 'unknown';
-UPDATE events SET mechanism = 'none', adversary = 'nobody' WHERE release IS NULL;
-UPDATE events SET mechanism = 'central_gaussian', adversary = 'observers of the models'
-    WHERE adversary = 'observers';
-UPDATE events SET adversary = 'a server that follows the protocol' WHERE adversary = 'server';
-"""
 _log = logging.getLogger("fedapp.ledger")
 
 
@@ -102,14 +81,7 @@ class Ledger:
             except OSError as error:
                 raise FedappError(f"the ledger {self._path} cannot be made ({error})") from error
         with self._transaction() as db:
-            version = db.execute("PRAGMA user_version").fetchone()[0]
-            empty = not db.execute("SELECT COUNT(*) FROM sqlite_master").fetchone()[0]
-            if new and empty:
-                _bring_up(db, _SCHEMA)
-            elif version == 1:
-                _bring_up(db, _SINCE_1)
-            elif version != _VERSION:
-                raise FedappError(f"{self._path} is no ledger of version {_VERSION}: give another file")
+            bring_up(db, self._path, new)
 
     def charge(
         self,
@@ -257,25 +229,6 @@ class Ledger:
                 f"the ledger {self._path} cannot be used ({error}), and nothing is released without it: "
                 "see that it is a ledger, may be written, and its disk has room"
             ) from error
-
-
-@contextmanager
-def opened(path: Path) -> Iterator[sqlite3.Connection]:
-    """A connection to a ledger, whose commits are on the disk once they return."""
-    with closing(sqlite3.connect(path, timeout=60, isolation_level=None)) as db:
-        # EXTRA synchronizes the folder as well once the journal is deleted, which is what commits:
-        # with FULL, a power cut could bring the journal back, and undo what was released since.
-        db.execute("PRAGMA synchronous = EXTRA")
-        db.execute("PRAGMA fullfsync = ON")  # on macOS a plain fsync stops short of the disk
-        db.execute("PRAGMA journal_mode = DELETE")
-        yield db
-
-
-def _bring_up(db: sqlite3.Connection, script: str) -> None:
-    """Make a file a ledger of this version. Statement by statement, for a script would commit before it."""
-    for statement in script.split(";"):
-        db.execute(statement)
-    db.execute(f"PRAGMA user_version = {_VERSION}")
 
 
 _OF = "id IN (SELECT id FROM data WHERE budget = ?)"

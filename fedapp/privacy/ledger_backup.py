@@ -4,7 +4,8 @@ import sqlite3
 from pathlib import Path
 
 from fedapp.errors import FedappError
-from fedapp.privacy.ledger import Ledger, opened
+from fedapp.privacy.ledger import Ledger
+from fedapp.privacy.ledger_file import opened
 from fedapp.transaction import at_once
 
 _TABLES = "data", "fingerprints", "limits", "events", "replies"

@@ -8,7 +8,7 @@ from dataclasses import MISSING, dataclass, fields
 from hashlib import blake2b
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import yaml
@@ -22,7 +22,7 @@ from fedapp.privacy.central import BIT, CentralGaussian
 from fedapp.privacy.release import Gaussian, Release
 from fedapp.tasks import Data, Task
 from fedapp.tasks.quality import COUNTS
-from fedapp.tasks.stream import Stream
+from fedapp.tasks.stream import Stream, reader_of
 from fedapp.tasks.tables import Csv
 from fedapp.training import DpSgd, Sgd, Trainer
 
@@ -196,13 +196,13 @@ class Policy:
     def data(self, task: Task, node_config: Mapping[str, bool | int | float | str]) -> Data:
         """The part of the client's own data that takes part in runs."""
         if self.columns is None and self.rows is None:
-            return self.share(task.client_data(node_config), _class_names(task))
+            return self.share(task.client_data(node_config), task.labels)
         rule = "columns" if self.rows is None else "rows"
-        if not isinstance(_reads(task), Csv) or "data" not in node_config:
+        if not isinstance(reader_of(task), Csv) or "data" not in node_config:
             raise PolicyRefusal(rule, "it is kept for task=csv on the client's own table only")
         assert isinstance(task, (Csv, Stream))
         whole = task.read(Path(str(node_config["data"])).expanduser(), self.table)
-        return self.share(whole, _class_names(task))
+        return self.share(whole, task.labels)
 
     @property
     def narrowed(self) -> "tuple[Callable[[pd.DataFrame], pd.DataFrame], ...]":
@@ -273,7 +273,7 @@ class Policy:
             raise PolicyRefusal("delta", f"it is {job.privacy.delta}, at most {self.delta:g} may be")
 
     def _check_columns(self, task: Task) -> None:
-        reads = _reads(task)
+        reads = reader_of(task)
         if self.columns is None or not isinstance(reads, Csv):
             return
         for column in (reads.label, *(reads.features or ())):
@@ -298,17 +298,6 @@ def _place(error: OSError | UnicodeDecodeError | yaml.YAMLError) -> str:
     return error.strerror or type(error).__name__ if isinstance(error, OSError) else type(error).__name__
 
 
-def _reads(task: Task) -> Task:
-    """The task that reads the data."""
-    return task.source if isinstance(task, Stream) else task
-
-
-def _class_names(task: Task) -> Sequence[str]:
-    """As the data name them; numbers where they do not."""
-    names: Any = getattr(task, "class_names", None)
-    return [str(index) for index in range(task.classes)] if names is None else list(names)
-
-
 def _among(rule: str, what: str, value: object, accepted: tuple[str, ...]) -> None:
     if value not in accepted:
         raise PolicyRefusal(rule, f"{what} is not among {', '.join(accepted) or 'nothing'}")
@@ -320,5 +309,5 @@ def _words(name: str, values: object) -> tuple[str, ...]:
         raise ConfigError(f"{name} must be a list of words, got {values!r}: write [a, b]")
     wrong = [value for value in values if isinstance(value, bool) or not isinstance(value, (str, int))]
     if wrong:
-        raise ConfigError(f"{name} must list words, and YAML takes {wrong[0]!r} for none: write it in quotes")
+        raise ConfigError(f"{name} must list words, and YAML reads none in {wrong[0]!r}: write it in quotes")
     return tuple(str(value) for value in values)

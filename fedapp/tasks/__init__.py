@@ -70,6 +70,9 @@ class Task(Protocol):
     def classes(self) -> int: ...
 
     @property
+    def labels(self) -> Sequence[str]: ...  # what the classes are called
+
+    @property
     def private_preprocessing(self) -> bool: ...  # True: statistics of private data, which DP does not cover
 
     def model(self, seed: int) -> nn.Module: ...

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from fedapp import check
 from fedapp.errors import ConfigError, DataError
-from fedapp.tasks import Data
+from fedapp.tasks import Data, Task
 from fedapp.tasks.classification import Classification
 from fedapp.tasks.drift import noticed
 from fedapp.tasks.quality import Findings
@@ -188,3 +188,8 @@ class Stream(Classification):
             later = places[(places >= self.replay) & (slots < self.replay)]
             held[slots[later]] = later
         return np.sort(held)
+
+
+def reader_of(task: Task) -> Task:
+    """The task that reads the data: of a stream, its source."""
+    return task.source if isinstance(task, Stream) else task
