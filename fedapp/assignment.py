@@ -14,13 +14,13 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, NamedTuple
 
-from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app import ConfigRecord, Message, MetricRecord
 
 from fedapp import check
 from fedapp.codec import Codec
 from fedapp.codec.chain import ErrorFeedback
 from fedapp.codec.rate_distortion import RateDistortion
-from fedapp.records import CONFIG, METRICS, brought_by, config_record, record_in
+from fedapp.records import CONFIG, METRICS, brought_by, record_in, told_each
 
 SECONDS = "seconds"  # what a client says that its training took
 
@@ -126,14 +126,7 @@ class Workloads:
         nodes = [message.metadata.dst_node_id for message in messages]
         self._asked = {node: self._rule.part(self._took.get(node), self._deadline) for node in nodes}
         self._silent = set(nodes)
-        told: dict[tuple[int, Part], RecordDict] = {}
-        for message, node in zip(messages, nodes, strict=True):
-            key = id(message.content), self._asked[node]
-            if key not in told:
-                config = ConfigRecord({**config_record(message.content), **asdict(key[1])})
-                told[key] = RecordDict({**message.content, CONFIG: config})
-            message.content = told[key]
-        return messages
+        return told_each(messages, lambda node: asdict(self._asked[node]))
 
     def hear(self, reply: Message, elapsed: float) -> None:
         """A reply is there, so many seconds after its message was sent.

@@ -21,7 +21,6 @@ from typing import Any, NamedTuple, cast
 
 import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
-from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 from flwr.serverapp import Grid
 
 from fedapp.cohorts import Cohort
@@ -33,14 +32,12 @@ from fedapp.fedbuff import FedBuff
 from fedapp.job import Job
 from fedapp.places import Places
 from fedapp.privacy.begun import Begun
-from fedapp.records import ARRAYS, CONFIG, array_record, config_record
+from fedapp.records import ARRAYS, CONFIG, array_record, as_bytes, config_record, from_bytes
 from fedapp.replies import refuse
 from fedapp.report.progress import Progress
 from fedapp.running_sum import RunningSum, terms_in
 from fedapp.stages import AGGREGATE
 from fedapp.wire import Wire
-
-_PROTO = type(recorddict_to_proto(RecordDict()))
 
 
 @dataclass(frozen=True)
@@ -181,7 +178,9 @@ class Asynchronous:
         records = {id(f.asked.content[ARRAYS]): f.asked.content[ARRAYS] for f in self._flights.values()}
         order = {key: index for index, key in enumerate(records)}
         return {
-            "arrays": [_bytes_of(record) for record in records.values()],
+            "arrays": [
+                np.frombuffer(as_bytes(RecordDict({ARRAYS: record})), np.uint8) for record in records.values()
+            ],
             "flights": [
                 {
                     "partition": self._partition(flight),
@@ -203,7 +202,10 @@ class Asynchronous:
         timeline = self._grid.timeline if isinstance(self._grid, LocalGrid) else None
         if timeline is None or self.job.privacy.unit is not None:
             return
-        present, records = timeline.now, [_record_of(data) for data in state["arrays"]]
+        present, records = (
+            timeline.now,
+            [array_record(from_bytes(data.tobytes())) for data in state["arrays"]],
+        )
         for flight in state["flights"]:
             timeline.now = flight["sent"]
             config = ConfigRecord(flight["config"])
@@ -211,12 +213,3 @@ class Asynchronous:
             message = Message(content, self.places.nodes[flight["partition"]], MessageType.TRAIN)
             self._push([message], flight["round"], flight["tries"])
         timeline.now = present
-
-
-def _bytes_of(record: Any) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    data = recorddict_to_proto(RecordDict({ARRAYS: record})).SerializeToString()
-    return np.frombuffer(data, np.uint8)
-
-
-def _record_of(data: np.ndarray[Any, np.dtype[np.uint8]]) -> ArrayRecord:
-    return array_record(recorddict_from_proto(_PROTO.FromString(data.tobytes())))

@@ -7,12 +7,10 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
-from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
+from flwr.app import Array, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.common.constant import ErrorCode
-from torch import nn
 
 from fedapp import ckks, config
 from fedapp.assignment import SECONDS, WHOLE, Part, part_in
@@ -22,6 +20,7 @@ from fedapp.dp_step import DpStep
 from fedapp.errors import ConfigError, FedappError
 from fedapp.facts import ASKS
 from fedapp.job import Job
+from fedapp.models import load
 from fedapp.privacy.consent import consent, counts_of, data_of, facts_of
 from fedapp.privacy.secret import BATCH, CLIENT, source
 from fedapp.records import (
@@ -35,6 +34,7 @@ from fedapp.records import (
     array_record,
     config_record,
     load_state,
+    round_of,
     store_state,
 )
 from fedapp.running_sum import Own
@@ -71,7 +71,7 @@ def client_app(job_of: Callable[[Context], Job], own: Own | None = None) -> Clie
     @ENCODE
     def uplink(message: Message, context: Context, call_next: Next) -> Message:
         job = job_of(context)
-        at = _round(message), partition_of(context)
+        at = round_of(message), partition_of(context)
         secret = source(job.privacy.test_seed, CLIENT, *at)
         if job.terms is not None:
             encode = partial(job.terms.encode, rng=job.public_rng(at[0], 0, use=3), secret=secret)
@@ -97,13 +97,13 @@ def client_app(job_of: Callable[[Context], Job], own: Own | None = None) -> Clie
             trainer = trainer.pulled(mu)
         if job.assigns and isinstance(trainer, Sgd):
             trainer = replace(trainer, part=_part(job, message))
-        at = _round(message), partition_of(context)
+        at = round_of(message), partition_of(context)
         rng, data = job.public_rng(*at, use=0), _on(job, job.split(data_of(job, message, context), at[1])[0])
         if isinstance(trainer, DpStep):
             secret = source(job.privacy.test_seed, BATCH, *at)
             total = Array(trainer.total(job.task, job.model, data, secret))
             return Message(RecordDict({ARRAYS: record_with({UPDATE: total})}), reply_to=message)
-        state, progress = load_state(context, "trainer"), (_round(message) - 1) / max(1, job.rounds)
+        state, progress = load_state(context, "trainer"), (round_of(message) - 1) / max(1, job.rounds)
         fit = trainer.fit
         if job.steers and isinstance(trainer, Sgd):
             steered = array_record(message.content, STEERED)
@@ -231,20 +231,6 @@ def guard(message: Message, context: Context, call_next: Next) -> Message:
         return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, FAILED), reply_to=message)
 
 
-def load(model: nn.Module, arrays: ArrayRecord) -> None:
-    """Copy received weights into a resident model, in place."""
-    own = model.state_dict()
-    if arrays.keys() != own.keys():
-        raise ValueError("received weights are not of this model")
-    for name, tensor in own.items():
-        if tensor.device.type == "cpu":
-            np.copyto(
-                tensor.numpy(), values(arrays[name])
-            )  # read once; torch would copy what is read-only first
-        else:
-            tensor.copy_(torch.tensor(values(arrays[name])))
-
-
 def partition_of(context: Context, default: int = 0) -> int:
     """The partition that a node holds, by its configuration."""
     return int(context.node_config.get("partition-id", default))
@@ -253,10 +239,6 @@ def partition_of(context: Context, default: int = 0) -> int:
 def _part(job: Job, message: Message) -> Part:
     """The part of the work that a client is asked for."""
     return part_in(message) if job.assigns else WHOLE
-
-
-def _round(message: Message) -> int:
-    return int(str(config_record(message.content)["server-round"]))
 
 
 def _on(job: Job, data: Data) -> Data:

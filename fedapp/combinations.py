@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 LEAST = 3  # clients in a sum that hides them
 
 
-def check_time(job: "Job") -> None:
-    """Where some of a cohort do not count, or there is none, refuse what counts on cohorts."""
+def check_whole_cohorts(job: "Job") -> None:
+    """Refuse what needs whole cohorts where late replies are dropped, or there are none (fedbuff)."""
     buffered, robust = isinstance(job.strategy, FedBuff), type(job.strategy).__name__ in ROBUST
     if not buffered and job.over_selection == 1 and job.deadline is None:
         return

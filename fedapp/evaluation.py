@@ -12,11 +12,11 @@ from flwr.app import ArrayRecord, ConfigRecord, RecordDict
 from flwr.serverapp import Grid
 from torch import nn
 
-from fedapp.client_app import load
 from fedapp.engine.local import LocalGrid
 from fedapp.errors import DataError, FedappError
 from fedapp.fedbuff import FedBuff
 from fedapp.job import Job
+from fedapp.models import load
 from fedapp.records import ARRAYS, CONFIG, config_record, metric_record
 from fedapp.tasks import EVALUATION_BATCH, Score, means
 

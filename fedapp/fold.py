@@ -16,7 +16,7 @@ from fedapp.running_sum import Reader, RunningSum, Tally, terms_in
 from fedapp.stages import AGGREGATE, TRANSFER
 
 Collect = Callable[[], Iterable[ExactSum | None]]
-"""What brings the sum of each slot, None where it is lost; to be used before the last is over."""
+"""What brings the sum of each slot, None where it is lost; each is valid until the iteration ends."""
 Answer = RecordDict | Error | tuple[Tally, int]
 """What a worker sends back: a reply as it is, or what counts of one that it has added, and its bytes."""
 

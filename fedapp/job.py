@@ -118,7 +118,7 @@ class Job:
         if self.device == "cuda" and not torch.cuda.is_available():
             raise ConfigError("device=cuda, but torch sees no CUDA device: set device=cpu or device=auto")
         self._decide_sampling()
-        combinations.check_time(self)
+        combinations.check_whole_cohorts(self)
         combinations.check_selection(self)
         combinations.check_assignment(self)
         combinations.check_privacy(self)

@@ -5,12 +5,15 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from flwr.app import ArrayRecord
 from torch import nn
 
 from fedapp import check
 from fedapp.errors import ConfigError
 from fedapp.layers import Dropout, MaxPool
+from fedapp.vector import values
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {"tanh": nn.Tanh, "relu": nn.ReLU}
 
@@ -214,3 +217,16 @@ def _image(input_shape: tuple[int, ...], model: str, smallest: int) -> tuple[int
             "set task.features=pixels, a larger task.size, or model=small_cnn or mlp"
         )
     return input_shape[0], side
+
+
+def load(model: nn.Module, arrays: ArrayRecord) -> None:
+    """Copy received weights into a resident model, in place. Raises ValueError for those of another model."""
+    own = model.state_dict()
+    if arrays.keys() != own.keys():
+        raise ValueError("received weights are not of this model")
+    for name, tensor in own.items():
+        if tensor.device.type == "cpu":
+            # Read once; torch would copy what is read-only first.
+            np.copyto(tensor.numpy(), values(arrays[name]))
+        else:
+            tensor.copy_(torch.tensor(values(arrays[name])))

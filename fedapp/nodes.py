@@ -13,7 +13,7 @@ from fedapp.engine.local import LocalGrid
 from fedapp.errors import FedappError
 from fedapp.facts import ASKS, Facts, read, simulated
 from fedapp.job import Job
-from fedapp.records import CONFIG, brought_by, config_record
+from fedapp.records import CONFIG, ROUND, brought_by, config_record
 from fedapp.replies import refuse
 from fedapp.selection import Tags
 from fedapp.tasks.folders import ImageFolder
@@ -27,7 +27,7 @@ OWN = -1
 
 def question(at: int) -> RecordDict:
     """What a node is asked before round `at`. It goes on from what it kept of the rounds before that one."""
-    return RecordDict({CONFIG: ConfigRecord({"server-round": at})})
+    return RecordDict({CONFIG: ConfigRecord({ROUND: at})})
 
 
 def partitions(grid: Grid, job: Job, at: int) -> dict[int, int]:

@@ -1,11 +1,11 @@
 """The parts of a Flower message by name, how many bytes they are, and what a node keeps between messages."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from typing import Any, TypeVar
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
-from flwr.common.serde import recorddict_to_proto
+from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 from numpy.typing import NDArray
 
 from fedapp.errors import DecodeError
@@ -13,9 +13,12 @@ from fedapp.vector import arrays_in, record_of, record_with
 
 STYPE = "fedapp.packet"
 ARRAYS, METRICS, CONFIG, UPDATE = "arrays", "metrics", "config", "update"
+ROUND = "server-round"  # of a message's configuration
 WEIGHT, LOSS, DRIFT = "num-examples", "train_loss", "drift"
 STREAM = "stream"  # what a node keeps of data that grow
 SECAGG, CKKS = "secagg", "ckks"  # what sums are opened with; a node keeps its own part for a round
+
+_PROTO = type(recorddict_to_proto(RecordDict()))
 
 Kind = TypeVar("Kind", ArrayRecord, ConfigRecord, MetricRecord)
 
@@ -54,6 +57,34 @@ def _there(found: Kind | None, name: str) -> Kind:
     if found is None:
         raise DecodeError(f"a message lacks its record {name!r}")
     return found
+
+
+def round_of(message: Message) -> int:
+    """Which round a message belongs to."""
+    return int(str(config_record(message.content)[ROUND]))
+
+
+def told_each(messages: list[Message], what: Callable[[int], Mapping[str, int | float]]) -> list[Message]:
+    """The messages, each of whose configurations says what its node is told; the same is one content."""
+    contents: dict[tuple[object, ...], RecordDict] = {}
+    for message in messages:
+        told = what(message.metadata.dst_node_id)
+        key = id(message.content), *told.items()
+        if key not in contents:
+            config = ConfigRecord({**config_record(message.content), **told})
+            contents[key] = RecordDict({**message.content, CONFIG: config})
+        message.content = contents[key]
+    return messages
+
+
+def as_bytes(content: RecordDict) -> bytes:
+    """A content as Flower serializes it."""
+    return bytes(recorddict_to_proto(content).SerializeToString())
+
+
+def from_bytes(data: bytes) -> RecordDict:
+    """The content that `as_bytes` wrote."""
+    return recorddict_from_proto(_PROTO.FromString(data))
 
 
 def size_of(content: RecordDict) -> int:

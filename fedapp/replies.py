@@ -48,7 +48,7 @@ def drifted(reply: Message) -> bool:
 def weight_of(metrics: MetricRecord, uniform: bool, least: int = 0) -> int:
     """What a client weighs in the mean: 1 where all weigh the same; DecodeError if it says otherwise.
 
-    `least` is what one with any examples weighs at least.
+    `least` is the smallest weight of a client that has examples.
     """
     weight = cast(int, metrics[WEIGHT])
     if uniform and weight != 1:

@@ -125,9 +125,9 @@ class Federation:
         A test by the server may go on beside the next round, and the record then comes with that one's; after
         the last round there is none that waits, unless the run was broken off (`rest`).
 
-        That of a round which left no update has no replies. The weights then stay, but where noise on the sum
-        must hide that it is one of nobody (privacy=central_gaussian), and the round costs what others do, as
-        was written down before it began.
+        A round that produced no update is recorded with no replies. The weights then stay, but where noise on
+        the sum must hide that it is one of nobody (privacy=central_gaussian), and the round costs what others
+        do, as was written down before it began.
         Raises FedappError where whole cohorts failed in `LOST` rounds in a row, or in all of a shorter run;
         one that is resumed then ends at the first round that fails again. A sum that may not be opened, since
         too few are left, is lost, and ends nothing.
@@ -184,7 +184,7 @@ class Federation:
         return [record]
 
     def rest(self) -> list[Round]:
-        """The same after a run that was broken off: nobody knows in what state its workers are."""
+        """The record that waits, tested by this process: after an interruption no worker is relied on."""
         if self._untested is None or self._test is None:
             return []
         return [replace(self._untested, **self._test.rest()._asdict())]

@@ -38,9 +38,9 @@ class Own:
 class Reader:
     """What a reply that `wire.compress` made says, by public settings alone.
 
-    `uniform` refuses replies that weigh anything but 1: no client then counts more. `least` is what one
-    with any examples weighs at least. `own` is what this process knows of a packet that it has made
-    itself. `bound` makes an update no longer than that (2-norm), and then all weigh the same, whatever
+    `uniform` refuses replies that weigh anything but 1: no client then counts more. `least` is the
+    smallest weight of a client that has examples. `own` is what this process knows of a packet that it has
+    made itself. `bound` makes an update no longer than that (2-norm), and then all weigh the same, whatever
     they say: what one client moves is bounded (Sun et al. 2019, "Can you really backdoor federated
     learning?").
     """

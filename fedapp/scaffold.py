@@ -21,14 +21,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from flwr.app import ConfigRecord, Context, Message, RecordDict
+from flwr.app import Context, Message
 from flwr.serverapp.strategy import FedAvg
 from numpy.typing import NDArray
 
 from fedapp.codec import Codec, Layout
 from fedapp.codec.packet import decode_update
 from fedapp.errors import FedappError
-from fedapp.records import CONFIG, array_record, config_record, load_state, store_state
+from fedapp.records import array_record, config_record, load_state, round_of, store_state, told_each
 from fedapp.vector import layout_of, ravel, record_of, unravel
 
 COUNTED = "counted"  # the round in which a client's news last counted, 0 for none
@@ -72,7 +72,7 @@ class Control:
     def __init__(self, message: Message, context: Context, codec: Codec, course: Course) -> None:
         """What the node remembers; tells training how it is steered. Raises ForgottenError."""
         config, arrays = config_record(message.content), array_record(message.content)
-        self._round, self._counted = int(str(config["server-round"])), int(str(config[COUNTED]))
+        self._round, self._counted = round_of(message), int(str(config[COUNTED]))
         layout = layout_of(arrays)
         self._received = ravel(arrays, layout)
         self._control = self._steered = self._expected = np.zeros(layout.size, np.float32)
@@ -133,15 +133,7 @@ class Controls:
         """The messages, each of which says when its node last counted; those that say the same share it."""
         if self._wrong:
             self._forget()
-        told: dict[tuple[int, int], RecordDict] = {}
-        for message in messages:
-            counted, _ = self._counted.get(message.metadata.dst_node_id, (0, 0))
-            key = id(message.content), counted
-            if key not in told:
-                config = ConfigRecord({**config_record(message.content), COUNTED: counted})
-                told[key] = RecordDict({**message.content, CONFIG: config})
-            message.content = told[key]
-        return messages
+        return told_each(messages, lambda node: {COUNTED: self._counted.get(node, (0, 0))[0]})
 
     def hear(self, reply: Message) -> None:
         """Take note of a node that forgot."""

@@ -25,10 +25,11 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from fedapp import config
-from fedapp.client_app import client_app, load, local_app
+from fedapp.client_app import client_app, local_app
 from fedapp.errors import ConfigError, FedappError
 from fedapp.evaluation import over_clients
 from fedapp.job import Job
+from fedapp.models import load
 from fedapp.report.progress import Progress
 from fedapp.rounds import Federation
 from fedapp.tasks import Data, Score, means

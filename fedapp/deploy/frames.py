@@ -10,7 +10,7 @@ from flwr.common.serde import (
 from flwr.proto.message_pb2 import Context as ContextProto
 from flwr.proto.message_pb2 import Message as MessageProto
 
-from fedapp.records import CONFIG, record_in
+from fedapp.records import CONFIG, ROUND, record_in
 
 
 def of_message(message: Message) -> bytes:
@@ -26,7 +26,7 @@ def message_of(data: bytes) -> Message:
 def round_of(message: Message) -> int:
     """Which round a message belongs to; 0 for one before the rounds."""
     config = None if message.has_error() else record_in(message.content, CONFIG, ConfigRecord)
-    return 0 if config is None else int(str(config.get("server-round", 0)))
+    return 0 if config is None else int(str(config.get(ROUND, 0)))
 
 
 def of_context(context: Context) -> bytes:

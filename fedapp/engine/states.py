@@ -8,10 +8,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from flwr.app import Context, RecordDict
-from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 
 from fedapp.engine.pieces import Pieces, digest_of, names_in, put_back
 from fedapp.errors import ConfigError
+from fedapp.records import as_bytes, from_bytes
 from fedapp.report.folder import make_folder
 
 _SCHEMA = """
@@ -32,7 +32,6 @@ _OUTDATED = """
 DELETE FROM states WHERE rowid IN (
     SELECT older.rowid FROM states AS older JOIN states AS newer
     ON newer.node = older.node AND newer.round > older.round AND newer.round <= ?)"""
-_PROTO = type(recorddict_to_proto(RecordDict()))
 
 
 class States(Mapping[int, Context]):
@@ -131,7 +130,7 @@ class States(Mapping[int, Context]):
 
     def _write(self, node: int, context: Context) -> None:
         named, pieces = self._pieces.named(context.state)
-        state, at = recorddict_to_proto(named).SerializeToString(), (node, self._finished + 1)
+        state, at = as_bytes(named), (node, self._finished + 1)
         with self._disk() as db:
             db.execute("DELETE FROM states WHERE node = ? AND round = ?", at)
             for digest, data in pieces.items():
@@ -147,7 +146,7 @@ class States(Mapping[int, Context]):
                 "SELECT crc, state FROM states WHERE node = ? ORDER BY round DESC LIMIT 1", (node,)
             ).fetchone()
             _require_whole(node, crc == zlib.crc32(state))
-            found = recorddict_from_proto(_PROTO.FromString(state))
+            found = from_bytes(state)
             for record, name, array in names_in(found):
                 piece = self._pieces.known(array.data)
                 if piece is None:

@@ -26,10 +26,9 @@ from importlib.machinery import PathFinder
 from pathlib import Path
 
 import numpy as np
-from flwr.app import ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
+from flwr.app import ConfigRecord, Context, Error, Message, MetricRecord
 from flwr.clientapp.typing import Mod
 from flwr.common.constant import ErrorCode
-from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 
 import fedapp
 from fedapp.deploy.bundle import digests
@@ -39,7 +38,17 @@ from fedapp.job import Job
 from fedapp.privacy.ledger import BudgetSpent, Ledger, TwiceInRun, fingerprint
 from fedapp.privacy.policy import Policy, PolicyRefusal
 from fedapp.privacy.release import Release
-from fedapp.records import DRIFT, METRICS, STREAM, config_record, load_state, record_in, store_state
+from fedapp.records import (
+    DRIFT,
+    METRICS,
+    STREAM,
+    as_bytes,
+    from_bytes,
+    load_state,
+    record_in,
+    round_of,
+    store_state,
+)
 from fedapp.tasks import Data
 from fedapp.tasks.classification import Classification
 from fedapp.tasks.quality import Findings
@@ -47,7 +56,6 @@ from fedapp.tasks.stream import Stream
 
 SPENT = "the client's privacy budget does not allow this release"
 TWICE = "another node brings the same data into this run"
-_PROTO = type(recorddict_to_proto(RecordDict()))
 _log = logging.getLogger("fedapp.client")
 
 
@@ -64,11 +72,11 @@ def consent(job_of: Callable[[Context], Job]) -> Mod:
         try:
             if not _as_installed():
                 raise PolicyRefusal("versions", "the run brings a fedapp that differs from the installed one")
-            job, purpose, server_round = job_of(context), message.metadata.message_type, _round(message)
+            job, purpose, server_round = job_of(context), message.metadata.message_type, round_of(message)
             if policy is not None:
                 policy.check(job, purpose, server_round, releases(job))
             if books and (kept := _kept(books, context, server_round, purpose)) is not None:
-                return Message(recorddict_from_proto(_PROTO.FromString(kept)), reply_to=message)
+                return Message(from_bytes(kept), reply_to=message)
             with policy.in_time() if policy else nullcontext():
                 reply = call_next(message, context)
             metrics = None if reply.has_error() else record_in(reply.content, METRICS, MetricRecord)
@@ -78,7 +86,7 @@ def consent(job_of: Callable[[Context], Job]) -> Mod:
                 left = {name: value for name, value in metrics.items() if policy.may_leave(name)}
                 reply.content[METRICS] = MetricRecord(left)
             if books:
-                data = recorddict_to_proto(reply.content).SerializeToString()
+                data = as_bytes(reply.content)
                 at = context.run_id, server_round, purpose
                 books[0].store(books[1], *at, data, node=context.node_id)
             return reply
@@ -104,14 +112,14 @@ def data_of(job: Job, message: Message, context: Context) -> Data:
     else:
         data = policy.data(job.task, context.node_config)
     if isinstance(job.task, Stream):
-        data = _of_round(job.task, data, _round(message), context)
+        data = _of_round(job.task, data, round_of(message), context)
     if policy is not None and message.metadata.message_type == "train":
         policy.check_work(job.trainer, len(data))
     if books is not None:
         ledger, data_id = books
         own = context.node_config.get("data")
         content = None if own is None else fingerprint(Path(str(own)).expanduser())
-        released, asked = releases(job), _round(message)
+        released, asked = releases(job), round_of(message)
         if job.hides_cohorts and not 1 <= asked <= job.rounds:
             raise PolicyRefusal("epsilon", f"round {asked} is outside the {job.rounds} planned rounds")
         ledger.charge(
@@ -260,7 +268,3 @@ def _kept(books: tuple[Ledger, str], context: Context, server_round: int, purpos
     """The reply that this node has charged for and made before."""
     ledger, data_id = books
     return ledger.stored(data_id, context.run_id, server_round, purpose, node=context.node_id)
-
-
-def _round(message: Message) -> int:
-    return int(str(config_record(message.content)["server-round"]))
