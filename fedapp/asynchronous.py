@@ -32,6 +32,7 @@ from fedapp.fedbuff import FedBuff
 from fedapp.job import Job
 from fedapp.places import Places
 from fedapp.privacy.begun import Begun
+from fedapp.public_rng import Use
 from fedapp.records import ARRAYS, CONFIG, array_record, as_bytes, config_record, from_bytes
 from fedapp.replies import refuse
 from fedapp.report.progress import Progress
@@ -112,7 +113,7 @@ class Asynchronous:
             return []
         busy = set(map(self.places.partitions.__getitem__, self._training))
         free = sorted(self.places.nodes.keys() - busy - asked)
-        rng = self.job.public_rng(number, len(asked), use=4)
+        rng = self.job.public_rng(number, len(asked), Use.FREE)
         return sorted(int(i) for i in rng.permutation(free)[:wanted])
 
     def _send(self, number: int, arrays: ArrayRecord, partitions: list[int], tries: int = 0) -> int:

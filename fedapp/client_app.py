@@ -23,6 +23,7 @@ from fedapp.job import Job
 from fedapp.models import load
 from fedapp.privacy.consent import consent, counts_of, data_of, facts_of
 from fedapp.privacy.secret import BATCH, CLIENT, source
+from fedapp.public_rng import Use
 from fedapp.records import (
     ARRAYS,
     CONFIG,
@@ -74,13 +75,13 @@ def client_app(job_of: Callable[[Context], Job], own: Own | None = None) -> Clie
         at = round_of(message), partition_of(context)
         secret = source(job.privacy.test_seed, CLIENT, *at)
         if job.terms is not None:
-            encode = partial(job.terms.encode, rng=job.public_rng(at[0], 0, use=3), secret=secret)
+            encode = partial(job.terms.encode, rng=job.public_rng(at[0], 0, Use.SUM), secret=secret)
             return masked(_secure(job, context), encode, at[0], job.rounds)(message, context, call_next)
         if isinstance(job.aggregation, Ckks):
             return ckks.encrypted(message, context, call_next)
         if job.wire_codec is None:
             return call_next(message, context)
-        rng = job.public_rng(*at, use=1)
+        rng = job.public_rng(*at, Use.CODEC)
         part = _part(job, message)
         mod = compress(job.wire_codec, rng, job.mechanism, secret, job.recall, part, own)
         return mod(message, context, call_next)
@@ -97,18 +98,19 @@ def client_app(job_of: Callable[[Context], Job], own: Own | None = None) -> Clie
             trainer = trainer.pulled(mu)
         if job.assigns and isinstance(trainer, Sgd):
             trainer = replace(trainer, part=_part(job, message))
-        at = round_of(message), partition_of(context)
-        rng, data = job.public_rng(*at, use=0), _on(job, job.split(data_of(job, message, context), at[1])[0])
+        server_round, partition = round_of(message), partition_of(context)
+        data = _on(job, job.split(data_of(job, message, context), partition)[0])
         if isinstance(trainer, DpStep):
-            secret = source(job.privacy.test_seed, BATCH, *at)
+            secret = source(job.privacy.test_seed, BATCH, server_round, partition)
             total = Array(trainer.total(job.task, job.model, data, secret))
             return Message(RecordDict({ARRAYS: record_with({UPDATE: total})}), reply_to=message)
-        state, progress = load_state(context, "trainer"), (round_of(message) - 1) / max(1, job.rounds)
-        fit = trainer.fit
+        fit, state = trainer.fit, load_state(context, "trainer")
         if job.steers and isinstance(trainer, Sgd):
             steered = array_record(message.content, STEERED)
             way = [torch.tensor(values(steered[name])) for name, _ in job.model.named_parameters()]
             fit = partial(trainer.fit, way=[part.to(job.torch_device) for part in way])
+        rng = job.public_rng(server_round, partition, Use.TRAINING)
+        progress = (server_round - 1) / max(1, job.rounds)
         metrics, state = fit(job.task, job.model, data, state, rng, progress)
         store_state(context, "trainer", state)
         if isinstance(job.task, Stream) and job.privacy.unit is None:

@@ -41,6 +41,7 @@ from fedapp.privacy.mechanism import Mechanism
 from fedapp.privacy.none import NoPrivacy
 from fedapp.privacy.release import Release, Sampling, Spent
 from fedapp.privacy.secret import COHORT, Secret, source
+from fedapp.public_rng import Use, public_rng
 from fedapp.running_sum import Own
 from fedapp.scaffold import Control, Controls, Course, Scaffold
 from fedapp.secagg.roster import MADE, make, read_roster
@@ -181,7 +182,7 @@ class Job:
         """The operating system's randomness where amplification counts on it, else the seed's."""
         if isinstance(self.privacy, CentralGaussian) and self.hides_cohorts:
             return source(self.privacy.test_seed, COHORT, server_round)
-        return self.public_rng(server_round, partition=0, use=2).bytes
+        return self.public_rng(server_round, 0, Use.COHORT).bytes
 
     def _decide_codec(self) -> None:
         """Both ends get the same: none where only sums are seen, else what `codec.feedback=auto` comes to."""
@@ -235,12 +236,12 @@ class Job:
         return speed_of(self.task, self.task.model(self.seed))  # on the CPU: this may be the server
 
     def _times(self, epochs: int) -> Seconds | None:
-        return self.speeds.times(self.clients, epochs, self.public_rng(0, 0, use=5))
+        return self.speeds.times(self.clients, epochs, self.public_rng(0, 0, Use.SPEED))
 
     @property
     def sending(self) -> Seconds | None:
         """Simulated seconds that the client of a partition sends so many bytes; None: no time."""
-        return self.speeds.links(self.clients, self.public_rng(0, 0, use=6))
+        return self.speeds.links(self.clients, self.public_rng(0, 0, Use.LINK))
 
     @property
     def checkpointed(self) -> float | None:
@@ -335,12 +336,18 @@ class Job:
 
     def wire(self) -> Wire:
         """The strategy behind the wire."""
-        controls = Controls(self.clients, self.course) if self.steers else None
-        uniform, workloads = self.privacy.unit is not None, None
+        workloads = None
         if isinstance(self.assignment, Deadline) and self.deadline is not None:
             workloads = Workloads(self.assignment, self.deadline)
-        known = controls, workloads, self.norm_bound
-        return Wire(self.strategy, self.wire_codec, self.mechanism, uniform, *known)
+        return Wire(
+            self.strategy,
+            self.wire_codec,
+            self.mechanism,
+            uniform=self.privacy.unit is not None,
+            controls=Controls(self.clients, self.course) if self.steers else None,
+            workloads=workloads,
+            bound=self.norm_bound,
+        )
 
     @property
     def fold(self) -> Callable[[int], Fold] | None:
@@ -435,7 +442,7 @@ class Job:
         """A client's examples: what it trains on, and what it holds out, where clients test; by the seed."""
         if self.evaluate != "clients" or not len(data):
             return data, data.at(np.empty(0, np.int64))
-        rng = self.public_rng(0, partition, use=7)
+        rng = self.public_rng(0, partition, Use.HELD_OUT)
         train, test = held_out(data.y.numpy(), self.held_out, rng)
         return data.at(train), data.at(test)
 
@@ -451,6 +458,6 @@ class Job:
         """Whether a test seed fixes the noise: what is released is then not private, and costs nothing."""
         return not isinstance(self.privacy, NoPrivacy) and self.privacy.test_seed is not None
 
-    def public_rng(self, server_round: int, partition: int, use: int) -> np.random.Generator:
-        """Public randomness of one client in one round; `use` tells its consumers apart."""
-        return np.random.default_rng([self.seed, server_round, partition, use])
+    def public_rng(self, server_round: int, partition: int, use: Use) -> np.random.Generator:
+        """Public randomness of one client in one round."""
+        return public_rng(self.seed, server_round, partition, use)

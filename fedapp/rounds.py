@@ -25,6 +25,7 @@ from fedapp.fedbuff import FedBuff
 from fedapp.job import Job
 from fedapp.places import Places
 from fedapp.privacy.begun import Begun
+from fedapp.public_rng import Use
 from fedapp.report.folder import Round
 from fedapp.report.progress import Progress
 from fedapp.secagg import Server
@@ -287,7 +288,7 @@ class Federation:
         if job.terms is not None:
             of = job.terms.kept, job.terms.modulus, number, job.dropouts
             server = Server(nodes, *of, roster=job.roster)
-            return SecureSum(server, job.terms, job.public_rng(number, 0, use=3), self._exchange.ask)
+            return SecureSum(server, job.terms, job.public_rng(number, 0, Use.SUM), self._exchange.ask)
         if not isinstance(job.aggregation, Ckks):
             return None
         holder = self.places.nodes[job.aggregation.key_holder]

@@ -30,6 +30,7 @@ from fedapp.privacy.central import CentralGaussian
 from fedapp.privacy.distributed import DistributedGaussian, Terms
 from fedapp.privacy.example import ExamplePrivacy
 from fedapp.privacy.local import LocalGaussian
+from fedapp.public_rng import Use
 from fedapp.tasks import Data
 
 SMALL = (
@@ -403,7 +404,14 @@ def test_nothing_else_changes() -> None:
     trained = release(np.zeros(500, bool))
     model, task, dp = release.job.task.model(0), release.job.task, release.trainer
     before = torch.cat([p.detach().reshape(-1) for p in model.parameters()])[release.coordinates]
-    dp.fit(task, model, task.client_data({"partition-id": 0}), {}, release.job.public_rng(1, 0, use=0), 0.0)
+    dp.fit(
+        task,
+        model,
+        task.client_data({"partition-id": 0}),
+        {},
+        release.job.public_rng(1, 0, Use.TRAINING),
+        0.0,
+    )
     after = torch.cat([p.detach().reshape(-1) for p in model.parameters()])[release.coordinates]
     unit = dp.lr * dp.max_grad_norm / (dp.sampling_rate * dp.examples_per_client)
     moved = (before.double() - after.double()).numpy() / unit

@@ -16,6 +16,7 @@ from fedapp.privacy.distributed import DistributedGaussian, Terms
 from fedapp.privacy.local import LocalGaussian
 from fedapp.privacy.mechanism import Numbers
 from fedapp.privacy.secret import CLIENT, SERVER, source
+from fedapp.public_rng import Use
 
 
 @dataclass(frozen=True)
@@ -138,8 +139,8 @@ class Distributed:
             for j, sign in enumerate(signs):
                 secret = source(self.privacy.test_seed, CLIENT, number, j)
                 update = _along(j, t.size, sign * SIZE * self.privacy.clip)
-                total += t.encode(update, self.job.public_rng(number, 0, use=3), secret)
-            mean = t.decode(total % t.modulus, len(signs), self.job.public_rng(number, 0, use=3))
+                total += t.encode(update, self.job.public_rng(number, 0, Use.SUM), secret)
+            mean = t.decode(total % t.modulus, len(signs), self.job.public_rng(number, 0, Use.SUM))
             released.append(mean[: len(signs)].astype(np.float64) * t.cohort * t.kept / t.size / t.clip)
         return np.stack(released)
 

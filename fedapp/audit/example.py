@@ -16,6 +16,7 @@ from fedapp.example_gradients import ExampleGradients, are_known
 from fedapp.job import Job
 from fedapp.privacy.distributed_example import StepTerms
 from fedapp.privacy.secret import BATCH, CLIENT, source
+from fedapp.public_rng import Use
 from fedapp.tasks import Data, Task
 from fedapp.training import DpSgd, State
 
@@ -59,7 +60,7 @@ class Examples:
         step = partial(CanaryStep, coordinates=self.coordinates.to(self.job.torch_device), seen=seen)
         state: State = {}
         for round_ in range(self.trainer.rounds):
-            rng, progress = self.job.public_rng(round_ + 1, 0, use=0), round_ / self.trainer.rounds
+            rng, progress = self.job.public_rng(round_ + 1, 0, Use.TRAINING), round_ / self.trainer.rounds
             _, state = self.trainer.fit(self.job.task, model, data, state, rng, progress, step)
         return np.stack(seen)
 
@@ -101,8 +102,8 @@ class SharedExamples:
                 here = Data(own.x.to(job.torch_device), own.y.to(job.torch_device))
                 made = dp.total(job.task, model, here, source(seed, BATCH, number, i), step)
                 secret = source(seed, CLIENT, number, i)
-                total += terms.encode(made, job.public_rng(number, 0, use=3), secret)
-            mean = terms.decode(total % terms.modulus, terms.honest, job.public_rng(number, 0, use=3))
+                total += terms.encode(made, job.public_rng(number, 0, Use.SUM), secret)
+            mean = terms.decode(total % terms.modulus, terms.honest, job.public_rng(number, 0, Use.SUM))
             released.append(
                 -mean[self.coordinates.numpy()].astype(np.float64) * terms.batch / dp.max_grad_norm
             )

@@ -21,6 +21,7 @@ from fedapp.config import compose, job
 from fedapp.dp_step import DpStep
 from fedapp.errors import ConfigError
 from fedapp.job import Job
+from fedapp.public_rng import Use
 from fedapp.tasks import Data
 from fedapp.tasks.classification import Classification
 from fedapp.vector import layout_of
@@ -114,8 +115,8 @@ def updates(job: Job, data: Data, clients: torch.Tensor) -> torch.Tensor:
     for i in clients.tolist():
         model = job.task.model(job.seed)
         before, one = _flat(model), Data(data.x[i : i + 1], data.y[i : i + 1])
-        job.trainer.fit(job.task, model, one, {}, job.public_rng(1, i, use=0), 0.0)
-        packet, _ = job.codec.encode(_flat(model) - before, layout, {}, job.public_rng(1, i, use=1))
+        job.trainer.fit(job.task, model, one, {}, job.public_rng(1, i, Use.TRAINING), 0.0)
+        packet, _ = job.codec.encode(_flat(model) - before, layout, {}, job.public_rng(1, i, Use.CODEC))
         received.append(job.codec.decode(packet, layout))
     return torch.from_numpy(np.stack(received))
 
