@@ -75,10 +75,10 @@ _WITHOUT_EFFECT = (
     "engine.workers", "engine.state_mb", "engine.client_timeout",
     "engine.address", "engine.cpus", "engine.gpus",
 )  # fmt: skip
-_GROUPS = (
-    "task", "partition", "model", "trainer", "codec", "downlink", "strategy", "aggregation", "engine",
-    "speeds", "selection", "assignment", "privacy", "experiment",
+_BUILT = (  # by themselves
+    "trainer", "codec", "downlink", "aggregation", "engine", "speeds", "selection", "assignment", "privacy",
 )  # fmt: skip
+_GROUPS = ("task", "partition", "model", *_BUILT, "strategy", "experiment")
 
 
 def compose(overrides: str) -> DictConfig:
@@ -179,16 +179,8 @@ def job(config: DictConfig) -> Job:
     return Job(
         **{key: tree[key] for key in _KEYS},
         task=_task(tree["task"], "task", shared),
-        trainer=build(tree["trainer"], "trainer"),
-        codec=build(tree["codec"], "codec"),
-        downlink=build(tree["downlink"], "downlink"),
         strategy=build(tree["strategy"], "strategy", **everyone),
-        privacy=build(tree["privacy"], "privacy"),
-        aggregation=build(tree["aggregation"], "aggregation"),
-        engine=build(tree["engine"], "engine"),
-        speeds=build(tree["speeds"], "speeds"),
-        selection=build(tree["selection"], "selection"),
-        assignment=build(tree["assignment"], "assignment"),
+        **{group: build(tree[group], group) for group in _BUILT},
         choices=tree["choices"],
     )
 

@@ -30,7 +30,7 @@ from fedapp.errors import ConfigError
 from fedapp.facts import speed_of
 from fedapp.fedbuff import FedBuff
 from fedapp.fold import Fold
-from fedapp.privacy.accounting import epsilon as epsilon_of
+from fedapp.privacy.accounting import spent_by
 from fedapp.privacy.central import CentralGaussian
 from fedapp.privacy.discrete import discrete_gaussian
 from fedapp.privacy.distributed import DistributedGaussian, Terms
@@ -258,14 +258,19 @@ class Job:
         """What clients and server agree on where only sums are to be seen; None elsewhere."""
         if not isinstance(self.privacy, Summed):
             return None
-        of = layout_of(self.initial).size, self.in_round, max(1, self.cohorts.most)
+        size, most = layout_of(self.initial).size, max(1, self.cohorts.most)
         if isinstance(self.privacy, DistributedGaussian):
-            return self.privacy.terms(*of)
+            return self.privacy.terms(size, self.in_round, most)
         assert isinstance(self.privacy, DistributedExample)
         dp = self.trainer
         assert isinstance(dp, DpStep)
         return self.privacy.terms(
-            *of, clip=dp.max_grad_norm, rate=dp.sampling_rate, examples=dp.examples_per_client
+            size,
+            self.in_round,
+            most,
+            clip=dp.max_grad_norm,
+            rate=dp.sampling_rate,
+            examples=dp.examples_per_client,
         )
 
     @property
@@ -428,7 +433,7 @@ class Job:
         """
         if self.privacy.delta is None:
             return None
-        return epsilon_of(self.releases(rounds, participations), self.privacy.delta)
+        return spent_by(self.releases(rounds, participations), self.privacy.delta)
 
     def releases(self, rounds: int, participations: int) -> tuple[Release, ...]:
         """What so many rounds release of a client that took part in so many; nothing if unprotected."""

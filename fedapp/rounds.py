@@ -286,9 +286,9 @@ class Federation:
         """How the server comes by the sum of a round where it is to see nothing else."""
         job = self.job
         if job.terms is not None:
-            of = job.terms.kept, job.terms.modulus, number, job.dropouts
-            server = Server(nodes, *of, roster=job.roster)
-            return SecureSum(server, job.terms, job.public_rng(number, 0, Use.SUM), self._exchange.ask)
+            terms = job.terms
+            server = Server(nodes, terms.kept, terms.modulus, number, job.dropouts, roster=job.roster)
+            return SecureSum(server, terms, job.public_rng(number, 0, Use.SUM), self._exchange.ask)
         if not isinstance(job.aggregation, Ckks):
             return None
         holder = self.places.nodes[job.aggregation.key_holder]

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from scipy.stats import norm
 
 from fedapp.errors import ConfigError
-from fedapp.privacy.accounting import analytic_gaussian, epsilon, gaussian_epsilon, noise_for
+from fedapp.privacy.accounting import analytic_gaussian, gaussian_epsilon, noise_for, spent_by
 from fedapp.privacy.release import (
     ORDERS,
     Adjacency,
@@ -32,7 +32,7 @@ from fedapp.privacy.renyi import rdp
 
 
 def spent(noise: float, sampling: Sampling, rate: float, count: int, adjacency: Adjacency) -> float:
-    return epsilon((Gaussian(noise, sampling, rate, count, adjacency),), 1e-5).epsilon
+    return spent_by((Gaussian(noise, sampling, rate, count, adjacency),), 1e-5).epsilon
 
 
 def by_rdp(release: Gaussian, delta: float) -> float:
@@ -63,7 +63,7 @@ def test_a_hundred_of_a_thousand_clients_for_a_hundred_rounds() -> None:
 
 def test_the_accountant_is_named() -> None:
     def name(*releases: Release, delta: float = 1e-5) -> str:
-        return epsilon(releases, delta).accountant
+        return spent_by(releases, delta).accountant
 
     whole = Gaussian(4.0, "none", 1.0, 10, "replace")
     poisson = Gaussian(4.0, "poisson", 0.1, 10, "replace")
@@ -77,17 +77,19 @@ def test_the_accountant_is_named() -> None:
     for other in (curve, shared):
         assert name(other) == name(whole, other) == name(poisson, other) == "RDP (dp-accounting)"
     assert name(poisson, delta=1e-12) == "RDP (dp-accounting)"  # below what the FFT's rounding leaves
-    assert epsilon((), 1e-5) == Spent(0.0, "none")
-    assert epsilon((Gaussian(4.0, "poisson", 0.1, 0, "replace"),), 1e-5) == Spent(0.0, "none")
+    assert spent_by((), 1e-5) == Spent(0.0, "none")
+    assert spent_by((Gaussian(4.0, "poisson", 0.1, 0, "replace"),), 1e-5) == Spent(0.0, "none")
 
 
 @pytest.mark.parametrize("sampling", ["poisson", "fixed"])
 def test_epsilon_near_zero(sampling: Sampling) -> None:
     """A tiny loss has a tiny grid, and so has a delta that noise alone all but reaches."""
-    assert epsilon((Gaussian(1000.0, sampling, 0.1, 10, "replace"),), 1e-2) == Spent(0.0, "analytic Gaussian")
+    assert spent_by((Gaussian(1000.0, sampling, 0.1, 10, "replace"),), 1e-2) == Spent(
+        0.0, "analytic Gaussian"
+    )
     edge = 2 * norm.cdf(1 / 100) - 1  # one Gaussian's delta at epsilon 0, noise 100 and 2C
-    assert epsilon((Gaussian(100.0, sampling, 0.5, 1, "replace"),), 0.999999 * edge).epsilon < 1e-5
-    assert 0 < epsilon((Gaussian(1000.0, sampling, 1e-3, 1, "replace"),), 1e-7).epsilon < 1e-5
+    assert spent_by((Gaussian(100.0, sampling, 0.5, 1, "replace"),), 0.999999 * edge).epsilon < 1e-5
+    assert 0 < spent_by((Gaussian(1000.0, sampling, 1e-3, 1, "replace"),), 1e-7).epsilon < 1e-5
 
 
 @pytest.mark.parametrize("adjacency", ["add_remove", "replace"])
@@ -111,23 +113,23 @@ def test_figures_of_tensorflow_privacys_tutorials(noise: float, epochs: int, pub
     """tensorflow/privacy, tutorials/README.md: MNIST, batch 256, delta 1e-5, by RDP."""
     release = Gaussian(noise, "poisson", 256 / 60_000, epochs * (60_000 // 256), "add_remove")
     assert by_moments(release, 1e-5) == pytest.approx(published, abs=0.015)
-    assert epsilon((release,), 1e-5).epsilon < published
+    assert spent_by((release,), 1e-5).epsilon < published
 
 
 def test_figures_of_opacus_tests() -> None:
     """Opacus 1.6, accountants_test.py: noise 1.5, rate 0.04, 2250 steps: 6.777 by PRV, 7.329 by RDP."""
     release = Gaussian(1.5, "poisson", 0.04, 2250, "add_remove")
-    assert 6.777 - 0.02 < epsilon((release,), 1e-5).epsilon <= 6.778
+    assert 6.777 - 0.02 < spent_by((release,), 1e-5).epsilon <= 6.778
     assert by_rdp(release, 1e-5) == pytest.approx(7.32911117143, rel=1e-3)
 
 
 def test_figures_of_dp_accountings_tests() -> None:
     """dp-accounting 0.6: pld_privacy_accountant_test.py and rdp_privacy_accountant_test.py."""
     release = Gaussian(0.5, "poisson", 0.2, 3, "add_remove")
-    assert epsilon((release,), 0.0999).epsilon > 1 > epsilon((release,), 0.157).epsilon
-    assert epsilon((release,), 0.15594).epsilon == pytest.approx(1, abs=1e-3)
+    assert spent_by((release,), 0.0999).epsilon > 1 > spent_by((release,), 0.157).epsilon
+    assert spent_by((release,), 0.15594).epsilon == pytest.approx(1, abs=1e-3)
     whole = Gaussian(math.sqrt(3), "none", 1.0, 3, "add_remove")
-    assert epsilon((whole,), 0.126936).epsilon == pytest.approx(1, abs=1e-5)
+    assert spent_by((whole,), 0.126936).epsilon == pytest.approx(1, abs=1e-5)
     orders = {1.5: 6.70579741e-04, 2.5: 1.08548710e-03, 5.0: 2.18075656e-03, 50.0: 2.38460375e-02}
     found = rdp(Gaussian(2.5, "poisson", 0.01, 50, "add_remove"))
     for order, value in orders.items():
@@ -166,9 +168,9 @@ def test_analytic_gaussian_at_any_epsilon(budget: float, delta: float) -> None:
 def test_unsampled_gaussians_are_one() -> None:
     """Mixed counts and noises add up as 1 / noise^2; a replaced unit costs twice the distance."""
     mixed = (Gaussian(3.0, "none", 1.0, 4, "add_remove"), Gaussian(6.0, "none", 1.0, 20, "add_remove"))
-    assert epsilon(mixed, 1e-6).epsilon == pytest.approx(gaussian_epsilon(1.0, 1e-6))
+    assert spent_by(mixed, 1e-6).epsilon == pytest.approx(gaussian_epsilon(1.0, 1e-6))
     replaced = tuple(Gaussian(2 * one.noise, "none", 1.0, one.count, "replace") for one in mixed)
-    assert epsilon(replaced, 1e-6) == epsilon(mixed, 1e-6)
+    assert spent_by(replaced, 1e-6) == spent_by(mixed, 1e-6)
 
 
 # A second library.
@@ -187,7 +189,7 @@ def test_the_analytic_gaussian_is_what_dp_accountings_pld_finds(noise: float, co
             Gaussian(noise, "none", 1.0, count, "add_remove"),
             Gaussian(2 * noise, "none", 1.0, count, "replace"),
         ):
-            assert epsilon((release,), delta).epsilon == pytest.approx(found, rel=1e-5)
+            assert spent_by((release,), delta).epsilon == pytest.approx(found, rel=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -204,7 +206,7 @@ def test_epsilon_equals_what_a_second_library_computes(
 ) -> None:
     """PLD of dp-accounting against PRV of Opacus, whose error bound is 0.01; RDP lies above both."""
     release = Gaussian(noise, "poisson", rate, count, "add_remove")
-    ours = epsilon((release,), delta)
+    ours = spent_by((release,), delta)
     low, _, high = second_library.prv(((noise, rate, count),), delta)
     assert ours.accountant == "PLD (dp-accounting)"
     assert low < ours.epsilon < high
@@ -218,7 +220,7 @@ def test_mixed_releases_equal_a_second_library() -> None:
     rounds = ((1.0, 0.05, 200), (2.0, 0.2, 50), (8.0, 1.0, 3))
     releases = tuple(Gaussian(noise, "poisson", rate, count, "add_remove") for noise, rate, count in rounds)
     low, _, high = second_library.prv(rounds, 1e-5)
-    assert low < epsilon(releases, 1e-5).epsilon < high
+    assert low < spent_by(releases, 1e-5).epsilon < high
 
 
 # Laws.
@@ -243,11 +245,11 @@ def gaussians(most: int) -> st.SearchStrategy[Gaussian]:
 @given(gaussians(200), st.sampled_from([1e-3, 1e-5, 1e-8]))
 def test_bounds_are_ordered(release: Gaussian, delta: float) -> None:
     """Tight <= RDP, tight <= unsampled, and a smaller delta costs more."""
-    tight = epsilon((release,), delta).epsilon
+    tight = spent_by((release,), delta).epsilon
     assert tight <= 1.0001 * by_rdp(release, delta)
     whole = Gaussian(release.noise, "none", 1.0, release.count, release.adjacency)
-    assert tight <= epsilon((whole,), delta).epsilon
-    assert tight <= 1.0001 * epsilon((release,), delta / 2).epsilon
+    assert tight <= spent_by((whole,), delta).epsilon
+    assert tight <= 1.0001 * spent_by((release,), delta / 2).epsilon
 
 
 @settings(max_examples=10, deadline=None, derandomize=True)
@@ -258,7 +260,7 @@ def test_composition_does_not_depend_on_how_it_is_written(release: Gaussian, par
         Gaussian(release.noise, release.sampling, release.rate, count, release.adjacency)
         for count in (part, release.count - part)
     )
-    assert epsilon(halves, 1e-5) == epsilon((release,), 1e-5)
+    assert spent_by(halves, 1e-5) == spent_by((release,), 1e-5)
 
 
 def test_a_curve_equals_the_gaussian_it_describes() -> None:
@@ -269,8 +271,8 @@ def test_a_curve_equals_the_gaussian_it_describes() -> None:
     other = Gaussian(3.0, "poisson", 0.1, 20, "replace")
     total = rdp(described) + rdp(other)
     expected = Spent(float(compute_epsilon(ORDERS, total, 1e-5)[0]), "RDP (dp-accounting)")
-    assert epsilon((curve, other), 1e-5).epsilon == pytest.approx(expected.epsilon)
-    assert epsilon((curve, other), 1e-5).epsilon > epsilon((described, other), 1e-5).epsilon
+    assert spent_by((curve, other), 1e-5).epsilon == pytest.approx(expected.epsilon)
+    assert spent_by((curve, other), 1e-5).epsilon > spent_by((described, other), 1e-5).epsilon
 
 
 def test_shares_of_large_variance_are_one_gaussian() -> None:
@@ -285,7 +287,7 @@ def test_fixed_size_lies_between_a_real_attack_and_rdp() -> None:
     for noise, rate, count in ((1.0, 0.1, 100), (4.0, 0.1, 100), (20.0, 0.1, 1000)):
         attacked = spent(noise / 2, "poisson", rate, count, "add_remove")
         release = Gaussian(noise, "fixed", rate, count, "replace")
-        assert 0.9995 * attacked < epsilon((release,), 1e-5).epsilon < by_rdp(release, 1e-5)
+        assert 0.9995 * attacked < spent_by((release,), 1e-5).epsilon < by_rdp(release, 1e-5)
 
 
 COHORTS = [(2.0, 4, 2), (1.0, 3, 1), (3.0, 5, 4)]
@@ -336,10 +338,10 @@ def test_no_data_of_a_small_fixed_cohort_exceed_the_bound(
     laws = cohort_laws(noise, units, drawn, np.linspace(-reach, reach, 401))
     for releases, least in ((1, 0.99), (2, 0.94)):
         release = Gaussian(noise, "fixed", drawn / units, releases, "replace")
-        found = attacked(laws, epsilon((release,), delta).epsilon, releases)
+        found = attacked(laws, spent_by((release,), delta).epsilon, releases)
         assert least * delta < found <= 1.001 * delta
     one_way = Gaussian(noise / 2, "poisson", drawn / units, 2, "add_remove")
-    assert attacked(laws, epsilon((one_way,), delta).epsilon, 2) > 1.001 * delta
+    assert attacked(laws, spent_by((one_way,), delta).epsilon, 2) > 1.001 * delta
 
 
 # Sampling of the losses themselves.
@@ -388,7 +390,7 @@ def fixed_losses(noise: float, rate: float, count: int) -> NDArray[np.float64]:
 def test_delta_of_sampled_losses_under_replace(sampling: Sampling, losses: Any) -> None:
     """The reported epsilon has the delta asked for; noise at 2/3 and 3/2 of what is said has not."""
     noise, rate, count, delta = 2.0, 0.2, 12, 1e-2
-    budget = epsilon((Gaussian(noise, sampling, rate, count, "replace"),), delta).epsilon
+    budget = spent_by((Gaussian(noise, sampling, rate, count, "replace"),), delta).epsilon
     assert delta_at(losses(noise, rate, count), budget) == pytest.approx(delta, rel=0.03)
     assert delta_at(losses(noise * 2 / 3, rate, count), budget) > 2 * delta
     assert delta_at(losses(noise * 3 / 2, rate, count), budget) < delta / 2
@@ -472,9 +474,9 @@ def test_bad_noise_is_named(noise: Any) -> None:
         (lambda: SharedGaussian(1.0, 9, 9, 0.0, 1), "the variance of a share"),
         (lambda: SharedGaussian(1.0, 9, 9, 16.0, -1), "the count of releases"),
         (lambda: SharedGaussian(1.0, 9, 9, 16.0, 1, "add_remove"), "must be one of replace"),  # type: ignore[arg-type]
-        (lambda: epsilon((), 0.0), r"privacy\.delta must be a number above 0 and below 1"),
-        (lambda: epsilon((), 1.0), "privacy.delta"),
-        (lambda: epsilon((), math.nan), "privacy.delta"),
+        (lambda: spent_by((), 0.0), r"privacy\.delta must be a number above 0 and below 1"),
+        (lambda: spent_by((), 1.0), "privacy.delta"),
+        (lambda: spent_by((), math.nan), "privacy.delta"),
         (
             lambda: noise_for(0.0, 1e-5, "none", 1.0, 1, "replace"),
             "privacy.epsilon must be a number at least",
@@ -496,4 +498,4 @@ def test_bad_values_are_named(made: Any, said: str) -> None:
 def test_two_adjacencies_do_not_compose(replaced: Release) -> None:
     both = (replaced, Gaussian(1.0, "none", 1.0, 1, "add_remove"))
     with pytest.raises(ConfigError, match="releases under add_remove and under replace do not compose"):
-        epsilon(both, 1e-5)
+        spent_by(both, 1e-5)

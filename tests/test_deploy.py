@@ -18,7 +18,7 @@ import httpx
 import pytest
 from shell import Shell, free_port, wait
 
-from fedapp.privacy.accounting import epsilon
+from fedapp.privacy.accounting import spent_by
 from fedapp.privacy.ledger import Ledger
 from fedapp.privacy.release import Gaussian
 
@@ -192,7 +192,7 @@ def test_a_private_run_goes_on_and_ledgers_and_summary_count_what_left(shell: Sh
     (release,) = released(ledgers[0])  # all that it holds are alike
     six = replace(release, count=6 * release.count)
     assert summary["releases"] == [asdict(six)]
-    assert summary["epsilon"] == epsilon((six,), 1e-5).epsilon <= 8
+    assert summary["epsilon"] == spent_by((six,), 1e-5).epsilon <= 8
     assert summary["epsilon"] < Ledger(ledgers[0]).spent("data")["example"]  # a filter, which is dearer
 
 

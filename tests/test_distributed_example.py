@@ -25,7 +25,7 @@ from fedapp.errors import ConfigError, DecodeError, FedappError
 from fedapp.job import Job
 from fedapp.models import Cnn, Logistic, Mlp
 from fedapp.privacy import distributed_example
-from fedapp.privacy.accounting import epsilon
+from fedapp.privacy.accounting import spent_by
 from fedapp.privacy.distributed_example import DistributedExample, StepTerms
 from fedapp.privacy.policy import Policy, PolicyRefusal
 from fedapp.privacy.release import ORDERS, Gaussian
@@ -168,7 +168,7 @@ def test_noise_is_the_stated_multiple_of_the_sensitivity(size: int, noise: float
 def test_noise_keeps_the_budget_and_little_more(budget: float, rounds: int) -> None:
     privacy = DistributedExample(epsilon=budget)
     agreed = privacy.terms(39_700, 10, rounds, clip=0.1, rate=8192 / 60_000, examples=6000)
-    spent = epsilon((agreed.release(rounds),), 1e-5)
+    spent = spent_by((agreed.release(rounds),), 1e-5)
     assert 0.98 * budget < spent.epsilon <= budget
     assert spent.accountant == "PLD (dp-accounting)"
 

@@ -70,7 +70,7 @@ def test_epsilon_is_that_of_dp_accounting_at_each_orders_share(
 
 @pytest.mark.parametrize("release", [PLAIN, SAMPLED, Gaussian(30.0, "none", 1.0, 15, "add_remove")])
 def test_the_filter_costs_a_little_and_never_gains(release: Gaussian) -> None:
-    tight = accounting.epsilon((release,), 1e-5).epsilon
+    tight = accounting.spent_by((release,), 1e-5).epsilon
     assert tight < filter.epsilon(cost(as_text(release), "example", "example"), 1e-5) < 1.6 * tight
 
 

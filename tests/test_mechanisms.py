@@ -142,7 +142,7 @@ def test_local_noise_is_that_of_one_analytic_gaussian(budget: float, most: int) 
     local = LocalGaussian(epsilon=budget, plan=Plan("fixed", 10, 100, 1000, most))
     one = accounting.analytic_gaussian(budget, 1e-5)
     assert local.noise == pytest.approx(2 * one * math.sqrt(most), rel=3e-3)
-    spent = accounting.epsilon(local.releases(1000, most), 1e-5).epsilon
+    spent = accounting.spent_by(local.releases(1000, most), 1e-5).epsilon
     assert 0.99 * budget < spent <= budget
 
 
@@ -174,7 +174,7 @@ def test_central_budgets_are_accounted_for_the_sampler_that_draws() -> None:
         (release,) = central.releases(20, 3)
         assert (release.sampling, release.rate, release.count) == (sampling, 0.1, 20)
         assert release.adjacency == adjacency
-        assert 3.9 < accounting.epsilon((release,), 1e-5).epsilon <= 4.0
+        assert 3.9 < accounting.spent_by((release,), 1e-5).epsilon <= 4.0
 
 
 def adaptive(**settings: Any) -> Any:

@@ -12,7 +12,7 @@ from scipy.stats import norm
 
 from fedapp import config
 from fedapp.errors import ConfigError
-from fedapp.privacy.accounting import epsilon
+from fedapp.privacy.accounting import spent_by
 from fedapp.privacy.example import ExamplePrivacy, History, releases
 from fedapp.training import DpSgd
 
@@ -39,7 +39,7 @@ def test_the_tightest_of_three_accountants_is_reported(
     PRV's estimate is no bound: between them are its error of epsilon and of delta.
     """
     history = ((sigma, rate, steps),)
-    found = epsilon(releases(history), delta)
+    found = spent_by(releases(history), delta)
     low, estimate, high = second_library.prv(history, delta)
     assert found.accountant == "PLD (dp-accounting)"
     assert low < found.epsilon < high < second_library.rdp(history, delta)

@@ -244,7 +244,7 @@ def test_ledgers_are_charged_what_the_run_reports(choice: str, tmp_path: Path) -
             assert isinstance(one, Gaussian)
             assert job.trainer.history(times) == ((one.noise, one.rate, times * one.count),)
         else:
-            assert accounting.epsilon(paid, 1e-5) == spent
+            assert accounting.spent_by(paid, 1e-5) == spent
         epsilons.append(spent.epsilon)
         assert job.privacy.unit is not None
         assert (

@@ -23,7 +23,7 @@ from fedapp.privacy.renyi import by_rdp
 
 
 @cache
-def epsilon(releases: tuple[Release, ...], delta: float) -> Spent:
+def spent_by(releases: tuple[Release, ...], delta: float) -> Spent:
     """The least upper bound on epsilon at `delta` of all releases together, each chosen in view of the last.
 
     Unsampled Gaussians: exact. Sampled ones among them: privacy loss distributions, about 0.03 % above their
@@ -78,7 +78,7 @@ def noise_for(
     def excess(log_noise: float) -> float:
         noise = min(max(math.exp(log_noise), LEAST_NOISE), MOST_NOISE)
         release = Gaussian(noise, sampling, rate, count, adjacency)
-        return epsilon((release,), delta).epsilon / budget - 1
+        return spent_by((release,), delta).epsilon / budget - 1
 
     sensitivity = 1.0 if adjacency == "add_remove" else 2.0
     once = analytic_gaussian(budget, delta)

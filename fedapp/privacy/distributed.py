@@ -12,7 +12,7 @@ from fedapp import check
 from fedapp.codec import seed
 from fedapp.codec.rotate import rotated, rotated_back
 from fedapp.errors import ConfigError
-from fedapp.privacy.accounting import epsilon, noise_for
+from fedapp.privacy.accounting import noise_for, spent_by
 from fedapp.privacy.discrete import discrete_gaussian, sampled_variance
 from fedapp.privacy.integer_sum import honest_of, lifted, reach
 from fedapp.privacy.mechanism import require_budget
@@ -151,7 +151,7 @@ class Terms:
         return SharedGaussian(noise, self.kept, self.honest, float(self.share), rounds)
 
     def epsilon(self, rounds: int, delta: float) -> float:
-        return epsilon((self.release(rounds),), delta).epsilon
+        return spent_by((self.release(rounds),), delta).epsilon
 
     def encode(self, update: NDArray[Any], rng: np.random.Generator, secret: Secret) -> NDArray[np.uint32]:
         """A client's residues: float (size,) to uint32 (kept,) below 2^bits; `rng` is public, the round's.

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from fedapp.privacy.accounting import epsilon, noise_for
+from fedapp.privacy.accounting import noise_for, spent_by
 from fedapp.privacy.mechanism import require_budget
 from fedapp.privacy.release import Gaussian
 
@@ -57,7 +57,7 @@ class ExamplePrivacy:
 
     def spent(self, history: History) -> float:
         """Epsilon at `delta` of everything in the history, composed."""
-        return epsilon(releases(history), self.delta).epsilon
+        return spent_by(releases(history), self.delta).epsilon
 
 
 def releases(history: History) -> tuple[Gaussian, ...]:
