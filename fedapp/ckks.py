@@ -24,11 +24,12 @@ from flwr.app import ConfigRecord, Context, Message, MessageType, RecordDict
 from numpy.typing import NDArray
 
 from fedapp import check
+from fedapp.codec.layers import require_finite
 from fedapp.errors import ConfigError, DecodeError, FedappError
 from fedapp.records import CKKS, METRICS, WEIGHT, array_record, config_record, record_in
 from fedapp.replies import metrics_of, refuse, weight_of
 from fedapp.stages import DECODE, ENCODE
-from fedapp.vector import require_finite, update_of
+from fedapp.vector import layout_of, update_of
 
 _DEGREE, _MODULI, _SCALE = 4096, (54, 54), 30  # at most 109 bits of moduli are secure; sums stay below 2^22
 SLOTS = _DEGREE // 2
@@ -149,7 +150,7 @@ def encrypted(
         return reply
     metrics = metrics_of(reply, (WEIGHT,))
     update = update_of(received, array_record(reply.content))
-    require_finite(update)
+    require_finite(update, layout_of(received))
     values = encrypt(update.astype(np.float64) * int(str(metrics[WEIGHT])), public)
     reply.content = RecordDict({CKKS: ConfigRecord({"values": values}), METRICS: metrics})
     return reply

@@ -56,6 +56,7 @@ class ServerTest:
                 "evaluate=server needs a test set and the task has none: set evaluate=clients or none"
             )
         self._job, self._data, self._arrays, self._found = job, data, job.initial, dict[int, list[Score]]()
+        self._number = 0  # of tests begun
         self._thread: ThreadPoolExecutor | None = None
         self._running: Future[Evaluated] | None = None
         self._workers = grid if isinstance(grid, LocalGrid) else None
@@ -74,7 +75,7 @@ class ServerTest:
 
     def begin(self, arrays: ArrayRecord) -> None:
         """Test these weights."""
-        self._arrays, self._found = arrays, {}
+        self._arrays, self._found, self._number = arrays, {}, self._number + 1
         if self._thread is not None:
             # Made by this thread: to make one takes the generator that nodes in this process draw from.
             self._running = self._thread.submit(self._here, self._model)
@@ -103,16 +104,20 @@ class ServerTest:
     def _ask(self, grid: LocalGrid) -> None:
         """Have workers test each part that nobody has tested."""
         left = {first: end for first, end in self._ends.items() if first not in self._found}
-        configs = [ConfigRecord({"first": first, "end": end}) for first, end in left.items()]
+        told = {"test": self._number}
+        configs = [ConfigRecord({"first": first, "end": end, **told}) for first, end in left.items()]
         grid.test([RecordDict({ARRAYS: self._arrays, CONFIG: config}) for config in configs])
 
     def _by_workers(self, grid: LocalGrid) -> Evaluated:
         """What each part came to; one whose worker dies is tested again, FedappError if another dies too."""
         for last in (False, True):
             for reply in grid.tested(self._job.round_timeout):
-                if reply.has_content():
-                    told = cast(Mapping[str, Any], metric_record(reply.content))
-                    first = cast(int, config_record(reply.content)["first"])
+                if not reply.has_content():
+                    continue
+                told = cast(Mapping[str, Any], metric_record(reply.content))
+                config = config_record(reply.content)
+                if config["test"] == self._number:  # not of one that took too long
+                    first = cast(int, config["first"])
                     self._found[first] = list(map(Score, *(told[name] for name in Score._fields)))
             if len(self._found) == len(self._ends):
                 return _evaluated([score for first in self._ends for score in self._found[first]])

@@ -22,6 +22,7 @@ COARSEST, FINEST = 127, -140  # exponents: that of no way at all, and the least
 _NEAR = 0.02  # of the rate
 _ANYWAY, _SLOPE = 0.6, 0.45  # so many steps are not sent in any case; how log bytes fall by steps, at first
 _LONG = 2**19  # values from which on a search goes by a part of them
+_FURTHEST = 29  # powers of two that a step may lie below the largest magnitude: the coder takes 2^30 steps
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,7 @@ def quantized(
     what this one tells, if it does.
     """
     goal, whole = rate * len(x) / 8, (x, shapes(layout))
+    finest = max(finest, peak_exponent(x) - _FURTHEST)
     exponent = min(max(begin, finest), max(peak_exponent(x), finest))
     if len(x) > _LONG:
         part = eighth(whole)

@@ -18,6 +18,7 @@ WEIGHT, LOSS, DRIFT = "num-examples", "train_loss", "drift"
 STREAM = "stream"  # what a node keeps of data that grow
 SECAGG, CKKS = "secagg", "ckks"  # what sums are opened with; a node keeps its own part for a round
 
+_WORDS = 2**16  # in the names of arrays, of which sizes are remembered: names may come from anybody
 _PROTO = type(recorddict_to_proto(RecordDict()))
 
 Kind = TypeVar("Kind", ArrayRecord, ConfigRecord, MetricRecord)
@@ -89,12 +90,16 @@ def from_bytes(data: bytes) -> RecordDict:
 
 def size_of(content: RecordDict) -> int:
     """Bytes of a message's content as Flower serializes it: arrays, names, metrics and configuration."""
-    return sum(
-        _size_of_arrays(name, tuple((key, *_form(array)) for key, array in record.items()))
-        if isinstance(record, ArrayRecord)
-        else int(recorddict_to_proto(RecordDict({name: record})).ByteSize())
-        for name, record in content.items()
-    )
+    total = 0
+    for name, record in content.items():
+        if isinstance(record, ArrayRecord):
+            forms = tuple((key, *_form(array)) for key, array in record.items())
+            words = len(name) + sum(map(len, record))
+            words += sum(len(a.dtype) + len(a.shape) + len(a.stype) for a in record.values())
+            total += (_size_of_arrays if words < _WORDS else _size_of_arrays.__wrapped__)(name, forms)
+        else:
+            total += int(recorddict_to_proto(RecordDict({name: record})).ByteSize())
+    return total
 
 
 def _form(array: Array) -> tuple[str, tuple[int, ...], str, int]:

@@ -70,12 +70,6 @@ def update_of(received: ArrayRecord, trained: ArrayRecord) -> NDArray[np.float32
     return update
 
 
-def require_finite(update: NDArray[np.float32]) -> None:
-    """Raises ValueError where training went astray."""
-    if not (np.isfinite(update.max(initial=0)) and np.isfinite(update.min(initial=0))):
-        raise ValueError("the trained weights are not finite; training diverged")
-
-
 def values(array: Array) -> NDArray[Any]:
     """What `array.numpy()` returns, read-only and without a copy; for arrays that this program has made.
 

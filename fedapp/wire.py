@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 
 from fedapp.assignment import WHOLE, Part, Workloads
 from fedapp.codec import Codec, encode_known
+from fedapp.codec.layers import require_finite
 from fedapp.codec.packet import pack, padded
 from fedapp.fold import Collect, Folded
 from fedapp.privacy.mechanism import Mechanism, Numbers
@@ -46,7 +47,7 @@ from fedapp.records import (
 from fedapp.replies import metrics_of, refuse, values_of, weight_of
 from fedapp.running_sum import Own, Reader, RunningSum, Tally, terms_in
 from fedapp.scaffold import Control, Controls, ForgottenError
-from fedapp.strategies import STREAMED, in_dtypes_of, kept_by, restore
+from fedapp.strategies import STREAMED, finite, in_dtypes_of, kept_by, restore
 from fedapp.vector import (
     Reply,
     array_of,
@@ -54,7 +55,6 @@ from fedapp.vector import (
     layout_of,
     ravel,
     record_with,
-    require_finite,
     unravel,
     update_of,
 )
@@ -99,7 +99,7 @@ def compress(
             store_state(context, "privacy", kept)
             reply.content[METRICS] = MetricRecord({WEIGHT: 1, **side})
         else:
-            require_finite(update)  # before error feedback could remember it
+            require_finite(update, layout)  # before error feedback could remember it
             update = control.news(update) if control else update
         state = load_state(context, "codec")
         asked = part.thinned(codec)
@@ -263,8 +263,15 @@ class Wire(Strategy):
     def _stepped(
         self, server_round: int, replies: list[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        before = kept_by(self.inner)
         stepped, means = self.inner.aggregate_train(server_round, replies)
-        return (None if stepped is None else in_dtypes_of(self._weights, stepped)), means
+        if stepped is None:
+            return None, means
+        if not finite(stepped):  # as by a loss of 1e300, which qfedavg weighs by
+            log(WARNING, "round %s is dropped: its step leads to weights that are not finite", server_round)
+            restore(self.inner, before)
+            return None, None
+        return in_dtypes_of(self._weights, stepped), means
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid

@@ -35,7 +35,7 @@ from fedapp.engine.local import LocalGrid
 from fedapp.errors import ConfigError, DecodeError
 from fedapp.lattice import Version, first, peak_exponent, quantized
 from fedapp.records import ARRAYS, CONFIG
-from fedapp.vector import layout_of, ravel
+from fedapp.vector import arrays_in, layout_of, ravel, record_of
 from fedapp.version_packet import STYPE, VersionPacket, code_of, crc_of
 
 SHAPES = {"conv.weight": (6, 3, 3), "bn.scale": (), "fc.weight": (20, 30), "fc.bias": (20,)}
@@ -377,6 +377,23 @@ def test_ever_finer_steps_and_then_a_long_way_start_anew() -> None:
         assert np.abs(server._now.levels).max() < 2**23
     apart = node.weights - ravel(weights, layout)
     assert np.linalg.norm(apart) < 0.05 * np.linalg.norm(node.weights)
+
+
+def test_one_weight_that_goes_a_long_way_and_comes_back_starts_anew() -> None:
+    """What is coded is then longer than the way from the initial model, which sets the finest step."""
+    initial = weights = model(0)
+    server, node, layout = Downlink(Coded(3.0), initial), Node(initial), layout_of(initial)
+    for number, by in enumerate((2.0**31, -(2.0**31), 0.0)):
+        weights = moved(weights, number, 1e-3)
+        arrays = arrays_in(weights)
+        name = next(iter(arrays))
+        arrays[name] = arrays[name].copy()
+        arrays[name].ravel()[0] += np.float32(by)
+        weights = record_of(arrays)
+        exchange(server, weights, {2: node})
+        assert np.array_equal(node.weights, server._now.weights(ravel(initial, layout)))
+    apart = node.weights - ravel(weights, layout)
+    assert np.linalg.norm(apart) < 0.1 * np.linalg.norm(node.weights)
 
 
 # Arithmetic of versions

@@ -325,7 +325,7 @@ def test_weights_that_are_not_finite_cost_their_client(
     without, _ = run(troubled("raises", 1, setting))
     caplog.clear()
     if not checks:
-        monkeypatch.setattr(wire, "require_finite", lambda update: None)
+        monkeypatch.setattr(wire, "require_finite", lambda *_: None)
     federation, records = run(troubled("diverges", 1, setting))
     assert [(record.replies, record.failures) for record in records] == [(4, 1), (4, 1)]
     assert bits(federation.arrays) == bits(without.arrays)

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -24,7 +24,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-from fedapp import config
+from fedapp import config, evaluation
 from fedapp.client_app import client_app, local_app
 from fedapp.errors import ConfigError, FedappError
 from fedapp.evaluation import over_clients
@@ -194,6 +194,44 @@ def test_all_workers_test_a_part_each_and_another_that_of_one_that_dies() -> Non
     _, records = rounds_here(job)
     assert records[0].accuracy is not None
     assert parts[:] == [0, 0, 2, 1, 0, 0, 0, 0]  # batches 0 to 1, 2 to 4, 5 to 7, and that has 2100
+
+
+class Late:
+    """A grid whose first answer to each request comes with those to the next one."""
+
+    workers = 2
+
+    def __init__(self, job: Job) -> None:
+        self._app, self._asked, self._kept = local_app(job), list[RecordDict](), list[Message]()
+
+    def test(self, contents: list[RecordDict]) -> None:
+        self._asked = contents
+
+    def tested(self, timeout: float) -> list[Message]:
+        context = Context(1, 1, {}, RecordDict(), {})
+        answers = [self._app(Message(content, 1, "query.test"), context) for content in self._asked]
+        came, self._kept = [*answers[1:], *self._kept], answers[:1]
+        return came
+
+
+def test_a_part_that_is_late_is_not_counted_for_the_next_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluation, "LocalGrid", Late)
+    for name in ("_run_id", "_node_id", "_task_id"):
+        monkeypatch.setattr(TaskIdentity, name, 1)
+    job = many(2)
+    test, told = evaluation.ServerTest(job, cast(Grid, Late(job))), list[float | None]()
+    weights = [job.initial, ArrayRecord(job.task.model(1).state_dict())]
+    for arrays in (*weights, *weights):
+        test.begin(arrays)
+        told.append(test.end().accuracy)
+    wanted = []
+    for arrays in weights:
+        load(job.model, arrays)
+        whole = job.task.test_data()
+        assert whole is not None
+        wanted.append(job.task.evaluate(job.model, whole)["accuracy"])
+    assert told == [*wanted, *wanted]
+    assert wanted[0] != wanted[1]
 
 
 def test_a_model_that_nobody_can_test_ends_the_run() -> None:

@@ -1,5 +1,6 @@
 """The default codec: targets it meets, bits it saves, and bytes that it refuses."""
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -426,3 +427,47 @@ def test_a_part_of_a_vector_is_no_update() -> None:
 def test_bad_settings_are_named(given: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         default(**given)
+
+
+SPARSE: dict[str, Callable[[NDArray[np.float32], np.random.Generator], None]] = {
+    "one value": lambda grid, rng: grid.__setitem__((0, 0), 1.0),
+    "some columns": lambda grid, rng: grid.__setitem__(
+        (slice(None), slice(16)), rng.standard_normal((len(grid), 16))
+    ),
+    "outliers": lambda grid, rng: grid.ravel().__setitem__(
+        rng.choice(grid.size, 300, replace=False), 3 * rng.standard_normal(300)
+    ),
+}
+
+
+@pytest.mark.parametrize("products", [False, True])
+@pytest.mark.parametrize("rate", [1.0, 0.005, 0.0003])
+@pytest.mark.parametrize("kind", SPARSE)
+def test_a_part_that_holds_nothing_tells_nothing(kind: str, rate: float, products: bool) -> None:
+    layout, rng = layout_of([(1024, 600)]), np.random.default_rng(0)
+    grid = 1e-3 * rng.standard_normal((1024, 600)).astype(np.float32) * (kind == "outliers")
+    SPARSE[kind](grid, rng)
+    codec, x = RateDistortion(rate=rate, products=products), grid.ravel()
+    packet, state = codec.encode(x, layout, {}, rng)
+    again, _ = codec.encode(x, layout, state, rng)
+    for one in (packet, again):
+        assert nmse(x, codec.decode(one, layout)) <= 1
+        assert len(pack(one, codec, layout)) < 1.03 * rate * len(x) / 8 + 64
+
+
+@pytest.mark.parametrize("rate", [0.01, 0.03, 0.1])
+@pytest.mark.parametrize("share", [0.2, 0.6])
+@pytest.mark.parametrize("miss", [None, -0.3, 0.4])
+def test_a_rate_is_met_where_most_values_begin_to_be_sent_at_once(
+    rate: float, share: float, miss: float | None
+) -> None:
+    """As under error feedback: what was just below the first level is now a little above."""
+    rng = np.random.default_rng(1)
+    x = rng.standard_t(3, 100_000)
+    owed = rng.random(len(x)) < share
+    x[owed] = 6 * (1 - 0.1 * rng.random(owed.sum())) * rng.choice([-1, 1], owed.sum())
+    x, layout = x.astype(np.float32), layout_of([(250, 400)])
+    state = {} if miss is None else {"miss": np.array([miss])}
+    packet, _ = RateDistortion(rate=rate).encode(x, layout, state, rng)
+    size = len(pack(packet, RateDistortion(rate=rate), layout))
+    assert abs(size - rate * len(x) / 8) <= max(0.15 * rate * len(x) / 8, 32)

@@ -45,7 +45,7 @@ from fedapp.exact_sum import ExactSum
 from fedapp.privacy.central import CentralGaussian
 from fedapp.privacy.mechanism import Plan
 from fedapp.records import ARRAYS, METRICS, STYPE, UPDATE, WEIGHT
-from fedapp.vector import Reply
+from fedapp.vector import Reply, arrays_in, record_of
 from fedapp.wire import Wire, compress
 
 EVERYONE = {"min_train_nodes": 1, "min_evaluate_nodes": 1, "min_available_nodes": 1}
@@ -568,6 +568,33 @@ def test_every_strategy_steps_on_what_came(name: str, codec: Codec | None) -> No
         weights = stepped
 
 
+@pytest.mark.parametrize("name", ["fedavg", "fedavgm", "fedadam", "fedyogi", "qfedavg"])
+def test_a_step_to_weights_that_are_not_finite_is_not_taken(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def far(*given: Any) -> Any:
+        stepped, means = step(*given)
+        assert stepped is not None
+        for kept in ("m_t", "v_t", "momentum_vector"):
+            if isinstance(found := getattr(strategy.inner, kept, None), list):
+                setattr(strategy.inner, kept, [array * np.nan for array in found])
+        return record_of({key: value * np.inf for key, value in arrays_in(stepped).items()}), means
+
+    strategy, twin, weights = Wire(built(name), Identity()), Wire(built(name), Identity()), model()
+    step = strategy.inner.aggregate_train
+    for server_round in (1, 2):
+        with monkeypatch.context() as patch, np.errstate(invalid="ignore"):
+            patch.setattr(strategy.inner, "aggregate_train", far)
+            replies = [
+                answer(message, trained_from(weights, seed), 10, Identity())
+                for seed, message in enumerate(asked(strategy, weights, server_round))
+            ]
+            assert strategy.aggregate_train(server_round, replies) == (None, None)
+        expected = round_of(twin, weights, Identity(), server_round)
+        assert same(round_of(strategy, weights, Identity(), server_round), expected)
+        weights = expected
+
+
 @pytest.mark.parametrize("name", ["fedmedian", "multikrum", "qfedavg"])
 def test_robust_strategies_agree_with_plain_flower(name: str) -> None:
     weights = model()
@@ -975,6 +1002,19 @@ def test_evaluation_is_the_weighted_mean_of_sound_replies() -> None:
     assert means["loss"] == pytest.approx(1.75)
     assert strategy.aggregate_evaluate(1, [told(m[2], 0, accuracy=0.0, loss=0.0)]) is None
     assert strategy.aggregate_evaluate(1, []) is None
+
+
+def test_names_that_a_node_makes_up_are_not_remembered() -> None:
+    def size(name: str) -> int:
+        return records.size_of(RecordDict({ARRAYS: ArrayRecord({name: Array(np.zeros(3, np.float32))})}))
+
+    size("short")
+    before = records._size_of_arrays.cache_info()
+    assert size("long" * 2**16) - size("gone" * 2**15) == pytest.approx(4 * 2**15, abs=16)
+    after = records._size_of_arrays.cache_info()
+    assert (after.currsize, after.misses) == (before.currsize, before.misses)
+    size("short")
+    assert records._size_of_arrays.cache_info().hits == before.hits + 1
 
 
 def test_cohort_is_all_that_a_strategy_sees_of_the_grid() -> None:

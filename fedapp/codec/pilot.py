@@ -15,6 +15,8 @@ from fedapp.codec.quantizer import Quantizer
 _EIGHTH, _TOGETHER = 8, 16  # the part: of so many times as many columns, so many in a row
 _DEARER = 0.04  # log of what it takes more than its share, of 2^20 values: rows learn from fewer columns
 
+_FEW = 256  # bits
+
 Layers = tuple[Floats, Sequence[tuple[int, ...]]]
 """Values of layers, end to end, and their shapes."""
 
@@ -32,10 +34,13 @@ def pilot(
     part = eighth((x, shapes(layout)))
 
     def off(part: Layers, scale: float) -> float:
-        """Bits taken over estimated ones."""
+        """Bits taken over estimated ones; 1 where so few are expected that they tell nothing."""
         values, of = part
+        expected = Magnitudes(values, 0.0).bits(1 / scale, like)
+        if expected < _FEW:
+            return 1.0
         code, *_ = coder.encode(values, scale, of, keep=False)
-        return 8 * max(len(code), 1) / Magnitudes(values, 0.0).bits(1 / scale, like)
+        return 8 * max(len(code), 1) / expected
 
     def miss(step: float) -> float:
         products, values = factors.at(step)
@@ -43,7 +48,7 @@ def pilot(
         taken = off(part, 1 / step) * share * rest
         if those:
             taken += off(eighth((values, products.shapes)), 1.0) * those
-        return float(np.log(taken / (rest + those))) + beyond
+        return float(np.log(taken / (rest + those))) + beyond if rest + those > 0 else 0.0
 
     return miss
 

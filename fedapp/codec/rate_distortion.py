@@ -66,7 +66,7 @@ class RateDistortion:
     the estimate missed in the last one, and the step (`miss`, `step`, float64 (1,)); should that mislead,
     four are the most, and what is no such state is passed over. To a rate up to about 2, of a long update,
     one is usual in any round, after one or two of an eighth of it; the state says what such a part missed too
-    (`part`). Under error feedback, where a rate may lie between two steps, up to seven more find it. The
+    (`part`). Under error feedback, where a rate may lie between two steps, up to nine more find it. The
     coarsest step is 0.9 of the largest magnitude, since error feedback would owe a vector that is never sent
     for ever; the finest is 2^-24 of it. A target beyond these gets the nearer one, and the log names it.
 

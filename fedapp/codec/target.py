@@ -13,6 +13,10 @@ from fedapp.codec import Packet
 # 60 examples a client), and what is as good as the same.
 _OFTEN, _CLOSE = -0.35, 0.12
 _ABOUT = 0.03  # log of estimate over goal that is as good as met where a step is only a beginning
+# Log2 of how far beyond the steps that were tried the next one may lie; and log of the sizes of two packets
+# between which no line tells anything.
+_STRIDE, _CLIFF = 1.0, 1.4
+_THINNER = 9  # tries of a least magnitude
 _COARSEST, _FINEST = 0.9, 2.0**-24  # steps, of the largest magnitude: below, some value is always sent
 _BOTTOM = float(np.log2(_FINEST / _COARSEST))  # log2 of the finest over the coarsest
 _log = logging.getLogger("fedapp.codec")
@@ -88,20 +92,24 @@ def meet(
                 break
     missed: list[tuple[float, float]] = []  # log2 of a step, log of what the estimate missed there
     packets: list[Packet] = []
+    over: dict[float, float] = {}  # log of what they have over the goal, by log2 of their step
     encodes = target.encodes + (usual is not None)  # what was usual may mislead the first
     while len(packets) < encodes:
         at = _solve(target, estimate, missed or guess, low, high)
+        if packets and thin is not None:
+            at = _careful(at, low, high, over)
         if any(abs(at - earlier) < 1e-4 for earlier, _ in missed):
             break  # a limit, or as near as it gets
         packets.append(code(2.0**at * coarsest))
         found = target.of(packets[-1])
-        missed.append((at, float(np.log(found / estimate(at)))))
+        over[at] = _over(target, packets[-1])
+        missed.append((at, float(np.log(max(found, 1e-300) / estimate(at)))))
         if target.miss(packets[-1]) < target.tolerance * (3 if near or len(packets) > 2 else 1):
             return Met(packets[-1], 2.0**at * coarsest, missed[-1][1], guess[-1][1])
         low, high = (at, high) if (found > target.goal) == target.falls else (low, at)
     best = min(range(len(packets)), key=lambda i: target.miss(packets[i]))
     if thin is not None and target.miss(packets[best]) > 3 * target.tolerance:
-        packets += _thinned(target, lambda at, least: thin(2.0**at * coarsest, least), low, high)
+        packets += _thinned(target, lambda at, least: thin(2.0**at * coarsest, least), low, high, over)
         best = min(range(len(packets)), key=lambda i: target.miss(packets[i]))
     if target.miss(packets[best]) > 3 * target.tolerance:
         _log.warning("%s: the target is %.6g and the nearest that this update allows %.6g",
@@ -115,7 +123,22 @@ def _by_log2(target: Target) -> Callable[[float], float]:
     return lambda at: target.estimate(2.0**at * _COARSEST * target.most)
 
 
-def _thinned(target: Target, thin: Callable[[float, float], Packet], low: float, high: float) -> list[Packet]:
+def _over(target: Target, packet: Packet) -> float:
+    return float(np.log(max(target.of(packet), 1e-300) / target.goal))
+
+
+def _careful(at: float, low: float, high: float, over: dict[float, float]) -> float:
+    """The next step where sizes may jump: near those that were tried, or halfway between two."""
+    if low not in over:
+        return max(at, high - _STRIDE)
+    if high not in over:
+        return min(at, low + _STRIDE)
+    return (low + high) / 2 if over[low] - over[high] > _CLIFF else at
+
+
+def _thinned(
+    target: Target, thin: Callable[[float, float], Packet], low: float, high: float, over: dict[float, float]
+) -> list[Packet]:
     """Packets at a step that gives more than the goal, of ever better least magnitudes."""
     packets: list[Packet] = []
     while low == _BOTTOM:  # no step gave more yet
@@ -123,15 +146,22 @@ def _thinned(target: Target, thin: Callable[[float, float], Packet], low: float,
         if len(packets) == 6 or high <= _BOTTOM:
             return packets
         packets.append(thin(high, 0.0))
-        if target.of(packets[-1]) > target.goal:
+        over[high] = _over(target, packets[-1])
+        if over[high] > 0:
             low = high
-    least, most = 0.5, 2.0**-low
-    for _ in range(7):
-        middle = (least * most) ** 0.5
-        packets.append(thin(low, middle))
+    # Log2 of least magnitudes, in steps, that send too much and too little, and how much: no least at all
+    # sends what the step does, and one as large as the coarser step about what that does.
+    much, little = (-1.0, over.get(low, 0.0)), (min(0.2 - low, high - low + 1), over.get(high, 0.0))
+    for turn in range(_THINNER):
+        share = 0.5
+        if turn % 2 == 0 and much[1] > 0 > little[1]:
+            share = min(max(much[1] / (much[1] - little[1]), 0.1), 0.9)
+        at = much[0] + share * (little[0] - much[0])
+        packets.append(thin(low, 2.0**at))
+        found = at, _over(target, packets[-1])
         if target.miss(packets[-1]) < target.tolerance:
             break
-        least, most = (middle, most) if target.of(packets[-1]) > target.goal else (least, middle)
+        much, little = (found, little) if found[1] > 0 else (much, found)
     return packets
 
 
