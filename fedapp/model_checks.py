@@ -6,7 +6,7 @@ import numpy as np
 from torch import nn
 
 from fedapp.ckks import Ckks
-from fedapp.codec import Codec, Layout, Slot
+from fedapp.codec import Codec, Layout
 from fedapp.codec.packet import pack, padded
 from fedapp.dp_step import DpStep
 from fedapp.errors import ConfigError
@@ -58,12 +58,9 @@ def check_model(job: "Job", model: nn.Module) -> None:
 
 def _check_codec(codec: Codec, model: nn.Module) -> None:
     """Code a few values a layer there and back: stages may not fit together, or not this model."""
-    slots, size = [], 0
-    for name, array in model.state_dict().items():
-        if array.is_floating_point():
-            slots.append(Slot(name, (2,) * array.ndim, size))
-            size += 2**array.ndim
-    x, layout = np.linspace(-1, 1, size, dtype=np.float32), Layout(tuple(slots), size)
+    arrays = model.state_dict().items()
+    layout = Layout.of((name, (2,) * array.ndim) for name, array in arrays if array.is_floating_point())
+    x = np.linspace(-1, 1, layout.size, dtype=np.float32)
     try:
         packet, _ = codec.encode(x, layout, {}, np.random.default_rng(0))
         codec.decode(packet, layout)

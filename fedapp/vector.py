@@ -18,12 +18,8 @@ from fedapp.errors import DecodeError
 
 def layout_of(arrays: ArrayRecord) -> Layout:
     """The floating-point arrays of a model, in order; integer buffers are no part of an update."""
-    slots, offset = [], 0
-    for name, array in arrays.items():
-        if np.issubdtype(array.dtype, np.floating):
-            slots.append(Slot(name, tuple(array.shape), offset))
-            offset += prod(array.shape)
-    return Layout(tuple(slots), offset)
+    floats = ((n, tuple(a.shape)) for n, a in arrays.items() if np.issubdtype(a.dtype, np.floating))
+    return Layout.of(floats)
 
 
 def buffers_of(arrays: ArrayRecord, layout: Layout) -> dict[str, Array]:

@@ -9,19 +9,11 @@ from numpy.typing import NDArray
 from torch import nn
 
 from fedapp import config
-from fedapp.codec import Layout, Slot
+from fedapp.codec import Layout
 from fedapp.tasks import Data, Task
 from fedapp.training import Sgd
 
 Vector = NDArray[np.float32]
-
-
-def layout_of(shapes: dict[str, tuple[int, ...]]) -> Layout:
-    offsets = np.cumsum([0, *(int(np.prod(shape)) for shape in shapes.values())]).tolist()
-    slots = (
-        Slot(name, shape, offset) for (name, shape), offset in zip(shapes.items(), offsets, strict=False)
-    )
-    return Layout(tuple(slots), offsets[-1])
 
 
 def lenet() -> nn.Sequential:
@@ -37,7 +29,7 @@ def updates(folder: Path, rounds: list[int]) -> tuple[Layout, dict[int, list[Vec
     """The updates of all ten clients in these rounds of a plain federation."""
     torch.manual_seed(0)
     model = lenet()
-    layout = layout_of({name: tuple(p.shape) for name, p in model.named_parameters()})
+    layout = Layout.of((name, tuple(p.shape)) for name, p in model.named_parameters())
     files = {r: folder / f"updates-{r}.npy" for r in rounds}
     if not all(file.exists() for file in files.values()):
         task = config.job_of("task.features=pixels privacy=none").task
@@ -79,7 +71,7 @@ def of_few_examples() -> tuple[Layout, list[Vector]]:
     for i in range(10):
         data = job.task.client_data({"partition-id": i})
         cohort.append(trained(trainer, job.task, model, flat, data, [0, i]))
-    return layout_of({name: tuple(p.shape) for name, p in model.named_parameters()}), cohort
+    return Layout.of((name, tuple(p.shape)) for name, p in model.named_parameters()), cohort
 
 
 def large() -> tuple[Layout, Vector]:
@@ -90,7 +82,7 @@ def large() -> tuple[Layout, Vector]:
         "linear2.weight": (2048, 2048), "linear3.weight": (512, 2048), "output.weight": (1000, 1024),
         "output.bias": (1000,),
     }  # fmt: skip
-    layout = layout_of(shapes)
+    layout = Layout.of(shapes.items())
     parts = []
     for slot in layout.slots:
         rows, columns = slot.shape[0], int(np.prod(slot.shape[1:]))

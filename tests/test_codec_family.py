@@ -47,11 +47,7 @@ def one_layer(size: int) -> Layout:
 
 
 def of_matrices(*shapes: tuple[int, ...]) -> Layout:
-    slots, offset = [], 0
-    for index, shape in enumerate(shapes):
-        slots.append(Slot(f"layer{index}", shape, offset))
-        offset += int(np.prod(shape))
-    return Layout(tuple(slots), offset)
+    return Layout.of((f"layer{index}", shape) for index, shape in enumerate(shapes))
 
 
 def gaussian(size: int, start: int = 0) -> NDArray[np.float32]:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from numpy.typing import NDArray
 
-from fedapp.codec import Codec, Layout, Packet, Slot, State, context, encode_known
+from fedapp.codec import Codec, Layout, Packet, State, context, encode_known
 from fedapp.codec import quantizer as module
 from fedapp.codec.packet import decode_update, pack
 from fedapp.codec.per_layer import PerLayer
@@ -22,12 +22,7 @@ NEAREST = np.full(2048, 0.5, np.float32)  # edges: every value goes to its neare
 
 
 def layout_of(shapes: list[tuple[int, ...]]) -> Layout:
-    offsets = np.cumsum([0, *(int(np.prod(shape, dtype=np.int64)) for shape in shapes)])
-    slots = [
-        Slot(str(i), shape, int(offset))
-        for i, (shape, offset) in enumerate(zip(shapes, offsets[:-1], strict=True))
-    ]
-    return Layout(tuple(slots), int(offsets[-1]))
+    return Layout.of((str(index), shape) for index, shape in enumerate(shapes))
 
 
 LAYOUT = layout_of(SHAPES)

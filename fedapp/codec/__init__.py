@@ -5,8 +5,9 @@ header of its own and a body, which is again an array. `Chain` hands the body on
 as prune -> quantize -> entropy-code is three small stages, and only the last body travels.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any, Protocol, cast
 
 import numpy as np
@@ -31,6 +32,15 @@ class Layout:
 
     slots: tuple[Slot, ...]
     size: int
+
+    @classmethod
+    def of(cls, shapes: Iterable[tuple[str, tuple[int, ...]]]) -> "Layout":
+        """Of arrays with these names and shapes, end to end."""
+        slots, offset = [], 0
+        for name, shape in shapes:
+            slots.append(Slot(name, tuple(shape), offset))
+            offset += prod(shape)
+        return cls(tuple(slots), offset)
 
 
 @dataclass(frozen=True)

@@ -50,7 +50,7 @@ class PerLayer:
         for index, (codec, slots) in self._groups(layout).items():
             own = {key.partition(".")[2]: v for key, v in state.items() if key.startswith(f"{index}.")}
             values = np.concatenate([x[_span(slot)] for slot in slots])
-            packet, own_after = codec.encode(values, _end_to_end(slots), own, rng)
+            packet, own_after = codec.encode(values, _alone(slots), own, rng)
             kind, data = to_bytes(packet)
             body += varint(len(data)) + bytes([kind]) + data
             after |= {f"{index}.{key}": v for key, v in own_after.items()}
@@ -61,7 +61,7 @@ class PerLayer:
             raise DecodeError("packet does not hold groups of layers")
         reader, decoded = Reader(packet.body.data), []
         for codec, slots in self._groups(layout).values():
-            group = _end_to_end(slots)
+            group = _alone(slots)
             length, kind = reader.varint(len(packet.body)), reader.take(1)[0]
             values = codec.decode(from_bytes(kind, reader.take(length)), group)
             if values.shape != (group.size,) or values.dtype != np.float32:
@@ -100,10 +100,6 @@ def _span(slot: Slot) -> slice:
     return slice(slot.offset, slot.offset + size(slot))
 
 
-def _end_to_end(slots: list[Slot]) -> Layout:
+def _alone(slots: list[Slot]) -> Layout:
     """The same layers as a model of their own."""
-    moved, offset = [], 0
-    for slot in slots:
-        moved.append(Slot(slot.name, slot.shape, offset))
-        offset += size(slot)
-    return Layout(tuple(moved), offset)
+    return Layout.of((slot.name, slot.shape) for slot in slots)
