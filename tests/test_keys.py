@@ -339,5 +339,7 @@ def test_renewing_that_is_broken_off_leaves_a_pair(
 def test_a_key_without_its_certificate_stays_where_it_is(tmp_path: Path) -> None:
     keys.init(tmp_path / "server", ["a"])
     keys.init(tmp_path / "other", ["a"])
-    (tmp_path / "other" / keys.KEY).rename(tmp_path / "server" / keys._NEW_KEY)
+    waiting, used = tmp_path / "server" / keys._NEW_KEY, (tmp_path / "server" / keys.KEY).read_bytes()
+    other = (tmp_path / "other" / keys.KEY).rename(waiting).read_bytes()
     keys.check(tmp_path / "server")
+    assert (waiting.read_bytes(), (tmp_path / "server" / keys.KEY).read_bytes()) == (other, used)
