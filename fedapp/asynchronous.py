@@ -103,6 +103,8 @@ class Asynchronous:
             with AGGREGATE:
                 mean = self._strategy.server_learning_rate * buffer.exact.total() / buffer.exact.weight
                 arrays = self.wire.step(number, mean, arrays) or arrays
+            if self.wire.dropped:
+                accepted, failed = 0, failed + accepted
         self.exchange.messages += len(asked)
         return Stepped(arrays, accepted, failed)
 

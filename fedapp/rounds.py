@@ -245,6 +245,7 @@ class Federation:
                 self._lost = True
                 log(WARNING, "round %s: %s", number, error)
             return len(messages)
+        before = self.accepted
         until = now(self.grid) + (float("inf") if self.job.deadline is None else self.job.deadline)
         in_time = self._in_time(number, messages, until)
         if self._wire.workloads:
@@ -255,7 +256,7 @@ class Federation:
         collect = self.grid.collect if isinstance(self.grid, LocalGrid) else None
         with AGGREGATE:
             arrays, _ = self._wire.aggregate_train(number, replies, collect)
-        self.accepted -= self._wire.failures
+        self.accepted = before if self._wire.dropped else self.accepted - self._wire.failures
         self.arrays = self.arrays if arrays is None else arrays
         return len(messages) - self._late
 
@@ -309,7 +310,7 @@ class Federation:
         self.accepted = before  # what came counts only in a sum that was opened
         mean, count = summed.mean()
         self.arrays = self._wire.step(number, mean, self.arrays) or self.arrays
-        self.accepted += count
+        self.accepted += 0 if self._wire.dropped else count
 
     def _in_time(self, number: int, messages: list[Message], until: float) -> Iterator[Message]:
         """The replies that the round waits for: of an over-selected cohort those that come first."""

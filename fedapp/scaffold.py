@@ -135,6 +135,10 @@ class Controls:
             self._forget()
         return told_each(messages, lambda node: {COUNTED: self._counted.get(node, (0, 0))[0]})
 
+    def begin_anew(self) -> None:
+        """Forget all control variates before the next round: what they stand for was not added."""
+        self._wrong = True
+
     def hear(self, reply: Message) -> None:
         """Take note of a node that forgot."""
         self._wrong |= reply.has_error() and reply.error.reason == FORGOTTEN

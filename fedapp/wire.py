@@ -131,7 +131,8 @@ class Wire(Strategy):
 
     Linear strategies get the mean as one reply, summed as replies arrive: memory does not grow with the
     cohort. Others get every decoded reply. With `codec=None` the weights that came pass as they are. A reply
-    that is an error, or does not decode, is counted in `failures` and costs the round nothing else.
+    that is an error, or does not decode, is counted in `failures` and costs the round nothing else. A step to
+    weights that are not finite is `dropped`.
 
     A mechanism of client-level privacy, which takes a linear strategy, bounds each update, and makes the mean
     of their sum. `uniform` refuses replies that weigh anything but 1: no client then counts more. `bound` is
@@ -153,7 +154,7 @@ class Wire(Strategy):
         uniform = uniform or mechanism is not None
         self.reader = None if codec is None else Reader(codec, mechanism, uniform, bound=bound)
         self.streams = codec is not None and type(inner).__name__ in STREAMED
-        self.failures = 0
+        self.failures, self.dropped = 0, False
         self._uniform, self._least, self._kept = uniform, 0, dict[str, float]()
         self._uses = (WEIGHT, LOSS) if type(inner).__name__ == "QFedAvg" else (WEIGHT,)
         self._weights = ArrayRecord()
@@ -180,7 +181,7 @@ class Wire(Strategy):
 
         `collect` brings the sums of replies that come `Folded`: read and added where they were made.
         """
-        self.failures = 0
+        self.failures, self.dropped = 0, False
         if not self.streams:
             accepted = [one for reply in replies for one in self._read(reply)]
             return self._stepped(server_round, accepted) if accepted else (None, None)
@@ -263,13 +264,16 @@ class Wire(Strategy):
     def _stepped(
         self, server_round: int, replies: list[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        before = kept_by(self.inner)
+        before, self.dropped = kept_by(self.inner), False
         stepped, means = self.inner.aggregate_train(server_round, replies)
         if stepped is None:
             return None, means
         if not finite(stepped):  # as by a loss of 1e300, which qfedavg weighs by
             log(WARNING, "round %s is dropped: its step leads to weights that are not finite", server_round)
             restore(self.inner, before)
+            self.dropped = True
+            if self.controls:
+                self.controls.begin_anew()
             return None, None
         return in_dtypes_of(self._weights, stepped), means
 

@@ -334,6 +334,25 @@ def test_weights_that_are_not_finite_cost_their_client(
     assert all(text.startswith(f"reply of node 3 refused: {said}") for text in refused)
 
 
+@pytest.mark.parametrize(
+    "setting",
+    ["cohort=3", "strategy=fedbuff cohort=null strategy.buffer=3", "strategy=scaffold",
+     "privacy=distributed_gaussian privacy.epsilon=1000"],
+)  # fmt: skip
+def test_a_run_ends_whose_steps_lead_nowhere(setting: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(wire, "finite", lambda arrays: False)
+    job = job_of(f"rounds=5 {setting}")
+    job.prepare()
+    sizes, records = [len(part) for part in job.task.partitions()], list[Round]()
+    with local(job).grid(local_app(job), sizes, job.at_once, job.fold, seconds=job.seconds) as grid:
+        federation = Federation(job, grid)
+        rounds = federation.run(Progress(Console(file=io.StringIO()), job.rounds))
+        with pytest.raises(FedappError, match=r"round 3: none of . clients returned an update"):
+            records.extend(record for some in rounds for record in some)
+    assert [(record.replies, record.failures > 0) for record in records] == [(0, True)] * 3
+    assert federation.arrays is job.initial
+
+
 @dataclass(frozen=True)
 class Uneven:
     """A task whose clients have so many examples, some of them more than once."""

@@ -466,3 +466,37 @@ def test_a_rate_is_met_where_most_values_begin_to_be_sent_at_once(
     packet, _ = RateDistortion(rate=rate).encode(x, layout, state, rng)
     size = len(pack(packet, RateDistortion(rate=rate), layout))
     assert abs(size - rate * len(x) / 8) <= max(0.15 * rate * len(x) / 8, 32)
+
+
+@pytest.mark.parametrize(("rate", "met"), [(1.0, True), (0.25, False)])  # all of it takes 1 bit a value
+@pytest.mark.parametrize("feedback", [False, True])
+def test_magnitudes_that_are_all_alike_are_sent(rate: float, met: bool, feedback: bool) -> None:
+    rng, layout = np.random.default_rng(0), layout_of([(20, 1000)])
+    codec = default(rate=rate, products=False, feedback=feedback)
+    state: State = {}
+    for _ in range(4):
+        x = (1e-3 * rng.choice([-1, 1], layout.size)).astype(np.float32)
+        packet, state = codec.encode(x, layout, state, rng)
+        assert codec.decode(packet, layout).any()
+        if met and not feedback:
+            assert len(pack(packet, codec, layout)) == pytest.approx(rate * len(x) / 8, rel=0.03)
+
+
+def test_layers_too_narrow_to_have_a_part_are_coded_once_in_later_rounds(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    coded_values, encode = 0, context.encode
+
+    def counting(x: NDArray[np.float32], *given: Any, **named: Any) -> Any:
+        nonlocal coded_values
+        coded_values += len(x)
+        return encode(x, *given, **named)
+
+    monkeypatch.setattr(context, "encode", counting)
+    layout, rng, codec = layout_of([(10_000, 64)]), np.random.default_rng(0), RateDistortion(rate=1.0)
+    state: State = {}
+    for number in range(3):
+        coded_values = 0
+        x = rng.standard_normal(layout.size).astype(np.float32)
+        _, state = codec.encode(x, layout, state, rng)
+        assert number == 0 or coded_values < 1.05 * layout.size

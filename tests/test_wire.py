@@ -590,8 +590,10 @@ def test_a_step_to_weights_that_are_not_finite_is_not_taken(
                 for seed, message in enumerate(asked(strategy, weights, server_round))
             ]
             assert strategy.aggregate_train(server_round, replies) == (None, None)
+            assert strategy.dropped
         expected = round_of(twin, weights, Identity(), server_round)
         assert same(round_of(strategy, weights, Identity(), server_round), expected)
+        assert not strategy.dropped
         weights = expected
 
 

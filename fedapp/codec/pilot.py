@@ -23,15 +23,18 @@ Layers = tuple[Floats, Sequence[tuple[int, ...]]]
 
 def pilot(
     factors: Factors, layout: Layout, coder: Quantizer, like: Like, beyond: float
-) -> Callable[[float], float]:
+) -> Callable[[float], float] | None:
     """What says how far the estimate is off at a step: log of bits taken over estimated ones.
 
     An eighth of the columns is coded, of what the products leave and of their vectors: each is learned over
     all rows, and neighbours stay together. `beyond`: log of what such a part is known to miss.
+    None where layers are so narrow that a part is most of them.
     """
     x, (left, vectors, _) = factors.residual, factors.magnitudes
     share = np.exp(-_DEARER * (2**20 / len(x)) ** 0.5)
     part = eighth((x, shapes(layout)))
+    if len(part[0]) > len(x) / 4:
+        return None
 
     def off(part: Layers, scale: float) -> float:
         """Bits taken over estimated ones; 1 where so few are expected that they tell nothing."""

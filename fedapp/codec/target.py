@@ -107,10 +107,10 @@ def meet(
         if target.miss(packets[-1]) < target.tolerance * (3 if near or len(packets) > 2 else 1):
             return Met(packets[-1], 2.0**at * coarsest, missed[-1][1], guess[-1][1])
         low, high = (at, high) if (found > target.goal) == target.falls else (low, at)
-    best = min(range(len(packets)), key=lambda i: target.miss(packets[i]))
+    best = _nearest(target, packets)
     if thin is not None and target.miss(packets[best]) > 3 * target.tolerance:
         packets += _thinned(target, lambda at, least: thin(2.0**at * coarsest, least), low, high, over)
-        best = min(range(len(packets)), key=lambda i: target.miss(packets[i]))
+        best = _nearest(target, packets)
     if target.miss(packets[best]) > 3 * target.tolerance:
         _log.warning("%s: the target is %.6g and the nearest that this update allows %.6g",
                      target.name, target.goal, target.of(packets[best]))  # fmt: skip
@@ -123,16 +123,21 @@ def _by_log2(target: Target) -> Callable[[float], float]:
     return lambda at: target.estimate(2.0**at * _COARSEST * target.most)
 
 
+def _nearest(target: Target, packets: list[Packet]) -> int:
+    """Which is nearest by quotient: one that holds nothing is farther off than one four times too long."""
+    return min(range(len(packets)), key=lambda i: abs(_over(target, packets[i])))
+
+
 def _over(target: Target, packet: Packet) -> float:
     return float(np.log(max(target.of(packet), 1e-300) / target.goal))
 
 
 def _careful(at: float, low: float, high: float, over: dict[float, float]) -> float:
-    """The next step where sizes may jump: near those that were tried, or halfway between two."""
+    """The next step where sizes may jump: not far finer than what was tried, or halfway between two."""
+    if high not in over:
+        return at
     if low not in over:
         return max(at, high - _STRIDE)
-    if high not in over:
-        return min(at, low + _STRIDE)
     return (low + high) / 2 if over[low] - over[high] > _CLIFF else at
 
 

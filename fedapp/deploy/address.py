@@ -17,7 +17,7 @@ class Address:
     def of(cls, text: str) -> "Address":
         """Reads such text; raises ConfigError where it is none."""
         host, colon, port = text.rpartition(":")
-        if not colon or not host or not port.isdecimal() or not 0 < int(port) < 65536:
+        if not colon or not host or "/" in host or not port.isdecimal() or not 0 < int(port) < 65536:
             raise ConfigError(f"the server must be HOST:PORT, got {text!r}: write fed.example.org:8443, say")
         return cls(host.strip("[]"), int(port))
 
