@@ -64,11 +64,12 @@ class RateDistortion:
     rate, bits per parameter of the whole packet. Targets are met within 3 % or 32 bytes by a search on an
     estimate with at most three full encodes. From the second round on one is usual, since the state says what
     the estimate missed in the last one, and the step (`miss`, `step`, float64 (1,)); should that mislead,
-    four are the most, and what is no such state is passed over. To a rate up to about 2, of a long update,
-    one is usual in any round, after one or two of an eighth of it; the state says what such a part missed too
-    (`part`). Under error feedback, where a rate may lie between two steps, up to nine more find it. The
-    coarsest step is 0.9 of the largest magnitude, since error feedback would owe a vector that is never sent
-    for ever; the finest is 2^-24 of it. A target beyond these gets the nearer one, and the log names it.
+    four are the most, and what is no such state is passed over. To a rate up to about 2, of a long update
+    whose layers are wide, one is usual in any round, after one or two of an eighth of it; the state says what
+    such a part missed too (`part`). Under error feedback, where a rate may lie between two steps, up to nine
+    more find it. The coarsest step is 0.9 of the largest magnitude, since error feedback would owe a vector
+    that is never sent for ever; the finest is 2^-24 of it. A target beyond these gets the nearer one, and the
+    log names it.
 
     products: False spends no time on them. trellis: dependent quantization (`trellis`); its quantizers have
     this step each, and their points together lie half a step apart. On updates of a small CNN 0.1 to 1.3 dB
