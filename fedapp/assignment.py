@@ -11,7 +11,7 @@ Wang et al. 2020, "Tackling the objective inconsistency problem in heterogeneous
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
 
 from flwr.app import ConfigRecord, Message, MetricRecord
@@ -126,7 +126,7 @@ class Workloads:
         nodes = [message.metadata.dst_node_id for message in messages]
         self._asked = {node: self._rule.part(self._took.get(node), self._deadline) for node in nodes}
         self._silent = set(nodes)
-        return told_each(messages, lambda node: asdict(self._asked[node]))
+        return told_each(messages, lambda node: vars(self._asked[node]))
 
     def hear(self, reply: Message, elapsed: float) -> None:
         """A reply is there, so many seconds after its message was sent.

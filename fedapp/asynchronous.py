@@ -205,10 +205,8 @@ class Asynchronous:
         timeline = self._grid.timeline if isinstance(self._grid, LocalGrid) else None
         if timeline is None or self.job.privacy.unit is not None:
             return
-        present, records = (
-            timeline.now,
-            [array_record(from_bytes(data.tobytes())) for data in state["arrays"]],
-        )
+        present = timeline.now
+        records = [array_record(from_bytes(data.tobytes())) for data in state["arrays"]]
         for flight in state["flights"]:
             timeline.now = flight["sent"]
             config = ConfigRecord(flight["config"])

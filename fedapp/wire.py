@@ -264,18 +264,16 @@ class Wire(Strategy):
     def _stepped(
         self, server_round: int, replies: list[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        before, self.dropped = kept_by(self.inner), False
+        before = kept_by(self.inner)
         stepped, means = self.inner.aggregate_train(server_round, replies)
-        if stepped is None:
-            return None, means
-        if not finite(stepped):  # as by a loss of 1e300, which qfedavg weighs by
+        self.dropped = stepped is not None and not finite(stepped)  # as by a loss of 1e300 under qfedavg
+        if self.dropped:
             log(WARNING, "round %s is dropped: its step leads to weights that are not finite", server_round)
             restore(self.inner, before)
-            self.dropped = True
             if self.controls:
                 self.controls.begin_anew()
             return None, None
-        return in_dtypes_of(self._weights, stepped), means
+        return (None if stepped is None else in_dtypes_of(self._weights, stepped)), means
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid

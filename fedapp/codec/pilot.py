@@ -14,8 +14,7 @@ from fedapp.codec.quantizer import Quantizer
 
 _EIGHTH, _TOGETHER = 8, 16  # the part: of so many times as many columns, so many in a row
 _DEARER = 0.04  # log of what it takes more than its share, of 2^20 values: rows learn from fewer columns
-
-_FEW = 256  # bits
+_FEW = 256  # bits, that tell nothing
 
 Layers = tuple[Floats, Sequence[tuple[int, ...]]]
 """Values of layers, end to end, and their shapes."""
@@ -32,9 +31,10 @@ def pilot(
     """
     x, (left, vectors, _) = factors.residual, factors.magnitudes
     share = np.exp(-_DEARER * (2**20 / len(x)) ** 0.5)
-    part = eighth((x, shapes(layout)))
-    if len(part[0]) > len(x) / 4:
+    of = shapes(layout)
+    if sum(prod(_part_of(shape)) for shape in of) > len(x) / 4:
         return None
+    part = eighth((x, of))
 
     def off(part: Layers, scale: float) -> float:
         """Bits taken over estimated ones; 1 where so few are expected that they tell nothing."""
@@ -64,13 +64,20 @@ def eighth(layers: Layers) -> Layers:
     return np.concatenate([part.ravel() for part in parts]), [part.shape for part in parts]
 
 
+def _part_of(shape: tuple[int, ...]) -> tuple[int, int]:
+    """Rows and columns of a layer's part: some columns of each so many, if the layer is wide; else all."""
+    rows = shape[0] if len(shape) > 1 else 1
+    columns = prod(shape) // max(rows, 1)
+    blocks = columns // (_TOGETHER * _EIGHTH)
+    return rows, columns if blocks < 4 else blocks * _TOGETHER
+
+
 def _columns(x: Floats, shape: tuple[int, ...]) -> Floats:
-    """Some columns in a row of each so many, if the layer is wide; else all."""
-    rows, every = shape[0] if len(shape) > 1 else 1, _TOGETHER * _EIGHTH
+    """The part of a layer, as a matrix."""
+    (rows, taken), every = _part_of(shape), _TOGETHER * _EIGHTH
     grid = x.reshape(rows, len(x) // max(rows, 1))
-    blocks = grid.shape[1] // every
-    if blocks < 4:
+    if taken == grid.shape[1]:
         return grid
-    first = _EIGHTH // 2 * _TOGETHER
+    blocks, first = taken // _TOGETHER, _EIGHTH // 2 * _TOGETHER
     those = grid[:, : blocks * every].reshape(rows, blocks, every)[:, :, first : first + _TOGETHER]
-    return those.reshape(rows, blocks * _TOGETHER)
+    return those.reshape(rows, taken)

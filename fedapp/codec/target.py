@@ -40,8 +40,20 @@ class Target:
     tolerance: float = 0.01
     encodes: int = 3
 
-    def miss(self, packet: Packet) -> float:
-        return abs(self.of(packet) / self.goal - 1)
+    def miss(self, found: float) -> float:
+        """How far from the goal a packet is that has so much."""
+        return abs(found / self.goal - 1)
+
+    def over(self, found: float) -> float:
+        """Log of what it has over the goal."""
+        return float(np.log(max(found, 1e-300) / self.goal))
+
+
+class Tried(NamedTuple):
+    """A packet, and what it has: an error takes a pass over all values to tell."""
+
+    packet: Packet
+    found: float
 
 
 class Met(NamedTuple):
@@ -91,31 +103,33 @@ def meet(
             if abs(off - guess[-1][1]) < _CLOSE:
                 break
     missed: list[tuple[float, float]] = []  # log2 of a step, log of what the estimate missed there
-    packets: list[Packet] = []
-    over: dict[float, float] = {}  # log of what they have over the goal, by log2 of their step
+    tried: list[Tried] = []
+    over: dict[float, float] = {}  # log of what packets have over the goal, by log2 of their step
     encodes = target.encodes + (usual is not None)  # what was usual may mislead the first
-    while len(packets) < encodes:
+    while len(tried) < encodes:
         at = _solve(target, estimate, missed or guess, low, high)
-        if packets and thin is not None:
+        if tried and thin is not None:
             at = _careful(at, low, high, over)
         if any(abs(at - earlier) < 1e-4 for earlier, _ in missed):
             break  # a limit, or as near as it gets
-        packets.append(code(2.0**at * coarsest))
-        found = target.of(packets[-1])
-        over[at] = _over(target, packets[-1])
+        packet = code(2.0**at * coarsest)
+        found = target.of(packet)
+        tried.append(Tried(packet, found))
+        over[at] = target.over(found)
         missed.append((at, float(np.log(max(found, 1e-300) / estimate(at)))))
-        if target.miss(packets[-1]) < target.tolerance * (3 if near or len(packets) > 2 else 1):
-            return Met(packets[-1], 2.0**at * coarsest, missed[-1][1], guess[-1][1])
+        if target.miss(found) < target.tolerance * (3 if near or len(tried) > 2 else 1):
+            return Met(packet, 2.0**at * coarsest, missed[-1][1], guess[-1][1])
         low, high = (at, high) if (found > target.goal) == target.falls else (low, at)
-    best = _nearest(target, packets)
-    if thin is not None and target.miss(packets[best]) > 3 * target.tolerance:
-        packets += _thinned(target, lambda at, least: thin(2.0**at * coarsest, least), low, high, over)
-        best = _nearest(target, packets)
-    if target.miss(packets[best]) > 3 * target.tolerance:
+    best = _nearest(target, tried)
+    if thin is not None and target.miss(tried[best].found) > 3 * target.tolerance:
+        tried += _thinned(target, lambda at, least: thin(2.0**at * coarsest, least), low, high, over)
+        best = _nearest(target, tried)
+    packet, found = tried[best]
+    if target.miss(found) > 3 * target.tolerance:
         _log.warning("%s: the target is %.6g and the nearest that this update allows %.6g",
-                     target.name, target.goal, target.of(packets[best]))  # fmt: skip
+                     target.name, target.goal, found)  # fmt: skip
     at, miss = missed[min(best, len(missed) - 1)]
-    return Met(packets[best], 2.0**at * coarsest, miss, guess[-1][1])
+    return Met(packet, 2.0**at * coarsest, miss, guess[-1][1])
 
 
 def _by_log2(target: Target) -> Callable[[float], float]:
@@ -123,13 +137,9 @@ def _by_log2(target: Target) -> Callable[[float], float]:
     return lambda at: target.estimate(2.0**at * _COARSEST * target.most)
 
 
-def _nearest(target: Target, packets: list[Packet]) -> int:
+def _nearest(target: Target, tried: list[Tried]) -> int:
     """Which is nearest by quotient: one that holds nothing is farther off than one four times too long."""
-    return min(range(len(packets)), key=lambda i: abs(_over(target, packets[i])))
-
-
-def _over(target: Target, packet: Packet) -> float:
-    return float(np.log(max(target.of(packet), 1e-300) / target.goal))
+    return min(range(len(tried)), key=lambda i: abs(target.over(tried[i].found)))
 
 
 def _careful(at: float, low: float, high: float, over: dict[float, float]) -> float:
@@ -143,15 +153,21 @@ def _careful(at: float, low: float, high: float, over: dict[float, float]) -> fl
 
 def _thinned(
     target: Target, thin: Callable[[float, float], Packet], low: float, high: float, over: dict[float, float]
-) -> list[Packet]:
+) -> list[Tried]:
     """Packets at a step that gives more than the goal, of ever better least magnitudes."""
-    packets: list[Packet] = []
+    tried: list[Tried] = []
+
+    def over_with(at: float, least: float) -> float:
+        """Try one; log of what it has over the goal."""
+        packet = thin(at, least)
+        tried.append(Tried(packet, target.of(packet)))
+        return target.over(tried[-1].found)
+
     while low == _BOTTOM:  # no step gave more yet
         high -= 0.25
-        if len(packets) == 6 or high <= _BOTTOM:
-            return packets
-        packets.append(thin(high, 0.0))
-        over[high] = _over(target, packets[-1])
+        if len(tried) == 6 or high <= _BOTTOM:
+            return tried
+        over[high] = over_with(high, 0.0)
         if over[high] > 0:
             low = high
     # Log2 of least magnitudes, in steps, that send too much and too little, and how much: no least at all
@@ -162,12 +178,11 @@ def _thinned(
         if turn % 2 == 0 and much[1] > 0 > little[1]:
             share = min(max(much[1] / (much[1] - little[1]), 0.1), 0.9)
         at = much[0] + share * (little[0] - much[0])
-        packets.append(thin(low, 2.0**at))
-        found = at, _over(target, packets[-1])
-        if target.miss(packets[-1]) < target.tolerance:
+        end = at, over_with(low, 2.0**at)
+        if target.miss(tried[-1].found) < target.tolerance:
             break
-        much, little = (found, little) if found[1] > 0 else (much, found)
-    return packets
+        much, little = (end, little) if end[1] > 0 else (much, end)
+    return tried
 
 
 def _solve(

@@ -15,7 +15,7 @@ from flwr.supercore.control import ControlHttpClient
 from flwr.supercore.protobuf.client import ProtobufCall, ProtobufRequestContext
 
 from fedapp.deploy import keys
-from fedapp.deploy.address import Address, is_loopback
+from fedapp.deploy.address import Address
 from fedapp.errors import FedappError
 
 ADDRESS = "address"  # file in the server's folder, while it runs: its URL on this machine
@@ -36,7 +36,7 @@ class Access:
     @property
     def plain(self) -> bool:
         """Whether it is spoken to without TLS: `fedapp server --insecure`, on this machine only."""
-        return self.ca is None and is_loopback(self.server.rpartition(":")[0])
+        return self.ca is None and Address.of(self.server).local
 
     @property
     def proven_by(self) -> dict[str, str]:

@@ -239,10 +239,10 @@ def fingerprint(path: Path) -> str:
     whole = sha256()
     files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
     for file in files:
-        with file.open("rb") as opened:
+        with file.open("rb") as content:
             name = file.relative_to(path).as_posix() if path.is_dir() else ""
             digest = sha256()
-            while block := opened.read(1 << 20):
+            while block := content.read(1 << 20):
                 digest.update(block)
         whole.update(name.encode() + b"\0" + digest.digest())
     return whole.hexdigest()
