@@ -4,16 +4,18 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from numpy.typing import NDArray
 
 from fedapp.codec import Codec, Layout, Packet, State, context, encode_known
 from fedapp.codec import quantizer as module
+from fedapp.codec.model import CONTEXTS, context_in, context_of
 from fedapp.codec.packet import decode_update, pack
 from fedapp.codec.per_layer import PerLayer
 from fedapp.codec.rate_distortion import RateDistortion, default
+from fedapp.codec.rounding import _half_octave
 from fedapp.errors import ConfigError, DecodeError
 
 SHAPES: list[tuple[int, ...]] = [(16, 1, 5, 5), (16,), (), (40, 256), (40,), (10, 40), (10,)]
@@ -147,6 +149,7 @@ anything = st.one_of(
     st.sampled_from([*(("rate", rate) for rate in RATES), *(("nmse", error) for error in ERRORS)]),
     anything,
 )
+@example("heavy", ("rate", 12), np.array([0.75]))  # the first step is far too coarse
 def test_a_target_is_met_whatever_the_state_says(
     vector: str, target: tuple[str, float], miss: NDArray[Any] | None
 ) -> None:
@@ -178,7 +181,7 @@ def test_later_rounds_remember_what_the_estimate_missed(codec: Codec, encodes: l
         _, state = codec.encode(x, LAYOUT, state, change)
         counts.append(encodes[0] - before)
     assert counts[0] > 1
-    assert sum(counts[1:]) <= 6
+    assert sum(counts[1:]) <= 7
 
 
 def test_what_is_remembered_passes_through_error_feedback_and_rules_per_layer() -> None:
@@ -204,10 +207,10 @@ def test_a_step_wins_over_a_rate_and_is_relative() -> None:
 def test_a_target_out_of_reach_gets_the_nearest_packet_and_a_warning_that_names_it(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    x = np.tile(np.array([-1, 1], np.float32), 4000)
-    size, y = coded(RateDistortion(rate=0.1), x, layout_of([(8000,)]))
+    x = np.random.default_rng(0).choice(np.array([-1, 1], np.float32), 8000)
+    size, y = coded(RateDistortion(rate=0.25), x, layout_of([(8000,)]))
     assert nmse(x, y) < 1e-4
-    assert f"the target is 100 and the nearest that this update allows {size}" in caplog.text
+    assert f"the target is 250 and the nearest that this update allows {size}" in caplog.text
 
 
 @every_vector
@@ -313,6 +316,52 @@ def test_any_levels_in_layers_of_any_shape_come_back(
     assert np.array_equal(context.decode(code, shapes), level)
 
 
+def edge_of(dependent: bool) -> NDArray[np.float32]:
+    """What tells an encoder where levels begin; under a trellis, what a bit costs."""
+    return np.array([0.5], np.float32) if dependent else NEAREST
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from([1, 2, 3, 65]),
+            st.sampled_from([1, 15, 16, 17, 33, 63, 64, 65, 127, 128, 129, 257, 511, 513, 559, 560, 561]),
+        ),
+        min_size=1, max_size=3,
+    ),
+    st.integers(0, 2**32), st.integers(-4, 22), st.booleans(),
+)  # fmt: skip
+def test_wide_layers_come_back_block_by_block(
+    shapes: list[tuple[int, ...]], seed: int, octave: int, dependent: bool
+) -> None:
+    rng = np.random.default_rng(seed)
+    wide = rng.standard_t(2, layout_of(shapes).size) * 2.0**octave
+    x = np.clip(wide, -(2.0**28), 2.0**28).astype(np.float32)
+    code, levels, _ = context.encode(x, 1.0, edge_of(dependent), shapes, dependent)
+    assert np.array_equal(context.decode(code, shapes, dependent), levels)
+    assert context.encode(x, 1.0, edge_of(dependent), shapes, dependent, keep=False)[0] == code
+    if not dependent:
+        assert np.abs(levels - x.astype(np.float64)).max() <= 1
+
+
+@pytest.mark.parametrize("dependent", [False, True])
+def test_a_row_that_wakes_up_is_expected_within_bounds(dependent: bool) -> None:
+    """Factors at their bound, magnitudes at theirs; and words run out, so that encoding begins anew."""
+    rng = np.random.default_rng(0)
+    x = np.zeros((60, 300), np.float32)
+    x[50:52] = 2.0**25
+    x[52:] = rng.choice([-1, 1], (8, 300)) * rng.integers(2**28, 2**29, (8, 300))
+    code, levels, _ = context.encode(x.ravel(), 1.0, edge_of(dependent), [x.shape], dependent)
+    assert np.array_equal(context.decode(code, [x.shape], dependent), levels)
+    assert np.abs(levels.reshape(x.shape) - x.astype(np.float64)).max() <= 2
+
+
+def test_rounding_knows_the_contexts_about_as_they_are() -> None:
+    for e in (*range(1, 300), *range(300, 2**21, 1111)):
+        assert abs(_half_octave(np.float32(e / 256)) - context_in(e)) <= 1
+
+
 @pytest.mark.parametrize("outlier", [40_000, 2**20 + 1, 2**30])
 def test_outliers_neither_wrap_nor_cost_the_others(outlier: int) -> None:
     level = np.zeros(3000, np.float32)
@@ -320,7 +369,7 @@ def test_outliers_neither_wrap_nor_cost_the_others(outlier: int) -> None:
     code, found, _ = context.encode(level, 1.0, NEAREST, [(50, 60)])
     assert found[[7, 1500]].tolist() == [outlier, -outlier]
     assert np.array_equal(context.decode(code, [(50, 60)]), level.astype(np.int32))
-    assert len(code) <= 60
+    assert len(code) <= 64
 
 
 @pytest.mark.parametrize("value", [2.0**31, np.inf, np.nan])
@@ -331,11 +380,42 @@ def test_levels_beyond_the_largest_are_refused(value: float) -> None:
         context.encode(x, 1.0, NEAREST, [(9,)])
 
 
+@pytest.mark.parametrize("dependent", [False, True])
+@pytest.mark.parametrize(("shape", "value"), [((1, 60_000), 10.0), ((1000, 100), 1e4)])
+def test_a_symbol_that_has_become_as_rare_as_can_be_comes_back(
+    dependent: bool, shape: tuple[int, int], value: float
+) -> None:
+    """It narrows the interval by 2^20, so that 16 bits leave twice."""
+    x = np.full(shape, value, np.float32).ravel()
+    x[-140::7] = 0
+    code, levels, _ = context.encode(x, 1.0, edge_of(dependent), [shape], dependent)
+    assert np.count_nonzero(levels == 0) == 20
+    assert np.array_equal(context.decode(code, [shape], dependent), levels)
+
+
+@pytest.mark.parametrize("dependent", [False, True])
+def test_codes_that_point_where_no_symbol_lies_end_in_an_error(dependent: bool) -> None:
+    tried, refused = 0, 0
+    for values in ([3], [3, -3, 0]):
+        code, *_ = context.encode(
+            np.resize(np.array(values, np.float32), 5000), 1.0, edge_of(dependent), [(1, 5000)], dependent
+        )
+        for length in range(min(len(code), 100)):
+            for tail in (b"\xff" * 400, b"\xff\xfe" * 50):
+                tried += 1
+                try:
+                    levels = context.decode(code[:length] + b"\xff" + tail, [(1, 5000)], dependent)
+                    assert np.abs(levels).max() <= 2**30
+                except DecodeError:
+                    refused += 1
+    assert refused > 0.9 * tried
+
+
 def test_golden_bytes() -> None:
     """A changed bitstream needs a new version number."""
     level = np.array([0, 0, 1, -1, 0, 2, 0, 0, -3, 0, 0, 0, 40_000, 1, 0, 0, -1, 0, 0, 5], np.float32)
     code, _, _ = context.encode(level, 1.0, NEAREST, [(4, 4), (), (3,)])
-    assert code.hex() == "213e6c84d4ecbc3ac893b111401b365079"
+    assert code.hex() == "227b04738690b0dacb32b0a662d2d03a"
     header = b"\xcd\xcc\xcc\x3d\x40\xf0"  # step 0.1, points of 1 and of more moved by 64/256 and -16/256
     packet = Packet(np.frombuffer(code, np.uint8), header)
     x = RateDistortion().decode(packet, layout_of([(4, 4), (), (3,)]))
@@ -399,7 +479,7 @@ def test_damaged_packets_decode_to_something_finite_or_raise_one_error(count: in
         (b"\0\0\x80\xff\0\0", np.zeros(4, np.uint8), "step of -inf"),
         (b"\0\0\xc0\x7f\0\0", np.zeros(4, np.uint8), "step of nan"),
         (b"\0\0\0\0\0\0", np.zeros(1, np.uint8), "levels without a step"),
-        (b"\0\0\x80?\0\0", np.zeros(900, np.uint8), "does not end"),
+        (b"\0\0\x80?\0\0", np.zeros(900, np.uint8), "no encoder makes"),
     ],
 )
 def test_packets_that_no_encoder_makes_are_refused(header: bytes, body: NDArray[Any], said: str) -> None:
@@ -469,7 +549,7 @@ def test_a_rate_is_met_where_most_values_begin_to_be_sent_at_once(
     state = {} if miss is None else {"miss": np.array([miss])}
     packet, _ = RateDistortion(rate=rate).encode(x, layout, state, rng)
     size = len(pack(packet, RateDistortion(rate=rate), layout))
-    assert abs(size - rate * len(x) / 8) <= max(0.15 * rate * len(x) / 8, 32)
+    assert abs(size - rate * len(x) / 8) <= max(0.03 * rate * len(x) / 8, 32)
 
 
 @pytest.mark.parametrize(("rate", "met"), [(1.0, True), (0.25, False)])  # all of it takes 1 bit a value
@@ -494,3 +574,12 @@ def test_layers_too_narrow_to_have_a_part_are_coded_once_in_later_rounds(lengths
         x = rng.standard_normal(layout.size).astype(np.float32)
         _, state = codec.encode(x, layout, state, rng)
         assert number == 0 or sum(lengths) < 1.05 * layout.size
+
+
+def test_both_ends_find_the_same_contexts() -> None:
+    """At all expectations that are told apart, and where the last one ends."""
+    expectations = [*range(5000), *range(5000, 2**22, 300), 2**22 - 1, 2**22, 2**28]
+    looked_up = [context_in(e) for e in expectations]
+    assert looked_up == [context_of(np.int32(e)) for e in expectations]
+    assert looked_up == sorted(looked_up)
+    assert looked_up[-1] == CONTEXTS - 1

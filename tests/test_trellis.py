@@ -33,7 +33,7 @@ def test_it_beats_the_default_at_equal_bytes(rate: float, gain: float) -> None:
     size, y = coded(RateDistortion(rate=rate, trellis=True), x)
     plain_size, plain = coded(RateDistortion(rate=rate), x)
     bits = 8 * (size - plain_size) / len(x)
-    assert abs(bits) < 0.03 * rate
+    assert abs(bits) < 0.04 * rate  # each may be off by 3 %
     assert 10 * np.log10(nmse(x, plain) / nmse(x, y)) - 6 * bits > gain
 
 
@@ -47,7 +47,7 @@ def test_a_rate_is_met_in_bytes_on_the_wire(x: NDArray[np.float32], layout: Layo
 @every_vector
 @pytest.mark.parametrize("error", [0.5, 0.1, 1e-2, 1e-4, 1e-8])
 def test_an_error_is_met(x: NDArray[np.float32], layout: Layout, error: float) -> None:
-    few_bytes = 0.04 if error == 0.5 else 0.03
+    few_bytes = 0.05 if error == 0.5 else 0.03
     y = coded(RateDistortion(nmse=error, trellis=True), x, layout)[1]
     assert nmse(x, y) == pytest.approx(error, rel=few_bytes)
 
@@ -146,7 +146,7 @@ def test_golden_bytes() -> None:
     assert np.array_equal(x, (np.sign(place) * moved).astype(np.float32) / 2 * np.float32(0.1))
 
 
-GOLDEN = "189eae3fe0ade0bb00a0d061ce827f12b8"
+GOLDEN = "18b4005550745cb48f63c5f87a4b"
 PLACES = [0, 0, 0, -2, 0, 2, 0, 0, -4, 0, 0, 0, 40001, 2, 0, 0, -2, 0, 0, 8]
 
 
@@ -161,7 +161,7 @@ def test_damaged_packets_decode_to_something_finite_or_raise_one_error(count: in
         (b"\0\0\x80?\0\0", np.zeros(4, np.uint8), "does not hold a header"),  # the default's
         (b"\0\0\x80\xff\0\0\0", np.zeros(4, np.uint8), "step of -inf"),
         (b"\0\0\0\0\0\0\0", np.zeros(1, np.uint8), "levels without a step"),
-        (b"\0\0\x80?\0\0\0", np.zeros(900, np.uint8), "does not end"),
+        (b"\0\0\x80?\0\0\0", np.zeros(900, np.uint8), "no encoder makes"),
         (b"\0\0\x80?\0\0\0", np.full(9000, 255, np.uint8), "packet"),
     ],
 )

@@ -40,6 +40,13 @@ class Magnitudes:
         self._from = np.append(count[kind][::-1].cumsum()[::-1], 0).astype(np.float64)
         self._length = len(x)
 
+    def above(self, magnitude: float) -> float:
+        """How many values are as large as this."""
+        if len(self._magnitude) == 1:
+            return float(self._length)
+        found = np.interp(magnitude, self._magnitude[:-1], self._from[:-1])  # the last, `most`, may lie below
+        return float(found * self._length / self._from[0])
+
     def bits(self, step: float, like: Like) -> float:
         """Of all values together."""
         if not self._length:  # of products, mostly: a search asks dozens of times

@@ -1,4 +1,4 @@
-"""What the default codec expects of a level: its context, and the adaptive states of its bits.
+"""What the default codec expects of a level: its context, and how often symbols came in each context.
 
 Shared by the coder (`context`) and by the search for the best levels (`trellis`), whose levels are places in
 half steps. All arithmetic that a decoder needs is of integers, so both ends agree on any machine.
@@ -17,79 +17,207 @@ Levels = NDArray[np.int32]
 Words = NDArray[np.uint32]
 Floats = NDArray[np.float32]
 Wide = NDArray[np.float64]
+Integers = NDArray[np.int64]
 
-CONTEXTS, BINS = 48, 16  # half octaves of expected magnitude from 2^-9; adaptive bits of each
-UNARY = 14  # magnitudes are counted in so many bits, then escape
-PATIENCE = 500  # a state's count stops here: it averages over about so many bits
+CONTEXTS, SYMBOLS = 46, 16  # half octaves of expected magnitude from 2^-9; 0, 1, ..., 14, and more: an escape
+ESCAPE = SYMBOLS - 1
+ONE = 20  # intervals are in 2^-20
+LOW, UPPER = np.uint64((1 << 32) - 1), np.uint64(32)  # the halves of an interval
+BLOCK = 128  # columns whose magnitudes are coded together, and then their signs
+MOST_FACTOR = 1 << 12  # what a row has of what its columns promise, at most
+_PATIENCE = 4000  # what has come in a context counts as so many symbols at most
+_AT_FIRST, _OF_OLD = 60, 180  # what counts at first; of what earlier layers told, when one begins
+_OFTEN, _SELDOM = 16, 4096  # symbols after which what has come is learned, at first and at last
+_SHARE = 8  # in between, after so small a part of a layer's
+SIGNS = 16  # states of signs, by the balance of signs that came before
 
-# Log2 of the odds that a bit is set, in quarters, in contexts 10 to 23, under dependent quantization: what
-# updates of a small CNN (Fashion-MNIST, SGD with momentum, rounds 1, 2 and 20) had at 0.1 to 8 bits.
+# Log2 of the odds that a magnitude goes on, in quarters, in contexts 10 to 25: what updates of two CNNs
+# (Fashion-MNIST, SGD, first rounds and late ones) had at 0.01 to 6 bits.
 _ODDS = (
-    (-21, -20, -19, -17, -15, -13, -9, -5, -1, 1, 4, 6, 8, 10),  # not zero, in the even quantizer
-    (-24, -17, -12, -7, -1, 2, 5, 8, 10, 12, 13, 15, 17, 18),  # not zero, in the odd one
-    (-20, -20, -20, -20, -20, -19, -17, -13, -10, -6, -2, 2, 4, 7),  # above 1, even
-    (-20, -21, -22, -22, -22, -19, -15, -12, -7, -3, 0, 3, 5, 8),  # above 1, odd
-    (-12, -12, -12, -12, -12, -12, -13, -11, -9, -6, -3, 1, 4, 7),  # above 2
-    (-7, -7, -7, -7, -7, -7, -8, -7, -6, -5, -3, 0, 3, 6),  # above 3 and more
+    (-16, -13, -11, -8, -5, -2, 0, 3, 6, 8, 10, 12, 14, 17, 19, 21),  # beyond 0
+    (-23, -22, -22, -21, -18, -14, -10, -6, -2, 2, 5, 8, 5, 8, 6, 8),  # beyond 1
+    (-10, -9, -12, -13, -13, -12, -10, -7, -4, 0, 4, 7, 4, 7, 4, 7),  # beyond 2
+    (-6, -6, -6, -6, -5, -7, -8, -7, -4, -1, 3, 6, 3, 6, 3, 6),  # beyond 3
+    (-3, -3, -3, -3, -3, -3, -5, -5, -4, -2, 2, 5, 2, 5, 2, 5),  # beyond 4
+    (-3, -3, -3, -3, -3, -3, -3, -3, -4, -2, 1, 5, 1, 4, 1, 4),  # beyond 5
+    (-2, -2, -2, -2, -2, -2, -2, -2, -2, -2, 1, 3, 1, 3, 1, 3),  # beyond 6 and more
+)
+# The same under dependent quantization, in contexts 10 to 23 (rounds 1, 2 and 20, at 0.1 to 8 bits).
+_ODDS_DEPENDENT = (
+    (-21, -20, -19, -17, -15, -13, -9, -5, -1, 1, 4, 6, 8, 10),  # beyond 0, in the even quantizer
+    (-24, -17, -12, -7, -1, 2, 5, 8, 10, 12, 13, 15, 17, 18),  # beyond 0, in the odd one
+    (-20, -20, -20, -20, -20, -19, -17, -13, -10, -6, -2, 2, 4, 7),  # beyond 1, even
+    (-20, -21, -22, -22, -22, -19, -15, -12, -7, -3, 0, 3, 5, 8),  # beyond 1, odd
+    (-12, -12, -12, -12, -12, -12, -13, -11, -9, -6, -3, 1, 4, 7),  # beyond 2
+    (-7, -7, -7, -7, -7, -7, -8, -7, -6, -5, -3, 0, 3, 6),  # beyond 3 and more
 )
 
 
-def _contexts() -> NDArray[np.uint8]:
-    """Context of an expectation e in 1/256: entry e below 4096, then entry 4096 + (e >> 10)."""
-    middles = [*range(1, 8192, 2), *range(1024, 4096 * 2048, 2048)]  # in 1/512
-    return np.array([min((e * e).bit_length() - 1, CONTEXTS - 1) for e in middles], np.uint8)
+def _reached(odds: tuple[tuple[int, ...], ...]) -> Integers:
+    """Probabilities (CONTEXTS, SYMBOLS) in 2^-30 that a magnitude reaches each symbol.
 
-
-def _low_bits(least: int) -> NDArray[np.uint8]:
-    """How many low bits a context leaves raw."""
-    return np.array([max(0, (context - least) // 2 - 1) for context in range(CONTEXTS)], np.uint8)
-
-
-def _initial() -> Words:
-    """States (probability in 2^-32, count): those of geometric magnitudes, then 16 of signs."""
-    states = np.full((CONTEXTS * BINS + 16, 2), (1 << 31, 6), np.uint32)
+    Beyond the table the odds of leaving zero change by half an octave a context, the rest repeats itself.
+    """
+    reached, known = np.full((CONTEXTS, SYMBOLS), 1 << 30, np.int64), len(odds[0])
     for context in range(CONTEXTS):
-        mean = isqrt(1 << (context + 32))  # in 2^-25
-        for b in range(BINS):
-            unit = 1 << (25 + (int(RAW[context]) if b else 0))
-            states[context * BINS + b, 0] = min(max((mean << 32) // (mean + unit), 1 << 22), 15 << 28)
-    return states.ravel()
+        near = min(max(context, 10), 9 + known)
+        place = (near if context < 10 + known else 8 + known + context % 2) - 10
+        for symbol in range(1, SYMBOLS):
+            quarters = odds[min(symbol, len(odds)) - 1][place]
+            if symbol == 1:
+                quarters = min(max(odds[0][near - 10] + 2 * (context - near), -48), 40)
+            ratio = isqrt(isqrt(1 << (64 + quarters)))  # in 2^-16
+            before = int(reached[context, symbol - 1])
+            reached[context, symbol] = before * ratio // (ratio + (1 << 16))
+    return reached
 
 
-def _initial_dependent() -> Words:
-    """The same by quantizer, from `_ODDS`: zero goes on an octave by a context, the rest repeats itself."""
-    states = np.full((2 * CONTEXTS * BINS + 16, 2), (1 << 31, 30), np.uint32)
-    for place in range(2 * CONTEXTS * BINS):
-        odd, context, b = place // (CONTEXTS * BINS), place // BINS % CONTEXTS, place % BINS
-        row = _ODDS[odd if b == 0 else 2 + odd if b == 1 else min(b + 2, 5)]
-        if b:
-            quarters = row[max(context, 10) - 10 if context < 24 else 12 + context % 2]
-        else:
-            end = min(max(context, 10), 23)
-            quarters = min(max(row[end - 10] + 2 * (context - end), -48), 40)
-        odds = isqrt(isqrt(1 << (64 + quarters)))  # in 2^-16
-        states[place, 0] = (odds << 32) // (odds + (1 << 16))
-    return states.ravel()
+def _initial() -> tuple[Integers, Integers]:
+    """`_reached` of the plain quantizer, and of the even one and the odd one, one after the other."""
+    even, odd = (_ODDS_DEPENDENT[side::2][:2] + _ODDS_DEPENDENT[4:] for side in (0, 1))
+    return _reached(_ODDS), np.concatenate([_reached(even), _reached(odd)])
 
 
-CONTEXT = _contexts()
-RAW, RAW_DEPENDENT = _low_bits(18), _low_bits(20)
-INITIAL, INITIAL_DEPENDENT = _initial(), _initial_dependent()
-_KEEP = np.array([65536 - 131072 // (2 * n + 3) for n in range(PATIENCE + 1)], np.uint16)
+_INITIAL = _initial()
+
+
+class Model:
+    """What was learned: the arrays that compiled code reads and changes.
+
+    reached: probability in 2^-30 that a magnitude reaches a symbol, (contexts, SYMBOLS); weight: how many
+    symbols that counts as. counts: symbols that came since it was learned, in two rows, so that counting does
+    not wait for itself. intervals: of each symbol its share in the upper half and its begin in the lower one,
+    both in 2^-20; zero ends at the top, so that a decoder finds zeros by one comparison. signs: states
+    (probability of minus in 2^-32, count).
+    """
+
+    def __init__(self, dependent: bool) -> None:
+        self.reached = _INITIAL[dependent].copy()
+        contexts = len(self.reached)
+        self.weight = np.full(contexts, _AT_FIRST, np.int64)
+        self.counts = np.zeros((2, contexts * SYMBOLS), np.uint16)
+        self.intervals = np.zeros(contexts * SYMBOLS, np.uint64)
+        self.signs = np.full((SIGNS, 2), (1 << 31, 6), np.uint32).ravel()
+        _divide_all(self.reached, self.intervals)
+
+    def begin_layer(self) -> None:
+        """What earlier layers told weighs less."""
+        np.minimum(self.weight, _OF_OLD, out=self.weight)
+        self.signs[1::2] = np.minimum(self.signs[1::2], 30)
+
+    @property
+    def arrays(self) -> tuple[Integers, Integers, NDArray[np.uint16], NDArray[np.uint64], Words]:
+        """In the order in which `learn` and the coder take them."""
+        return self.reached, self.weight, self.counts, self.intervals, self.signs
 
 
 @jit
-def learn(p: Whole, n: Whole, bit: Whole) -> Whole:
-    """Probability that the bit is set, moved towards `bit` (0 or 1) by 1 / (n + 1.5)."""
-    keep = np.int64(_KEEP[n])  # multiplied first: states wait for each other
-    return (p * keep + ((bit << 32) - bit) * (65536 - keep)) >> 16
+def due(seen: Whole) -> Whole:
+    """After how many symbols more to learn, when so many of a layer have come."""
+    return min(_OFTEN + seen // _SHARE, _SELDOM)
 
 
 @jit
-def begin_layer(states: Words, column: Levels, units: NDArray[np.int64], mean: Whole) -> None:
-    """Start a layer: old counts weigh less, column means come from the units of the layer before."""
-    for i in range(1, len(states), 2):
-        states[i] = min(states[i], 30)
+def learn(
+    reached: Integers, weight: Integers, counts: NDArray[np.uint16], intervals: NDArray[np.uint64]
+) -> None:
+    """Take in the symbols that came since the last time, in each context."""
+    for context in range(len(weight)):
+        begin, came = context * SYMBOLS, np.int32(0)
+        for k in range(begin, begin + SYMBOLS):
+            came += np.int32(counts[0, k]) + np.int32(counts[1, k])
+        if came:
+            total = weight[context] + np.int64(came)
+            one, above = (1 << 30) // total, np.int64(0)
+            for symbol in range(SYMBOLS - 1, 0, -1):
+                k = begin + symbol
+                above += np.int64(counts[0, k]) + np.int64(counts[1, k])
+                known = reached[context, symbol] * weight[context] + (above << 30)
+                reached[context, symbol] = (known * one) >> 30
+            counts[:, begin : begin + SYMBOLS] = 0
+            weight[context] = min(total, _PATIENCE)
+            _divide(reached, intervals, context)
+
+
+@jit
+def _divide(reached: Integers, intervals: NDArray[np.uint64], context: Whole) -> None:
+    """The intervals of a context: no symbol without one."""
+    below: Whole = 0
+    for symbol in range(SYMBOLS - 1, -1, -1):
+        top: Whole = 1 << ONE
+        if symbol:
+            top = ((reached[context, symbol] * ((1 << ONE) - SYMBOLS)) >> 30) + SYMBOLS - symbol
+        intervals[context * SYMBOLS + symbol] = np.uint64(top - below) << UPPER | np.uint64(below)
+        below = top
+
+
+@jit
+def _divide_all(reached: Integers, intervals: NDArray[np.uint64]) -> None:
+    for context in range(len(reached)):
+        _divide(reached, intervals, context)
+
+
+def paces(dependent: bool) -> tuple[int, int, int]:
+    """Columns after which a row factor changes, how fast it forgets (2^-n), and what the left neighbour
+    weighs in an expectation (2^-n)."""
+    return (1, 5, 5) if dependent else (4, 4, 4)
+
+
+@jit
+def block(row: Whole, begin: Whole) -> Whole:
+    """How many columns are coded together: fewer at first, where nothing is known of a layer."""
+    return BLOCK if row else min(max(begin, 16), BLOCK)
+
+
+@jit
+def row_factor(found: Whole, expected: Whole) -> Whole:
+    """What a row has of what its columns promise, in 1/4096."""
+    return min(np.int64(np.uint64(found << 12) // np.uint64(expected)), MOST_FACTOR << 12)
+
+
+@jit
+def most_nearby(promised: Whole, found: Whole, expected: Whole) -> Whole:
+    """What a magnitude counts for its neighbours at most, in a block of a row that is promised so much.
+
+    8, and 64 times what the row has in the mean: one outlier does not make its row an active one. `promised`:
+    the mean of its columns, in 1/4096.
+    """
+    return np.int32(min(8 + ((promised * row_factor(found, expected)) >> 18), 1 << 20))
+
+
+def _contexts() -> NDArray[np.uint8]:
+    """Context of an expectation e below 4096, then of e >> 10, at the middle of its range."""
+    middles = [*range(1, 8192, 2), *range(1025, 4096 * 2048, 2048)]  # in 1/512
+    return np.array([(e * e).bit_length() - 1 for e in middles], np.uint8)
+
+
+_CONTEXT = _contexts()
+
+
+@jit
+def context_in(e: Whole) -> Whole:
+    """The context of an expected magnitude in 1/256."""
+    return np.int64(_CONTEXT[np.uint64(e if e < 4096 else 4096 + min(e >> 10, 4095))])
+
+
+@jit
+def context_of(e: Whole) -> Whole:
+    """`context_in` of an int32, for many at once: by the exponent of a square, which float32 rounds alike."""
+    e = min(e, np.int32((4096 << 10) - 1))
+    e = e if e < np.int32(4096) else (e | np.int32(1023)) - np.int32(511)
+    root = np.float32(np.int32(2) * e + np.int32(1))
+    return (np.float32(root * root).view(np.int32) >> np.int32(23)) - np.int32(127)
+
+
+@jit
+def low_bits(context: Whole, dependent: bool) -> Whole:
+    """How many low bits a context leaves as they are."""
+    return max((context >> np.int32(1)) - np.int32(11 if dependent else 10), np.int32(0))
+
+
+@jit
+def begin_columns(column: Levels, units: Integers, mean: Whole) -> None:
+    """Column means of a new layer come from the units of the layer before."""
     n, width = len(units), len(column)
     if n and width % n == 0:
         average = units.sum() // n + 1
@@ -102,9 +230,9 @@ def begin_layer(states: Words, column: Levels, units: NDArray[np.int64], mean: W
 @jit
 def end_row(column: Levels, level: Levels, row: Whole) -> Whole:
     """Column means, in 1/4096, take in a row of levels (up to 2047); returns the row's own mean."""
-    rate, total = max(256 // (2 * row + 5), 2), 0  # of 128
+    rate, total = np.int64(max(256 // (2 * row + 5), 2)), 0  # of 128
     for c in range(len(column)):
-        m: Whole = min(abs(np.int64(level[c])), 2047)
-        column[c] += (((m << 12) - column[c]) * rate) >> 7
+        m = min(abs(level[c]), np.int32(2047))
+        column[c] += np.int32((np.int64((m << np.int32(12)) - column[c]) * rate) >> 7)
         total += m
     return (total << 12) // len(column)

@@ -34,14 +34,16 @@ class Quantizer:
     ) -> tuple[bytes, Levels, list[int]]:
         """Code of x * scale, its levels if they are kept, and how far their points move.
 
-        Magnitudes below `least` steps become 0. Raises ValueError where x is not finite or beyond 2^30 steps.
+        With `least`, magnitudes are sent from so many steps on, wherever they are. Raises ValueError where x
+        is not finite or beyond 2^30 steps.
         """
         if self.trellis:
             code, levels, _ = context.encode(x, 2 * scale, _WEIGHT, shapes, dependent=True)
             moves = [128 * move for move in _beyond(x, 2 * scale, levels)]
         else:
-            code, levels, beyond = context.encode(x, scale, edges(LAMBDA, least), shapes, keep=keep)
-            moves = [256 * beyond[k] / max(beyond[k + 2], 1) for k in (0, 1)]
+            edge = edges(LAMBDA, least, anywhere=least > 0)
+            code, levels, beyond = context.encode(x, scale, edge, shapes, keep=keep)
+            moves = [beyond[k] / max(beyond[k + 2], 1) for k in (0, 1)]
         return code, levels, [max(-127, min(127, round(move))) for move in moves]
 
     def decode(self, code: bytes, shapes: context.Shapes) -> Levels:
@@ -59,16 +61,16 @@ _P = (np.arange(1024) + 0.5) / 1024
 _DEARER = np.maximum(np.log2((1 - _P) / _P) + np.array([[1.4], [0.6]]), 0)  # bits, of level m than of m - 1
 
 
-def edges(weight: float, least: float = 0.0) -> Floats:
-    """How far above m - 1 level m begins, by ten bits of the state that tells them apart: m = 1, then m > 1.
+def edges(weight: float, least: float = 0.0, anywhere: bool = False) -> Floats:
+    """How far above m - 1 level m begins, by ten bits of the odds of going on: m = 1, then m > 1.
 
-    Level 1 does not begin below `least`.
+    Level 1 does not begin below `least`; with `anywhere` it begins there, however rare it is.
 
     Rounding up pays where the squared distance it saves is above `weight` times the bits it costs more;
-    with a weight of 0 it goes to the nearest level. The end of counting costs about 0.6 bit, the sign 0.8.
+    with a weight of 0 it goes to the nearest level. Going no further costs about 0.6 bit, the sign 0.8.
     """
     begin: Floats = (0.5 + weight / 2 * _DEARER).astype(np.float32)
-    begin[0] = np.maximum(begin[0], least)
+    begin[0] = least if anywhere else np.maximum(begin[0], least)
     return begin.ravel()
 
 

@@ -20,7 +20,7 @@ from fedapp.codec.model import Floats
 from fedapp.codec.pilot import pilot
 from fedapp.codec.products import Products
 from fedapp.codec.quantizer import LAMBDA, Quantizer
-from fedapp.codec.target import Target, meet, nearest, within
+from fedapp.codec.target import Target, Thin, meet, nearest, within
 from fedapp.codec.varint import Reader, varint
 from fedapp.errors import DecodeError
 from fedapp.jit import jit
@@ -33,6 +33,7 @@ _TURNS, _MUCH = 3, 0.8
 # what a part of the update missed.
 _MEMORY = ("miss", -0.8, 0.8), ("step", 1e-9, 1e9), ("part", -0.8, 0.8)
 _REST = 7  # what a packet holds beside header and code: the header's length, version, dtype, CRC
+_DENSE = 2.0  # bits per parameter from which on most values are sent, and sizes do not jump
 _LONG = 2**19  # updates from this length on are coded in part first
 
 
@@ -66,14 +67,14 @@ class RateDistortion:
     the estimate missed in the last one, and the step (`miss`, `step`, float64 (1,)); should that mislead,
     four are the most, and what is no such state is passed over. To a rate up to about 2, of a long update
     whose layers are wide, one is usual in any round, after one or two of an eighth of it; the state says what
-    such a part missed too (`part`). Under error feedback, where a rate may lie between two steps, up to nine
+    such a part missed too (`part`). Under error feedback a rate below 2 may lie between two steps: up to nine
     more find it. The coarsest step is 0.9 of the largest magnitude, since error feedback would owe a vector
     that is never sent for ever; the finest is 2^-24 of it. A target beyond these gets the nearer one, and the
     log names it.
 
     products: False spends no time on them. trellis: dependent quantization (`trellis`); its quantizers have
     this step each, and their points together lie half a step apart. On updates of a small CNN 0.1 to 1.3 dB
-    better from 0.5 to 4 bits; no better below 0.5 bit. Encodes 30 times more slowly, up to six times for a
+    better from 0.5 to 4 bits; no better below 0.5 bit. Encodes some 20 times more slowly, up to six times for a
     target (or seven), and under noise misses some between 0.3 and 0.8 bits: zeros beget zeros there.
 
     float32 (n,) <-> uint8 (bytes,), where n is the layout's. Header: the step, and how far points of levels
@@ -100,10 +101,7 @@ class RateDistortion:
         check.flag("codec.products", self.products)
 
     def __repr__(self) -> str:
-        """As ever where there is no trellis: it seeds the CRC, and packets made before it shall be read.
-
-        A packet says itself whether it has products.
-        """
+        """It seeds the CRC; a packet says itself whether it has products."""
         trellis = ", trellis=True" if self.trellis else ""
         return f"RateDistortion(step={self.step!r}, rate={self.rate!r}, nmse={self.nmse!r}{trellis})"
 
@@ -149,7 +147,8 @@ class RateDistortion:
         of_part = None
         if to_rate and len(x) >= _LONG:
             of_part = pilot(factors, layout, self._quantizer, self._like, beyond)
-        thin = partial(code, factors) if to_rate else None
+        jumps = to_rate and self.rate < _DENSE
+        thin = Thin(partial(code, factors), factors.magnitudes[0].above) if jumps else None
         met = meet(target(factors), partial(code, factors), usual, thin, of_part)
         after = {"miss": met.miss, "step": met.step / rms}
         if of_part:
@@ -235,7 +234,7 @@ class RateDistortion:
         self, unit: Floats, exponent: int, layout: Layout, knowing: bool, factors: Factors,
         step: float, least: float = 0.0,
     ) -> Packet:  # fmt: skip
-        """One full encode of unit * 2^exponent; magnitudes below so many steps are not sent."""
+        """One full encode of unit * 2^exponent; with `least`, magnitudes are sent from so many steps on."""
         coder, step32 = self._quantizer, np.float32(np.ldexp(step, exponent))
         step32 = max(step32, np.finfo(np.float32).smallest_subnormal)
         scale = float(np.ldexp(1 / np.float64(step32), exponent))

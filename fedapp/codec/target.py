@@ -56,6 +56,13 @@ class Tried(NamedTuple):
     found: float
 
 
+class Thin(NamedTuple):
+    """Encodes at a step, and magnitudes from so many steps on; says how many are as large as a magnitude."""
+
+    code: Callable[[float, float], Packet]
+    above: Callable[[float], float]
+
+
 class Met(NamedTuple):
     """A packet and its step; logs of what the estimate missed there, and of what it was foreseen to miss."""
 
@@ -80,7 +87,7 @@ def meet(
     target: Target,
     code: Callable[[float], Packet],
     usual: float | None,
-    thin: Callable[[float, float], Packet] | None = None,
+    thin: Thin | None = None,
     pilot: Callable[[float], float] | None = None,
 ) -> Met:
     """The packet nearest to the target of a few, each of which corrects the estimate for the next.
@@ -90,7 +97,7 @@ def meet(
     estimate missed in the update before. `pilot(step)` says what it misses in this one, from a part of it.
 
     What error feedback owes lies dense just below the level 1 of the round before: a little finer step sends
-    most of it at once. So where no step does, `thin(step, least)` encodes magnitudes from so many steps on.
+    most of it at once. So where no step does, `thin` has only magnitudes from so many steps on sent.
     """
     coarsest, estimate = _COARSEST * target.most, _by_log2(target)
     low, high = _BOTTOM, 0.0
@@ -122,7 +129,7 @@ def meet(
         low, high = (at, high) if (found > target.goal) == target.falls else (low, at)
     best = _nearest(target, tried)
     if thin is not None and target.miss(tried[best].found) > 3 * target.tolerance:
-        tried += _thinned(target, lambda at, least: thin(2.0**at * coarsest, least), low, high, over)
+        tried += _thinned(target, thin, low, high, over)
         best = _nearest(target, tried)
     packet, found = tried[best]
     if target.miss(found) > 3 * target.tolerance:
@@ -151,17 +158,23 @@ def _careful(at: float, low: float, high: float, over: dict[float, float]) -> fl
     return (low + high) / 2 if over[low] - over[high] > _CLIFF else at
 
 
-def _thinned(
-    target: Target, thin: Callable[[float, float], Packet], low: float, high: float, over: dict[float, float]
-) -> list[Tried]:
-    """Packets at a step that gives more than the goal, of ever better least magnitudes."""
-    tried: list[Tried] = []
+def _thinned(target: Target, thin: Thin, low: float, high: float, over: dict[float, float]) -> list[Tried]:
+    """Packets at a step that gives more than the goal, of a few least magnitudes.
+
+    Bytes are about in proportion to how many values are sent, however densely these lie. In turns the least
+    magnitude is halfway between two, as those that lie most densely cannot be told apart.
+    """
+    tried, coarsest = list[Tried](), _COARSEST * target.most
 
     def over_with(at: float, least: float) -> float:
         """Try one; log of what it has over the goal."""
-        packet = thin(at, least)
+        packet = thin.code(2.0**at * coarsest, least)
         tried.append(Tried(packet, target.of(packet)))
         return target.over(tried[-1].found)
+
+    def sent(at: float) -> float:
+        """Log of how many values there are from so large a least magnitude on."""
+        return float(np.log1p(thin.above(2.0 ** (low + at) * coarsest)))
 
     while low == _BOTTOM:  # no step gave more yet
         high -= 0.25
@@ -174,15 +187,26 @@ def _thinned(
     # sends what the step does, and one as large as the coarser step about what that does.
     much, little = (-1.0, over.get(low, 0.0)), (min(0.2 - low, high - low + 1), over.get(high, 0.0))
     for turn in range(_THINNER):
-        share = 0.5
+        at = (much[0] + little[0]) / 2
         if turn % 2 == 0 and much[1] > 0 > little[1]:
             share = min(max(much[1] / (much[1] - little[1]), 0.1), 0.9)
-        at = much[0] + share * (little[0] - much[0])
+            at = _between(sent, much[0], little[0], share)
         end = at, over_with(low, 2.0**at)
-        if target.miss(tried[-1].found) < target.tolerance:
+        if target.miss(tried[-1].found) < 3 * target.tolerance:
             break
         much, little = (end, little) if end[1] > 0 else (much, end)
     return tried
+
+
+def _between(falling: Callable[[float], float], begin: float, end: float, share: float) -> float:
+    """Where what falls from begin to end has come down so far; halfway where it does not fall."""
+    first, last = falling(begin), falling(end)
+    if not first - last > 1e-6:
+        return (begin + end) / 2
+    for _ in range(24):
+        middle = (begin + end) / 2
+        begin, end = (middle, end) if first - falling(middle) < share * (first - last) else (begin, middle)
+    return (begin + end) / 2
 
 
 def _solve(

@@ -7,8 +7,8 @@ odd places and zero. Which of them a level k belongs to follows from the paritie
 
 Places half a step apart are thus coded at about the price of whole steps: cells are those of a dense packing
 in many dimensions. The encoder finds the best path through the states by dynamic programming (Viterbi). Each
-survivor expects magnitudes from its own past, as the coder will; bits cost what the coder's adaptive states
-say where a stretch of values begins, and the column means of rows yet to be decided are the best survivor's.
+survivor expects magnitudes from its own past, as the coder will; bits cost what the coder has learned where a
+stretch of values begins, and the column means of rows yet to be decided are the best survivor's.
 
 Sources: Marcellin and Fischer 1990, "Trellis coded quantization of memoryless and Gauss-Markov sources";
 Ungerboeck 1982, "Channel coding with multilevel/phase signals" (the code of 32 states); Schwarz et al. 2021,
@@ -21,13 +21,27 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fedapp.codec.model import BINS, CONTEXTS, RAW_DEPENDENT, UNARY, Floats, Levels, Whole, Words, end_row
+from fedapp.codec.model import (
+    CONTEXTS,
+    ESCAPE,
+    MOST_FACTOR,
+    ONE,
+    SIGNS,
+    SYMBOLS,
+    UPPER,
+    Floats,
+    Levels,
+    Whole,
+    Words,
+    end_row,
+    low_bits,
+    paces,
+)
 from fedapp.jit import jit
 
 HALF = 16  # states of each quantizer: those from HALF on are the odd one's
-PACE, DECAY = 1, 5  # columns after which the row factor changes, and how fast it forgets (2^-5)
-NUDGE = 5  # what the left neighbour weighs in an expectation (2^-5)
 
+_PACE, _DECAY, _NUDGE = paces(dependent=True)  # the row factor changes at each column
 _STATES = 2 * HALF
 _CHECKS = 0o45, 0o10  # the code's parity checks, of the low and of the high bit of a place modulo 4
 _STRETCH, _AHEAD = 512, 48  # values decided at once, and values seen beyond them
@@ -62,19 +76,22 @@ _INTO = np.argsort(NEXT.T.ravel(), kind="stable").reshape(_STATES, 2)
 
 
 @jit
-def _price(states: Words, weight: Any, stop: Floats, price: Floats) -> None:
-    """Weighted bits of magnitudes without signs: `stop` by quantizer, number of set bits and context, and
-    `price` by quantizer, magnitude and context."""
+def stretch(begin: Whole, size: Whole) -> Whole:
+    """Where the values of a layer end that are decided at once, from `begin` on."""
+    return size if begin + _STRETCH + _AHEAD >= size else begin + _STRETCH
+
+
+@jit
+def _price(intervals: NDArray[np.uint64], weight: Any, stop: Floats, price: Floats) -> None:
+    """Weighted bits of magnitudes without signs: `stop` by quantizer, symbol and context, and `price` by
+    quantizer, magnitude and context."""
     for odd in range(2):
         for context in range(CONTEXTS):
-            at, bits = 2 * (odd * CONTEXTS + context) * BINS, np.float32(0)
-            for t in range(UNARY + 1):
-                p = np.int64(states[at + 2 * t])
-                stop[odd, t, context] = weight * (bits + _BITS[(_ALL - p) >> 20])
-                bits += _BITS[p >> 20]
-                if t == 0:
-                    bits += np.float32(RAW_DEPENDENT[context])
-            stop[odd, UNARY + 1, context] = weight * (bits + np.float32(5))
+            first, raw = (odd * CONTEXTS + context) * SYMBOLS, low_bits(context, True)
+            for symbol in range(SYMBOLS):
+                share = np.int64(intervals[first + symbol] >> UPPER)
+                bits = _BITS[share >> (ONE - 12)] + np.float32(raw if symbol else 0)
+                stop[odd, symbol, context] = weight * (bits + np.float32(5 if symbol == ESCAPE else 0))
         for m in range(_ROWS):
             _row(stop, weight, odd, m, 0, CONTEXTS - 1, price[odd, m])
 
@@ -83,28 +100,29 @@ def _price(states: Words, weight: Any, stop: Floats, price: Floats) -> None:
 def _row(stop: Floats, weight: Any, odd: Whole, m: Whole, lowest: Whole, highest: Whole, row: Floats) -> None:
     """Prices of one magnitude in contexts from lowest to highest."""
     for context in range(lowest, highest + 1):
-        t = ((m - 1) >> RAW_DEPENDENT[context]) + 1 if m else 0
-        row[context] = stop[odd, min(t, UNARY + 1), context]
-        if t > UNARY:
-            row[context] += weight * np.float32(np.log2(t - UNARY + 0.5))
+        symbol = ((m - 1) >> low_bits(context, True)) + 1 if m else 0
+        row[context] = stop[odd, min(symbol, ESCAPE), context]
+        if symbol >= ESCAPE:
+            row[context] += weight * np.float32(np.log2(symbol - ESCAPE + 1.5))
 
 
 @jit
 def search(
-    x: Floats, scale: Any, weight: Any, levels: Levels, begin: Whole, state: Whole, found: Whole,
-    expected: Whole, left: Whole, lean: Whole, column: Levels, states: Words,
-) -> Whole:  # fmt: skip
-    """Decide places of values x * scale (half steps) of a layer, from `begin` on; returns where they end.
+    x: Floats, scale: Any, weight: Any, levels: Levels, begin: Whole, decided: Whole, state: Whole,
+    found: Whole, expected: Whole, left: Whole, lean: Whole, column: Levels, intervals: NDArray[np.uint64],
+    states: Words,
+) -> bool:  # fmt: skip
+    """Decide places of values x * scale (half steps) of a layer, from `begin` to `decided`.
 
     `weight`: what a bit costs, in squared half steps. `found`, `expected`, `left` and `lean` are the coder's,
-    `column` the means for the row of `begin`. Places beyond the end are changed too, but not decided. Returns
-    -1 where a value is not finite or beyond 2^30.
+    `column` the means for the row of `begin`, `intervals` and `states` (of signs) what was learned. Places
+    beyond are changed too, but not decided. False where a value is not finite or beyond 2^30.
     """
-    width, end = len(column), min(len(x), begin + _STRETCH + _AHEAD)
-    stop = np.empty((2, UNARY + 2, CONTEXTS), np.float32)
+    width, end = len(column), min(len(x), decided + _AHEAD)
+    stop = np.empty((2, SYMBOLS, CONTEXTS), np.float32)
     price = np.empty((2, _ROWS, CONTEXTS), np.float32)
     far = np.empty((2, CONTEXTS), np.float32)  # two rows of the table, for magnitudes beyond it
-    _price(states, weight, stop, price)
+    _price(intervals, weight, stop, price)
     back = np.empty((end - begin, _STATES), np.uint8)  # the branch into each state, and _ZERO
     places = np.empty((end - begin, 4), np.int32)  # by parity and quantizer
     mean_of = column.copy()
@@ -121,12 +139,12 @@ def search(
     # Branches: their cost and place.
     branch, to = np.zeros(2 * _STATES, np.float32), np.zeros(2 * _STATES, np.float32)
     sums_before, leans_before = np.zeros(_STATES, np.float32), np.zeros(_STATES, np.float32)
-    signs = np.zeros((2, 17), np.float32)
-    for b in range(16):
-        p = np.int64(states[4 * CONTEXTS * BINS + 2 * b])
+    signs = np.zeros((2, SIGNS + 1), np.float32)
+    for b in range(SIGNS):
+        p = np.int64(states[2 * b])
         signs[0, b], signs[1, b] = weight * _BITS[(_ALL - p) >> 20], weight * _BITS[p >> 20]
-    signs[:, 16] = signs[:, 15]  # a balance of 1 is met by rounding only
-    promise, keep = np.float32(expected), np.float32(1 - 2.0**-DECAY)
+    signs[:, SIGNS] = signs[:, SIGNS - 1]  # a balance of 1 is met by rounding only
+    promise, keep = np.float32(expected), np.float32(1 - 2.0**-_DECAY)
     c: Whole = begin % width
     for j in range(begin, end):
         if c == 0 and j > begin:
@@ -139,13 +157,13 @@ def search(
         v = np.float64(x[j]) * scale
         a, minus = abs(v), v < 0
         if not a < 2.0**30 - 4:
-            return -1
+            return False
 
         mean = np.float32(mean_of[c]) * np.float32(1 / 4096)
-        ratio, most = mean / promise, mean * np.float32(256)
+        ratio, most = mean / promise, mean * np.float32(MOST_FACTOR)
         for s in range(_STATES):
             e: Any = min(sums[s] * ratio, most)
-            e += (lefts[s] - e) * np.float32(2.0**-NUDGE)
+            e += (lefts[s] - e) * np.float32(2.0**-_NUDGE)
             square[s] = e * e
         lowest, highest = np.int32(CONTEXTS), np.int32(0)
         for s in range(_STATES):
@@ -201,11 +219,10 @@ def search(
         c = c + 1 if c + 1 < width else 0
 
     _trace(cost, back, places, levels, begin, end)
-    end = end if end == len(x) else begin + _STRETCH
-    for j in range(begin, end):
+    for j in range(begin, decided):
         if x[j] < 0:
             levels[j] = -levels[j]
-    return end
+    return True
 
 
 @jit

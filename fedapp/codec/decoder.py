@@ -1,0 +1,155 @@
+"""Reads the code of a layer (`context`)."""
+
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedapp.codec.model import (
+    BLOCK,
+    CONTEXTS,
+    ESCAPE,
+    LOW,
+    ONE,
+    SYMBOLS,
+    UPPER,
+    Integers,
+    Levels,
+    Whole,
+    Words,
+    block,
+    context_in,
+    due,
+    end_row,
+    learn,
+    low_bits,
+    most_nearby,
+    paces,
+    row_factor,
+)
+from fedapp.codec.range_coder import WORD, code_sign, raw_bits, shift
+from fedapp.codec.rounding import MOST
+from fedapp.codec.trellis import HALF, NEXT, stretch
+from fedapp.jit import jit
+
+
+def layer_decoder(dependent: bool) -> Callable[..., bool]:
+    """The decoder of one layer, of `layer_encoder`; False where no encoder made it."""
+    pace, decay, nudge = paces(dependent)
+    most = MOST // 2 if dependent else MOST
+
+    @jit
+    def layer(
+        levels: Levels, column: Levels, units: Integers, reached: Integers, weight: Integers,
+        counts: NDArray[np.uint16], intervals: NDArray[np.uint64], signs: Words, coder: Integers,
+        words: Words,
+    ) -> bool:  # fmt: skip
+        low, span, at = coder[0], coder[1], coder[2]
+        width, size = len(column), levels.size
+        some = np.empty(BLOCK, np.int32)
+        state: Whole = 0
+        searched: Whole = 0
+        seen: Whole = 0
+        since: Whole = 0
+        factor: Whole = 0
+        for row in range(len(units)):
+            level = levels[row]
+            promised = column.sum() // width + 1
+            found, expected = promised, promised
+            lean: Whole = 0
+            left: Whole = 0
+            begin: Whole = 0
+            turn: Whole = 0  # where the row factor changes
+            while begin < width:
+                if since >= due(seen):
+                    learn(reached, weight, counts, intervals)
+                    seen, since = seen + since, 0
+                end = min(width, begin + block(row, begin))
+                fading = decay if begin else np.int64(63)  # of what lies before
+                near = most_nearby(promised, found - (found >> fading), expected - (expected >> fading))
+                if dependent:
+                    if row * width + begin == searched:
+                        searched = stretch(searched, size)
+                    end = min(end, searched - row * width)
+                count = 0
+                for c in range(begin, end):
+                    if c == turn:
+                        if c:
+                            found -= found >> decay
+                            expected -= expected >> decay
+                        factor, turn = row_factor(found, expected), c + min(pace, max(1, c))
+                    u = np.uint64(c)
+                    mean = np.int64(column[u])
+                    e = (mean * factor) >> 16
+                    e += ((left << 8) - e) >> nudge
+                    context = context_in(e)
+                    odd = state // HALF if dependent else 0
+                    k = np.uint64((context + odd * CONTEXTS) * SYMBOLS)
+                    unit = span >> ONE
+                    bottom = np.int64(intervals[k] & LOW) * unit
+                    m: Whole = 0
+                    if low >= bottom:
+                        low, span = low - bottom, np.int64(intervals[k] >> UPPER) * unit
+                        counts[u & np.uint64(1), k] += np.uint16(1)
+                        if span < WORD:
+                            if low >= span:
+                                return False
+                            low, span, at = shift(False, low, span, at, words)
+                        level[u] = 0
+                        left = 0
+                    else:
+                        symbol: Whole = 1
+                        k += np.uint64(1)
+                        bottom = np.int64(intervals[k] & LOW) * unit
+                        while low < bottom and symbol < ESCAPE:
+                            symbol += 1
+                            k += np.uint64(1)
+                            bottom = np.int64(intervals[k] & LOW) * unit
+                        low, span = low - bottom, np.int64(intervals[k] >> UPPER) * unit
+                        counts[u & np.uint64(1), k] += np.uint16(1)
+                        if span < WORD:
+                            low, span, at = shift(False, low, span, at, words)
+                        if symbol == ESCAPE:
+                            bits: Whole = 0
+                            rest: Whole = 0
+                            bits, low, span, at = raw_bits(False, 0, 5, low, span, at, words)
+                            rest, low, span, at = raw_bits(False, 0, bits, low, span, at, words)
+                            if rest >> max(bits - 1, 0) != 1:
+                                return False
+                            symbol = rest + ESCAPE - 1
+                        m = symbol
+                        raw = np.int64(low_bits(context, dependent))
+                        if raw:
+                            span >>= raw
+                            rest = min(low // span, (1 << raw) - 1)
+                            low -= rest * span
+                            m = ((symbol - 1) << raw | rest) + 1
+                            if span < WORD:
+                                low, span, at = shift(False, low, span, at, words)
+                        if not 0 < m <= most:
+                            return False
+                        far = 2 * m - odd if dependent else m
+                        level[u] = far
+                        left = min(far, near)
+                        found += left << 12
+                        some[np.uint64(count)] = c
+                        count += 1
+                    if dependent:
+                        state = NEXT[np.uint64(state), np.uint64(m & 1)]
+                    expected += mean
+                for i in range(count):
+                    u = np.uint64(some[np.uint64(i)])
+                    minus, lean, low, span, at = code_sign(
+                        False, np.int64(0), signs, lean, low, span, at, words
+                    )
+                    level[u] = -level[u] if minus else level[u]
+                if not 0 <= low < span:
+                    return False  # intervals do not fill their space: no encoder points at the rest
+                since += end - begin
+                begin = end
+            units[row] = end_row(column, level, row)
+        learn(reached, weight, counts, intervals)
+        coder[0], coder[1], coder[2] = low, span, at
+        return True
+
+    return layer

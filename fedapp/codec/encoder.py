@@ -1,0 +1,249 @@
+"""Writes the code of a layer (`context`), one block of columns after the other, in loops that do one thing.
+
+Compilers turn such loops into vector instructions. Only the range coder must wait for itself, so its loop is
+alone, and is given places in the table of intervals.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedapp.codec.model import (
+    BLOCK,
+    CONTEXTS,
+    ESCAPE,
+    LOW,
+    ONE,
+    SYMBOLS,
+    UPPER,
+    Floats,
+    Integers,
+    Levels,
+    Whole,
+    Words,
+    block,
+    context_of,
+    due,
+    end_row,
+    learn,
+    low_bits,
+    most_nearby,
+    paces,
+    row_factor,
+)
+from fedapp.codec.range_coder import WORD, code_sign, raw_bits, shift
+from fedapp.codec.rounding import Beyond, add_beyond, begin_levels, magnitudes_of, round_block
+from fedapp.codec.trellis import HALF, NEXT, search, stretch
+from fedapp.jit import jit
+
+Places = NDArray[np.uint16]
+
+_MUCH = 1 << 27  # in 1/256: in the last context still, and within an int32
+_WIDEST = 8 * BLOCK  # words that a block takes at most
+_MANY = 64  # rows from which on every fourth tells where points lie
+
+
+def _symbol_writer(large: bool) -> Callable[..., None]:
+    """What writes symbols: `large` where some escape, or leave low bits of their numbers."""
+
+    @jit
+    def write(
+        numbers: Levels, dependent: bool, places: Places, counts: NDArray[np.uint16],
+        intervals: NDArray[np.uint64], coder: Integers, words: Words,
+    ) -> None:  # fmt: skip
+        low, span, at = coder[0], coder[1], coder[2]
+        for i in range(len(places)):
+            k = np.uint64(places[i])
+            interval, unit = intervals[k], span >> ONE
+            low += np.int64(interval & LOW) * unit
+            span = np.int64(interval >> UPPER) * unit
+            counts[np.uint64(i) & np.uint64(1), k] += np.uint16(1)
+            if span < WORD:
+                low, span, at = shift(True, low, span, at, words)
+            if large:
+                context = np.int64(k) // SYMBOLS
+                raw = low_bits(context - CONTEXTS if context >= CONTEXTS else context, dependent)
+                m = np.int64(numbers[i])
+                rest, size = ((m - 1) >> raw) + 2 - ESCAPE, 0
+                if rest > 0:  # an escape: how many bits, then the bits
+                    while rest >> size:
+                        size += 1
+                    _, low, span, at = raw_bits(True, size, 5, low, span, at, words)
+                    _, low, span, at = raw_bits(True, rest, size, low, span, at, words)
+                if raw and m:
+                    span >>= raw
+                    low += ((m - 1) & ((1 << raw) - 1)) * span
+                    if span < WORD:
+                        low, span, at = shift(True, low, span, at, words)
+        coder[0], coder[1], coder[2] = low, span, at
+
+    return write
+
+
+_write, _write_large = _symbol_writer(False), _symbol_writer(True)
+
+
+@jit
+def _write_signs(
+    x: Floats, level: Levels, some: Levels, signs: Words, lean: Whole, coder: Integers, words: Words
+) -> Whole:
+    """Those of levels that are not zero; returns the balance of signs after them. `some` is room."""
+    low, span, at, count = coder[0], coder[1], coder[2], 0
+    for i in range(len(level)):
+        some[np.uint64(count)] = i
+        count += level[i] > 0
+    for i in range(count):
+        minus = np.int64(x[np.uint64(some[np.uint64(i)])] < 0)
+        _, lean, low, span, at = code_sign(True, minus, signs, lean, low, span, at, words)
+    coder[0], coder[1], coder[2] = low, span, at
+    return lean
+
+
+@jit
+def _expect(
+    near: Levels, column: Levels, begin: Whole, pace: Whole, decay: Whole, nudge: Whole, sums: Integers,
+    factors: Levels, e: Levels,
+) -> None:  # fmt: skip
+    """Expected magnitudes of a block, in 1/256; `near` has the magnitude left of each, and one more."""
+    found, expected, n, i = sums[0], sums[1], len(column), 0
+    while i < n:
+        stop = min(n, i + min(pace, max(1, begin + i)))
+        factor, more = np.int32(row_factor(found, expected)), np.int64(0)
+        if stop == i + 4:  # unrolled by hand: compilers do not see that most are
+            one = np.uint64(i)
+            two, three, four = one + np.uint64(1), one + np.uint64(2), one + np.uint64(3)
+            factors[one] = factors[two] = factors[three] = factors[four] = factor
+            more += near[two] + near[three] + near[four] + near[one + np.uint64(4)]
+            expected += column[one] + column[two] + column[three] + column[four]
+        else:
+            for j in range(i, stop):
+                factors[j] = factor
+                more += near[j + 1]
+                expected += column[j]
+        found += more << 12
+        found -= found >> decay
+        expected -= expected >> decay
+        i = stop
+    sums[0], sums[1] = found, expected
+    for j in range(n):
+        product: Whole = np.int64(column[j]) * np.int64(factors[j])
+        mean = np.int32(min(product >> 16, _MUCH))
+        e[j] = mean + (((near[j] << np.int32(8)) - mean) >> np.int32(nudge))
+
+
+@jit
+def _place(numbers: Levels, odd: Levels, e: Levels, dependent: bool, places: Places) -> bool:
+    """Where symbols lie in the table of their contexts; whether some leave more to say."""
+    large = np.int32(0)
+    for i in range(len(numbers)):
+        context = context_of(e[i])
+        raw = low_bits(context, dependent)
+        symbol = ((numbers[i] - np.int32(1)) >> raw) + np.int32(1)
+        large = max(large, max(symbol - np.int32(ESCAPE - 1), raw))
+        if dependent:
+            context += odd[i] * np.int32(CONTEXTS)
+        places[i] = context * np.int32(SYMBOLS) + min(symbol, np.int32(ESCAPE))
+    return bool(large > 0)
+
+
+@jit
+def _take_turns(level: Levels, state: Whole, odd: Levels, numbers: Levels) -> Whole:
+    """Whose turn each place is, and its number there; the state after them."""
+    for i in range(len(level)):
+        odd[i] = state // HALF
+        numbers[i] = (level[i] + odd[i]) >> np.int32(1)
+        state = NEXT[np.uint64(state), np.uint64(numbers[i] & np.int32(1))]
+    return state
+
+
+def layer_encoder(dependent: bool) -> Callable[..., bool]:
+    """The encoder of one layer; with `dependent` quantizers levels are places (`trellis`).
+
+    False: no room in `words`, or, with -1 as the coder's place, values that are not finite or too large.
+    """
+    pace, decay, nudge = paces(dependent)
+
+    @jit
+    def layer(
+        updates: Floats, scale: Any, edge: Floats, levels: Levels, column: Levels, units: Integers,
+        reached: Integers, weight: Integers, counts: NDArray[np.uint16], intervals: NDArray[np.uint64],
+        signs: Words, coder: Integers, words: Words, beyond: Beyond,
+    ) -> bool:  # fmt: skip
+        width, size = len(column), updates.size
+        begins, mores = np.empty(CONTEXTS, np.float32), np.empty(CONTEXTS, np.float32)
+        magnitude, work = np.empty(BLOCK, np.float32), np.empty((3, BLOCK), np.float32)
+        odd, numbers = (
+            np.empty(BLOCK, np.int32),
+            np.empty(BLOCK, np.int32),
+        )  # whose turn it is (`_take_turns`)
+        near, e = np.empty(BLOCK + 1, np.int32), np.empty(BLOCK, np.int32)  # for others; what they expect
+        room, places = np.empty(BLOCK + 1, np.int32), np.empty(BLOCK, np.uint16)
+        level, sums = np.empty(width, np.int32), np.empty(2, np.int64)  # a row's, without signs
+        state: Whole = 0
+        searched: Whole = 0
+        seen: Whole = 0
+        since: Whole = 0
+        if not dependent:
+            begin_levels(reached, edge, begins, mores)
+        for row in range(len(units)):
+            promised = column.sum() // width + 1
+            sums[:] = promised  # what came in this row, and what its columns promise
+            near[0] = 0
+            lean: Whole = 0
+            begin: Whole = 0
+            while begin < width:
+                if coder[2] + _WIDEST > len(words):
+                    return False
+                if since >= due(seen):
+                    learn(reached, weight, counts, intervals)
+                    seen, since = seen + since, 0
+                    if not dependent:
+                        begin_levels(reached, edge, begins, mores)
+                end = min(width, begin + block(row, begin))
+                if dependent:
+                    at, left = row * width + begin, level[begin - 1] if begin else np.int32(0)
+                    if at == searched:
+                        searched = stretch(at, size)
+                        if not search(
+                            updates.reshape(-1), scale, edge[0], levels.reshape(-1), at, searched, state,
+                            sums[0], sums[1], left, lean, column, intervals, signs,
+                        ):  # fmt: skip
+                            coder[2] = -1
+                            return False
+                    end = min(end, begin + searched - at)
+                n, x, means, some = end - begin, updates[row, begin:end], column[begin:end], level[begin:end]
+                most = most_nearby(promised, sums[0], sums[1])
+                if dependent:
+                    some[:] = np.abs(levels[row, begin:end])
+                    state = _take_turns(some, state, odd, numbers)
+                else:
+                    if not magnitudes_of(x, scale, magnitude):
+                        coder[2] = -1
+                        return False
+                    round_block(
+                        magnitude[:n], means, sums[0], sums[1], np.float32(most), begins, mores, work, some
+                    )
+                    if row % 4 == 0 or len(units) < _MANY:
+                        add_beyond(magnitude[:n], some, beyond)
+                for i in range(n):
+                    near[i + 1] = min(some[i], most)
+                _expect(near[: n + 1], means, begin, pace, decay, nudge, sums, room, e)
+                near[0] = near[n]
+                said = numbers[:n] if dependent else some
+                if _place(said, odd, e, dependent, places):
+                    _write_large(said, dependent, places[:n], counts, intervals, coder, words)
+                else:
+                    _write(said, dependent, places[:n], counts, intervals, coder, words)
+                lean = _write_signs(x, some, room, signs, lean, coder, words)
+                if levels.size and not dependent:
+                    for i in range(n):
+                        levels[row, begin + i] = -some[i] if x[i] < 0 else some[i]
+                begin = end
+                since += n
+            units[row] = end_row(column, level, row)
+        learn(reached, weight, counts, intervals)
+        return True
+
+    return layer
