@@ -32,9 +32,8 @@ from fedapp.errors import DecodeError
 
 Shapes = Sequence[tuple[int, ...]]
 
-_ENCODERS, _DECODERS = (
-    [of(dependent) for dependent in (False, True)] for of in (layer_encoder, layer_decoder)
-)
+_ENCODERS = [layer_encoder(dependent) for dependent in (False, True)]
+_DECODERS = [layer_decoder(dependent) for dependent in (False, True)]
 
 
 def _layers(shapes: Shapes, dependent: bool) -> Iterator[tuple[slice, int, Levels, Integers, Model]]:
@@ -69,13 +68,11 @@ def encode(
     level = np.empty(len(x) if keep or dependent else 0, np.int32)
     room = 2 * len(x) + 4096
     while True:  # once, unless the levels are huge
-        coder, _ = range_coder.begin()
-        words, beyond = np.empty(room, np.uint32), np.zeros(4, np.int64)
+        coder, words = np.array([0, range_coder.FULL, 0]), np.empty(room, np.uint32)
+        beyond = np.zeros(4, np.int64)
         for part, rows, column, units, model in _layers(shapes, dependent):
-            values, into = (
-                x[part].reshape(rows, -1),
-                level[part].reshape(rows if len(level) else 0, len(column)),
-            )
+            values = x[part].reshape(rows, -1)
+            into = level[part].reshape(rows if len(level) else 0, len(column))
             if not _ENCODERS[dependent](
                 values, np.float32(scale), edge, into, column, units, *model.arrays, coder, words, beyond
             ):

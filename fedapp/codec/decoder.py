@@ -10,6 +10,7 @@ from fedapp.codec.model import (
     CONTEXTS,
     ESCAPE,
     LOW,
+    MOST,
     ONE,
     SYMBOLS,
     UPPER,
@@ -28,7 +29,6 @@ from fedapp.codec.model import (
     row_factor,
 )
 from fedapp.codec.range_coder import WORD, code_sign, raw_bits, shift
-from fedapp.codec.rounding import MOST
 from fedapp.codec.trellis import HALF, NEXT, stretch
 from fedapp.jit import jit
 

@@ -174,10 +174,8 @@ def layer_encoder(dependent: bool) -> Callable[..., bool]:
         width, size = len(column), updates.size
         begins, mores = np.empty(CONTEXTS, np.float32), np.empty(CONTEXTS, np.float32)
         magnitude, work = np.empty(BLOCK, np.float32), np.empty((3, BLOCK), np.float32)
-        odd, numbers = (
-            np.empty(BLOCK, np.int32),
-            np.empty(BLOCK, np.int32),
-        )  # whose turn it is (`_take_turns`)
+        odd = np.empty(BLOCK, np.int32)  # whose turn it is, and the numbers of places there (`_take_turns`)
+        numbers = np.empty(BLOCK, np.int32)
         near, e = np.empty(BLOCK + 1, np.int32), np.empty(BLOCK, np.int32)  # for others; what they expect
         room, places = np.empty(BLOCK + 1, np.int32), np.empty(BLOCK, np.uint16)
         level, sums = np.empty(width, np.int32), np.empty(2, np.int64)  # a row's, without signs

@@ -21,6 +21,7 @@ Integers = NDArray[np.int64]
 
 CONTEXTS, SYMBOLS = 46, 16  # half octaves of expected magnitude from 2^-9; 0, 1, ..., 14, and more: an escape
 ESCAPE = SYMBOLS - 1
+MOST = 2**30  # the largest magnitude of a level
 ONE = 20  # intervals are in 2^-20
 LOW, UPPER = np.uint64((1 << 32) - 1), np.uint64(32)  # the halves of an interval
 BLOCK = 128  # columns whose magnitudes are coded together, and then their signs

@@ -65,10 +65,8 @@ def code_sign(
     return minus, lean, low, span, at
 
 
-def begin(code: bytes | None = None) -> tuple[Integers, Words]:
-    """The coder (low, span, at) and the words of a code; without one, the coder that writes one."""
-    if code is None:
-        return np.array([0, FULL, 0]), np.zeros(0, np.uint32)
+def begin(code: bytes) -> tuple[Integers, Words]:
+    """The coder (low, span, at) that reads a code, and its words; one that writes begins at (0, FULL, 0)."""
     words = np.frombuffer(code + bytes(6 + len(code) % 2), ">u2").astype(np.uint32)
     return np.array([int(words[0]) << 32 | int(words[1]) << 16 | int(words[2]), FULL, 3]), words
 

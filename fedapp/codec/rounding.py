@@ -7,10 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from fedapp.codec.model import CONTEXTS, Floats, Integers, Levels, Whole, low_bits
+from fedapp.codec.model import CONTEXTS, MOST, Floats, Integers, Levels, Whole, low_bits
 from fedapp.jit import jit
-
-MOST = 2**30  # the largest magnitude of a level
 
 Beyond = Integers  # how far values lie beyond levels of 1, and above, in 1/256 steps; how many each
 

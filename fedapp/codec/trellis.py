@@ -41,7 +41,7 @@ from fedapp.jit import jit
 
 HALF = 16  # states of each quantizer: those from HALF on are the odd one's
 
-_PACE, _DECAY, _NUDGE = paces(dependent=True)  # the row factor changes at each column
+_, _DECAY, _NUDGE = paces(dependent=True)  # the row factor changes at each column
 _STATES = 2 * HALF
 _CHECKS = 0o45, 0o10  # the code's parity checks, of the low and of the high bit of a place modulo 4
 _STRETCH, _AHEAD = 512, 48  # values decided at once, and values seen beyond them
