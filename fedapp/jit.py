@@ -31,8 +31,7 @@ def _imports(path: Path) -> list[Path]:
     return found
 
 
-@cache
-def sources(path: Path) -> frozenset[Path]:
+def sources(path: Path) -> set[Path]:
     """This file and all files of the package that it needs, directly or through others."""
     found, left = set[Path](), [path]
     while left:
@@ -40,7 +39,12 @@ def sources(path: Path) -> frozenset[Path]:
         if file not in found:
             found.add(file)
             left += _imports(file)
-    return frozenset(found)
+    return found
+
+
+@cache
+def _stamp(path: Path) -> str:
+    return sha256(b"".join(sha256(file.read_bytes()).digest() for file in sorted(sources(path)))).hexdigest()
 
 
 class _Stamped:
@@ -49,8 +53,7 @@ class _Stamped:
     _py_file: str
 
     def get_source_stamp(self) -> str:
-        files = sorted(sources(Path(self._py_file)))
-        return sha256(b"".join(sha256(file.read_bytes()).digest() for file in files)).hexdigest()
+        return _stamp(Path(self._py_file))
 
 
 class Chosen(_Stamped, caching.UserProvidedCacheLocator):
