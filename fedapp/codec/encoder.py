@@ -36,7 +36,7 @@ from fedapp.codec.model import (
 from fedapp.codec.range_coder import WORD, code_sign, raw_bits, shift
 from fedapp.codec.rounding import Beyond, add_beyond, begin_levels, magnitudes_of, round_block
 from fedapp.codec.trellis import HALF, NEXT, search, stretch
-from fedapp.jit import jit
+from fedapp.jit import inlined, jit
 
 Places = NDArray[np.uint16]
 
@@ -46,11 +46,11 @@ _MANY = 64  # rows from which on every fourth tells where points lie
 
 
 def _symbol_writer(large: bool) -> Callable[..., None]:
-    """What writes symbols: `large` where some escape, or leave low bits of their numbers."""
+    """What writes symbols: `large` where some have more to say (`_place`)."""
 
-    @jit
+    @inlined
     def write(
-        numbers: Levels, dependent: bool, places: Places, counts: NDArray[np.uint16],
+        numbers: Levels, more: Levels, places: Places, counts: NDArray[np.uint16],
         intervals: NDArray[np.uint64], coder: Integers, words: Words,
     ) -> None:  # fmt: skip
         low, span, at = coder[0], coder[1], coder[2]
@@ -62,21 +62,18 @@ def _symbol_writer(large: bool) -> Callable[..., None]:
             counts[np.uint64(i) & np.uint64(1), k] += np.uint16(1)
             if span < WORD:
                 low, span, at = shift(True, low, span, at, words)
-            if large:
-                context = np.int64(k) // SYMBOLS
-                raw = low_bits(context - CONTEXTS if context >= CONTEXTS else context, dependent)
-                m = np.int64(numbers[i])
-                rest, size = ((m - 1) >> raw) + 2 - ESCAPE, 0
-                if rest > 0:  # an escape: how many bits, then the bits
-                    while rest >> size:
+            if large and more[i]:
+                raw, rest, size = np.int64(more[i]) & 31, np.int64(numbers[i]) - 1, 0
+                beyond = (rest >> raw) + 2 - ESCAPE
+                if beyond > 0:  # an escape: how many bits, then the bits
+                    while beyond >> size:
                         size += 1
                     _, low, span, at = raw_bits(True, size, 5, low, span, at, words)
-                    _, low, span, at = raw_bits(True, rest, size, low, span, at, words)
-                if raw and m:
-                    span >>= raw
-                    low += ((m - 1) & ((1 << raw) - 1)) * span
-                    if span < WORD:
-                        low, span, at = shift(True, low, span, at, words)
+                    _, low, span, at = raw_bits(True, beyond, size, low, span, at, words)
+                span >>= raw
+                low += (rest & ((1 << raw) - 1)) * span
+                if span < WORD:
+                    low, span, at = shift(True, low, span, at, words)
         coder[0], coder[1], coder[2] = low, span, at
 
     return write
@@ -85,7 +82,7 @@ def _symbol_writer(large: bool) -> Callable[..., None]:
 _write, _write_large = _symbol_writer(False), _symbol_writer(True)
 
 
-@jit
+@inlined
 def _write_signs(
     x: Floats, level: Levels, some: Levels, signs: Words, lean: Whole, coder: Integers, words: Words
 ) -> Whole:
@@ -101,7 +98,7 @@ def _write_signs(
     return lean
 
 
-@jit
+@inlined
 def _expect(
     near: Levels, column: Levels, begin: Whole, pace: Whole, decay: Whole, nudge: Whole, sums: Integers,
     factors: Levels, e: Levels,
@@ -133,22 +130,27 @@ def _expect(
         e[j] = mean + (((near[j] << np.int32(8)) - mean) >> np.int32(nudge))
 
 
-@jit
-def _place(numbers: Levels, odd: Levels, e: Levels, dependent: bool, places: Places) -> bool:
-    """Where symbols lie in the table of their contexts; whether some leave more to say."""
+@inlined
+def _place(numbers: Levels, odd: Levels, e: Levels, dependent: bool, places: Places, more: Levels) -> bool:
+    """Where symbols lie in the table of their contexts, what each has more to say, and whether one has.
+
+    Those that are not zero may leave low bits, so many; those that escape have 32 beside.
+    """
     large = np.int32(0)
     for i in range(len(numbers)):
         context = context_of(e[i])
         raw = low_bits(context, dependent)
         symbol = ((numbers[i] - np.int32(1)) >> raw) + np.int32(1)
-        large = max(large, max(symbol - np.int32(ESCAPE - 1), raw))
+        escapes = np.int32(symbol >= np.int32(ESCAPE))
+        more[i] = (raw + (escapes << np.int32(5))) * np.int32(numbers[i] > np.int32(0))
+        large |= more[i]
         if dependent:
             context += odd[i] * np.int32(CONTEXTS)
         places[i] = context * np.int32(SYMBOLS) + min(symbol, np.int32(ESCAPE))
     return bool(large > 0)
 
 
-@jit
+@inlined
 def _take_turns(level: Levels, state: Whole, odd: Levels, numbers: Levels) -> Whole:
     """Whose turn each place is, and its number there; the state after them."""
     for i in range(len(level)):
@@ -178,6 +180,7 @@ def layer_encoder(dependent: bool) -> Callable[..., bool]:
         numbers = np.empty(BLOCK, np.int32)
         near, e = np.empty(BLOCK + 1, np.int32), np.empty(BLOCK, np.int32)  # for others; what they expect
         room, places = np.empty(BLOCK + 1, np.int32), np.empty(BLOCK, np.uint16)
+        more = np.empty(BLOCK, np.int32)
         level, sums = np.empty(width, np.int32), np.empty(2, np.int64)  # a row's, without signs
         state: Whole = 0
         searched: Whole = 0
@@ -230,10 +233,10 @@ def layer_encoder(dependent: bool) -> Callable[..., bool]:
                 _expect(near[: n + 1], means, begin, pace, decay, nudge, sums, room, e)
                 near[0] = near[n]
                 said = numbers[:n] if dependent else some
-                if _place(said, odd, e, dependent, places):
-                    _write_large(said, dependent, places[:n], counts, intervals, coder, words)
+                if _place(said, odd, e, dependent, places, more):
+                    _write_large(said, more, places[:n], counts, intervals, coder, words)
                 else:
-                    _write(said, dependent, places[:n], counts, intervals, coder, words)
+                    _write(said, more, places[:n], counts, intervals, coder, words)
                 lean = _write_signs(x, some, room, signs, lean, coder, words)
                 if levels.size and not dependent:
                     for i in range(n):

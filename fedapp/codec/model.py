@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fedapp.jit import jit
+from fedapp.jit import inlined, jit
 
 Whole = Any  # an int, or a NumPy integer: one and the same once compiled
 Levels = NDArray[np.int32]
@@ -112,7 +112,7 @@ class Model:
         return self.reached, self.weight, self.counts, self.intervals, self.signs
 
 
-@jit
+@inlined
 def due(seen: Whole) -> Whole:
     """After how many symbols more to learn, when so many of a layer have come."""
     return min(_OFTEN + seen // _SHARE, _SELDOM)
@@ -164,19 +164,19 @@ def paces(dependent: bool) -> tuple[int, int, int]:
     return (1, 5, 5) if dependent else (4, 4, 4)
 
 
-@jit
+@inlined
 def block(row: Whole, begin: Whole) -> Whole:
     """How many columns are coded together: fewer at first, where nothing is known of a layer."""
     return BLOCK if row else min(max(begin, 16), BLOCK)
 
 
-@jit
+@inlined
 def row_factor(found: Whole, expected: Whole) -> Whole:
     """What a row has of what its columns promise, in 1/4096."""
     return min(np.int64(np.uint64(found << 12) // np.uint64(expected)), MOST_FACTOR << 12)
 
 
-@jit
+@inlined
 def most_nearby(promised: Whole, found: Whole, expected: Whole) -> Whole:
     """What a magnitude counts for its neighbours at most, in a block of a row that is promised so much.
 
@@ -195,13 +195,13 @@ def _contexts() -> NDArray[np.uint8]:
 _CONTEXT = _contexts()
 
 
-@jit
+@inlined
 def context_in(e: Whole) -> Whole:
     """The context of an expected magnitude in 1/256."""
     return np.int64(_CONTEXT[np.uint64(e if e < 4096 else 4096 + min(e >> 10, 4095))])
 
 
-@jit
+@inlined
 def context_of(e: Whole) -> Whole:
     """`context_in` of an int32, for many at once: by the exponent of a square, which float32 rounds alike."""
     e = min(e, np.int32((4096 << 10) - 1))
@@ -210,7 +210,7 @@ def context_of(e: Whole) -> Whole:
     return (np.float32(root * root).view(np.int32) >> np.int32(23)) - np.int32(127)
 
 
-@jit
+@inlined
 def low_bits(context: Whole, dependent: bool) -> Whole:
     """How many low bits a context leaves as they are."""
     return max((context >> np.int32(1)) - np.int32(11 if dependent else 10), np.int32(0))

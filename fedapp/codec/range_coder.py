@@ -8,14 +8,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedapp.codec.model import Integers, Whole, Words
-from fedapp.jit import jit
+from fedapp.jit import inlined, jit
 
 FULL, WORD = 1 << 48, 1 << 32  # the interval at the start; below WORD, 16 bits leave
 _CERTAIN = 500  # the count of a sign's state stops here: it averages over about so many
 _KEEP = np.array([65536 - 131072 // (2 * n + 3) for n in range(_CERTAIN + 1)], np.uint16)  # of the old
 
 
-@jit
+@inlined
 def shift(encoding: bool, low: Whole, span: Whole, at: Whole, words: Words) -> tuple[Whole, Whole, Whole]:
     """Let 16 bits leave, or enter, until the interval is wide again: beyond the end of a code lie zeros."""
     while span < WORD:
@@ -28,7 +28,7 @@ def shift(encoding: bool, low: Whole, span: Whole, at: Whole, words: Words) -> t
     return low, span, at
 
 
-@jit
+@inlined
 def raw_bits(
     encoding: bool, v: Whole, n: Whole, low: Whole, span: Whole, at: Whole, words: Words
 ) -> tuple[Whole, Whole, Whole, Whole]:
@@ -44,7 +44,7 @@ def raw_bits(
     return v, low, span, at
 
 
-@jit
+@inlined
 def code_sign(
     encoding: bool, minus: Whole, signs: Words, lean: Whole, low: Whole, span: Whole, at: Whole, words: Words
 ) -> tuple[Whole, Whole, Whole, Whole, Whole]:

@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 
 from fedapp.codec.model import CONTEXTS, MOST, Floats, Integers, Levels, Whole, low_bits
-from fedapp.jit import jit
+from fedapp.jit import inlined
 
 Beyond = Integers  # how far values lie beyond levels of 1, and above, in 1/256 steps; how many each
 
 
-@jit
+@inlined
 def begin_levels(reached: Integers, edge: Floats, begins: Floats, mores: Floats) -> None:
     """Where level 1 begins in each context; and what is added to larger magnitudes before they are cut off.
 
@@ -27,7 +27,7 @@ def begin_levels(reached: Integers, edge: Floats, begins: Floats, mores: Floats)
         mores[context] = np.float32(1) - more if low_bits(context, False) == 0 else np.float32(0.5)
 
 
-@jit
+@inlined
 def magnitudes_of(x: Floats, scale: Any, magnitude: Floats) -> bool:
     """Those of x * scale; False where one is not finite, or beyond the largest level."""
     good = True
@@ -38,14 +38,14 @@ def magnitudes_of(x: Floats, scale: Any, magnitude: Floats) -> bool:
     return good
 
 
-@jit
+@inlined
 def _half_octave(e: Any) -> Whole:
     """About the context of an expected magnitude."""
     c = (np.float32(e * e).view(np.int32) >> np.int32(23)) - np.int32(127 - 18)
     return min(max(c, np.int32(0)), np.int32(CONTEXTS - 1))
 
 
-@jit
+@inlined
 def round_block(
     magnitude: Floats, column: Levels, found: Whole, expected: Whole, most: Any, begins: Floats,
     mores: Floats, work: Floats, level: Levels,
@@ -76,7 +76,7 @@ def round_block(
         level[i] = m * np.int32(magnitude[i] >= begin[i])
 
 
-@jit
+@inlined
 def add_beyond(magnitude: Floats, level: Levels, beyond: Beyond) -> None:
     """Take in how far the magnitudes of a block lie beyond their levels."""
     ones, more, of_ones, of_more = np.int32(0), np.int32(0), np.int32(0), np.int32(0)
