@@ -99,6 +99,13 @@ def _write_signs(
 
 
 @inlined
+def _sign(x: Floats, some: Levels, level: Levels) -> None:
+    """Magnitudes with the signs of values."""
+    for i in range(len(x)):
+        level[i] = -some[i] if x[i] < 0 else some[i]
+
+
+@inlined
 def _expect(
     near: Levels, column: Levels, begin: Whole, pace: Whole, decay: Whole, nudge: Whole, sums: Integers,
     factors: Levels, e: Levels,
@@ -239,8 +246,7 @@ def layer_encoder(dependent: bool) -> Callable[..., bool]:
                     _write(said, more, places[:n], counts, intervals, coder, words)
                 lean = _write_signs(x, some, room, signs, lean, coder, words)
                 if levels.size and not dependent:
-                    for i in range(n):
-                        levels[row, begin + i] = -some[i] if x[i] < 0 else some[i]
+                    _sign(x, some, levels[row, begin:end])
                 begin = end
                 since += n
             units[row] = end_row(column, level, row)
