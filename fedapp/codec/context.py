@@ -6,7 +6,7 @@ far, and half octaves of that expectation are the contexts in which magnitudes a
 at a time:
 
     magnitudes, one symbol each (large ones leave low bits as they are, far outliers escape)
-    then the signs of those that are not zero, each in the balance of signs before it
+    then the signs of those that are not zero, one symbol each, in the context of the signs before it
 
 How often each symbol comes in its context is learned every so many symbols (`model.due`, `model.learn`). The
 column means of a layer start from the row means of the layer before: its units are this one's inputs. The

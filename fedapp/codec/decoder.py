@@ -12,6 +12,7 @@ from fedapp.codec.model import (
     LOW,
     MOST,
     ONE,
+    SIGNS,
     SYMBOLS,
     UPPER,
     Integers,
@@ -22,13 +23,15 @@ from fedapp.codec.model import (
     context_in,
     due,
     end_row,
+    lean_after,
     learn,
     low_bits,
     most_nearby,
     paces,
     row_factor,
+    sign_context,
 )
-from fedapp.codec.range_coder import WORD, code_sign, raw_bits, shift
+from fedapp.codec.range_coder import WORD, raw_bits, shift
 from fedapp.codec.trellis import HALF, NEXT, stretch
 from fedapp.jit import jit
 
@@ -41,12 +44,11 @@ def layer_decoder(dependent: bool) -> Callable[..., bool]:
     @jit
     def layer(
         levels: Levels, column: Levels, units: Integers, reached: Integers, weight: Integers,
-        counts: NDArray[np.uint16], intervals: NDArray[np.uint64], signs: Words, coder: Integers,
-        words: Words,
+        counts: NDArray[np.uint16], intervals: NDArray[np.uint64], coder: Integers, words: Words,
     ) -> bool:  # fmt: skip
         low, span, at = coder[0], coder[1], coder[2]
         width, size = len(column), levels.size
-        some = np.empty(BLOCK, np.int32)
+        some, first_sign = np.empty(BLOCK, np.int32), len(weight) - SIGNS
         state: Whole = 0
         searched: Whole = 0
         seen: Whole = 0
@@ -138,11 +140,18 @@ def layer_decoder(dependent: bool) -> Callable[..., bool]:
                         state = NEXT[np.uint64(state), np.uint64(m & 1)]
                     expected += mean
                 for i in range(count):
+                    k = np.uint64((first_sign + sign_context(lean)) * SYMBOLS)
+                    unit = span >> ONE
+                    minus = np.int64(low < np.int64(intervals[k] & LOW) * unit)
+                    k += np.uint64(minus)
+                    interval = intervals[k]
+                    low, span = low - np.int64(interval & LOW) * unit, np.int64(interval >> UPPER) * unit
+                    counts[np.uint64(i) & np.uint64(1), k] += np.uint16(1)
+                    if span < WORD:
+                        low, span, at = shift(False, low, span, at, words)
+                    lean = lean_after(lean, minus)
                     u = np.uint64(some[np.uint64(i)])
-                    minus, lean, low, span, at = code_sign(
-                        False, np.int64(0), signs, lean, low, span, at, words
-                    )
-                    level[u] = -level[u] if minus else level[u]
+                    level[u] *= np.int32(1 - 2 * minus)
                 if not 0 <= low < span:
                     return False  # intervals do not fill their space: no encoder points at the rest
                 since += end - begin

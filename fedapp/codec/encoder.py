@@ -16,6 +16,7 @@ from fedapp.codec.model import (
     ESCAPE,
     LOW,
     ONE,
+    SIGNS,
     SYMBOLS,
     UPPER,
     Floats,
@@ -27,13 +28,15 @@ from fedapp.codec.model import (
     context_of,
     due,
     end_row,
+    lean_after,
     learn,
     low_bits,
     most_nearby,
     paces,
     row_factor,
+    sign_context,
 )
-from fedapp.codec.range_coder import WORD, code_sign, raw_bits, shift
+from fedapp.codec.range_coder import WORD, raw_bits, shift
 from fedapp.codec.rounding import Beyond, add_beyond, begin_levels, magnitudes_of, round_block
 from fedapp.codec.trellis import HALF, NEXT, search, stretch
 from fedapp.jit import inlined, jit
@@ -80,22 +83,6 @@ def _symbol_writer(large: bool) -> Callable[..., None]:
 
 
 _write, _write_large = _symbol_writer(False), _symbol_writer(True)
-
-
-@inlined
-def _write_signs(
-    x: Floats, level: Levels, some: Levels, signs: Words, lean: Whole, coder: Integers, words: Words
-) -> Whole:
-    """Those of levels that are not zero; returns the balance of signs after them. `some` is room."""
-    low, span, at, count = coder[0], coder[1], coder[2], 0
-    for i in range(len(level)):
-        some[np.uint64(count)] = i
-        count += level[i] > 0
-    for i in range(count):
-        minus = np.int64(x[np.uint64(some[np.uint64(i)])] < 0)
-        _, lean, low, span, at = code_sign(True, minus, signs, lean, low, span, at, words)
-    coder[0], coder[1], coder[2] = low, span, at
-    return lean
 
 
 @inlined
@@ -158,6 +145,25 @@ def _place(numbers: Levels, odd: Levels, e: Levels, dependent: bool, places: Pla
 
 
 @inlined
+def _place_signs(
+    x: Floats, level: Levels, first: Whole, lean: Whole, some: Levels, places: Places
+) -> tuple[Whole, Whole]:
+    """Where signs of levels that are not zero lie in the table, and how many; the balance after them.
+
+    `first` is the first of their contexts, `some` is room.
+    """
+    count = 0
+    for i in range(len(level)):
+        some[np.uint64(count)] = x[i] < 0
+        count += level[i] > 0
+    for i in range(count):
+        minus = np.int64(some[i])
+        places[i] = (first + sign_context(lean)) * SYMBOLS + minus
+        lean = lean_after(lean, minus)
+    return count, lean
+
+
+@inlined
 def _take_turns(level: Levels, state: Whole, odd: Levels, numbers: Levels) -> Whole:
     """Whose turn each place is, and its number there; the state after them."""
     for i in range(len(level)):
@@ -178,7 +184,7 @@ def layer_encoder(dependent: bool) -> Callable[..., bool]:
     def layer(
         updates: Floats, scale: Any, edge: Floats, levels: Levels, column: Levels, units: Integers,
         reached: Integers, weight: Integers, counts: NDArray[np.uint16], intervals: NDArray[np.uint64],
-        signs: Words, coder: Integers, words: Words, beyond: Beyond,
+        coder: Integers, words: Words, beyond: Beyond,
     ) -> bool:  # fmt: skip
         width, size = len(column), updates.size
         begins, mores = np.empty(CONTEXTS, np.float32), np.empty(CONTEXTS, np.float32)
@@ -186,8 +192,8 @@ def layer_encoder(dependent: bool) -> Callable[..., bool]:
         odd = np.empty(BLOCK, np.int32)  # whose turn it is, and the numbers of places there (`_take_turns`)
         numbers = np.empty(BLOCK, np.int32)
         near, e = np.empty(BLOCK + 1, np.int32), np.empty(BLOCK, np.int32)  # for others; what they expect
-        room, places = np.empty(BLOCK + 1, np.int32), np.empty(BLOCK, np.uint16)
-        more = np.empty(BLOCK, np.int32)
+        room, places = np.empty(BLOCK + 1, np.int32), np.empty(2 * BLOCK, np.uint16)
+        more, first_sign = np.empty(2 * BLOCK, np.int32), len(weight) - SIGNS
         level, sums = np.empty(width, np.int32), np.empty(2, np.int64)  # a row's, without signs
         state: Whole = 0
         searched: Whole = 0
@@ -216,7 +222,7 @@ def layer_encoder(dependent: bool) -> Callable[..., bool]:
                         searched = stretch(at, size)
                         if not search(
                             updates.reshape(-1), scale, edge[0], levels.reshape(-1), at, searched, state,
-                            sums[0], sums[1], left, lean, column, intervals, signs,
+                            sums[0], sums[1], left, lean, column, intervals,
                         ):  # fmt: skip
                             coder[2] = -1
                             return False
@@ -240,11 +246,13 @@ def layer_encoder(dependent: bool) -> Callable[..., bool]:
                 _expect(near[: n + 1], means, begin, pace, decay, nudge, sums, room, e)
                 near[0] = near[n]
                 said = numbers[:n] if dependent else some
-                if _place(said, odd, e, dependent, places, more):
-                    _write_large(said, more, places[:n], counts, intervals, coder, words)
+                large = _place(said, odd, e, dependent, places, more)
+                signs, lean = _place_signs(x, some, first_sign, lean, room, places[n:])
+                if large:
+                    more[n : n + signs] = 0
+                    _write_large(said, more, places[: n + signs], counts, intervals, coder, words)
                 else:
-                    _write(said, more, places[:n], counts, intervals, coder, words)
-                lean = _write_signs(x, some, room, signs, lean, coder, words)
+                    _write(said, more, places[: n + signs], counts, intervals, coder, words)
                 if levels.size and not dependent:
                     _sign(x, some, levels[row, begin:end])
                 begin = end

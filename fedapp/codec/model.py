@@ -28,9 +28,10 @@ BLOCK = 128  # columns whose magnitudes are coded together, and then their signs
 MOST_FACTOR = 1 << 12  # what a row has of what its columns promise, at most
 _PATIENCE = 4000  # what has come in a context counts as so many symbols at most
 _AT_FIRST, _OF_OLD = 60, 180  # what counts at first; of what earlier layers told, when one begins
+_SIGNS_AT_FIRST = 30  # the same of signs, of which not all updates are alike
 _OFTEN, _SELDOM = 16, 4096  # symbols after which what has come is learned, at first and at last
 _SHARE = 8  # in between, after so small a part of a layer's
-SIGNS = 16  # states of signs, by the balance of signs that came before
+SIGNS = 16  # contexts of signs, by the balance of signs that came before; behind those of magnitudes
 
 # Log2 of the odds that a magnitude goes on, in quarters, in contexts 10 to 25: what updates of two CNNs
 # (Fashion-MNIST, SGD, first rounds and late ones) had at 0.01 to 6 bits.
@@ -53,6 +54,9 @@ _ODDS_DEPENDENT = (
     (-7, -7, -7, -7, -7, -7, -8, -7, -6, -5, -3, 0, 3, 6),  # beyond 3 and more
 )
 
+# Percent of signs that are minus, by the balance of signs before: from minuses alone to as many pluses.
+_MINUS = (94, 86, 80, 73, 68, 63, 59, 53)
+
 
 def _reached(odds: tuple[tuple[int, ...], ...]) -> Integers:
     """Probabilities (CONTEXTS, SYMBOLS) in 2^-30 that a magnitude reaches each symbol.
@@ -74,9 +78,15 @@ def _reached(odds: tuple[tuple[int, ...], ...]) -> Integers:
 
 
 def _initial() -> tuple[Integers, Integers]:
-    """`_reached` of the plain quantizer, and of the even one and the odd one, one after the other."""
+    """`_reached` of the plain quantizer, and of the even one and the odd one, one after the other; and signs.
+
+    A sign is symbol 0 or, below zero, symbol 1.
+    """
     even, odd = (_ODDS_DEPENDENT[side::2][:2] + _ODDS_DEPENDENT[4:] for side in (0, 1))
-    return _reached(_ODDS), np.concatenate([_reached(even), _reached(odd)])
+    signs = np.zeros((SIGNS, SYMBOLS), np.int64)
+    for context, percent in enumerate((*_MINUS, *(100 - percent for percent in reversed(_MINUS)))):
+        signs[context, :2] = 1 << 30, (percent << 30) // 100
+    return np.concatenate([_reached(_ODDS), signs]), np.concatenate([_reached(even), _reached(odd), signs])
 
 
 _INITIAL = _initial()
@@ -85,31 +95,29 @@ _INITIAL = _initial()
 class Model:
     """What was learned: the arrays that compiled code reads and changes.
 
-    reached: probability in 2^-30 that a magnitude reaches a symbol, (contexts, SYMBOLS); weight: how many
-    symbols that counts as. counts: symbols that came since it was learned, in two rows, so that counting does
-    not wait for itself. intervals: of each symbol its share in the upper half and its begin in the lower one,
-    both in 2^-20; zero ends at the top, so that a decoder finds zeros by one comparison. signs: states
-    (probability of minus in 2^-32, count).
+    reached: probability in 2^-30 that a magnitude, or a sign, reaches a symbol, (contexts, SYMBOLS); weight:
+    how many symbols that counts as. counts: symbols that came since it was learned, in two rows, so that
+    counting does not wait for itself. intervals: of each symbol its share in the upper half and its begin in
+    the lower one, both in 2^-20; symbol 0 ends at the top, so that a decoder finds it by one comparison.
     """
 
     def __init__(self, dependent: bool) -> None:
         self.reached = _INITIAL[dependent].copy()
         contexts = len(self.reached)
         self.weight = np.full(contexts, _AT_FIRST, np.int64)
+        self.weight[-SIGNS:] = _SIGNS_AT_FIRST
         self.counts = np.zeros((2, contexts * SYMBOLS), np.uint16)
         self.intervals = np.zeros(contexts * SYMBOLS, np.uint64)
-        self.signs = np.full((SIGNS, 2), (1 << 31, 6), np.uint32).ravel()
         _divide_all(self.reached, self.intervals)
 
     def begin_layer(self) -> None:
         """What earlier layers told weighs less."""
         np.minimum(self.weight, _OF_OLD, out=self.weight)
-        self.signs[1::2] = np.minimum(self.signs[1::2], 30)
 
     @property
-    def arrays(self) -> tuple[Integers, Integers, NDArray[np.uint16], NDArray[np.uint64], Words]:
+    def arrays(self) -> tuple[Integers, Integers, NDArray[np.uint16], NDArray[np.uint64]]:
         """In the order in which `learn` and the coder take them."""
-        return self.reached, self.weight, self.counts, self.intervals, self.signs
+        return self.reached, self.weight, self.counts, self.intervals
 
 
 @inlined
@@ -156,6 +164,18 @@ def _divide(reached: Integers, intervals: NDArray[np.uint64], context: Whole) ->
 def _divide_all(reached: Integers, intervals: NDArray[np.uint64]) -> None:
     for context in range(len(reached)):
         _divide(reached, intervals, context)
+
+
+@inlined
+def sign_context(lean: Whole) -> Whole:
+    """Which context of signs a balance is in: from -4096, of minuses, to 4096."""
+    return (lean + 4096) >> 9
+
+
+@inlined
+def lean_after(lean: Whole, minus: Whole) -> Whole:
+    """The balance of signs after another one."""
+    return lean + (((1 - 2 * minus) * 4096 - lean) >> 3)
 
 
 def paces(dependent: bool) -> tuple[int, int, int]:

@@ -11,8 +11,6 @@ from fedapp.codec.model import Integers, Whole, Words
 from fedapp.jit import inlined, jit
 
 FULL, WORD = 1 << 48, 1 << 32  # the interval at the start; below WORD, 16 bits leave
-_CERTAIN = 500  # the count of a sign's state stops here: it averages over about so many
-_KEEP = np.array([65536 - 131072 // (2 * n + 3) for n in range(_CERTAIN + 1)], np.uint16)  # of the old
 
 
 @inlined
@@ -42,27 +40,6 @@ def raw_bits(
         if span < WORD:
             low, span, at = shift(encoding, low, span, at, words)
     return v, low, span, at
-
-
-@inlined
-def code_sign(
-    encoding: bool, minus: Whole, signs: Words, lean: Whole, low: Whole, span: Whole, at: Whole, words: Words
-) -> tuple[Whole, Whole, Whole, Whole, Whole]:
-    """Whether a value is below 0, in the balance of signs before it (`lean`), which it moves."""
-    k = np.uint64((lean + 4096) >> 9 << 1)
-    p, n = np.int64(signs[k]), np.int64(signs[k + np.uint64(1)])
-    part = (span >> 16) * ((p >> 16) | 1)
-    if not encoding:
-        minus = np.int64(low < part)
-    low += part * (1 - minus) if encoding else -part * (1 - minus)
-    span = part if minus else span - part
-    keep = np.int64(_KEEP[n])
-    signs[k] = (p * keep + ((minus << 32) - minus) * (65536 - keep)) >> 16
-    signs[k + np.uint64(1)] = n + (n < _CERTAIN)
-    lean += ((1 - 2 * minus) * 4096 - lean) >> 3
-    if span < WORD:
-        low, span, at = shift(encoding, low, span, at, words)
-    return minus, lean, low, span, at
 
 
 def begin(code: bytes) -> tuple[Integers, Words]:

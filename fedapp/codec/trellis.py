@@ -32,7 +32,6 @@ from fedapp.codec.model import (
     Floats,
     Levels,
     Whole,
-    Words,
     end_row,
     low_bits,
     paces,
@@ -51,7 +50,6 @@ _NEVER = np.float32(1e30)
 _BITS = -np.log2(np.maximum(np.arange(4096) + 0.5, 1) / 4096).astype(
     np.float32
 )  # by twelve bits of a probability
-_ALL = 0xFFFFFFFF
 
 
 def _automaton() -> NDArray[np.int64]:
@@ -110,12 +108,11 @@ def _row(stop: Floats, weight: Any, odd: Whole, m: Whole, lowest: Whole, highest
 def search(
     x: Floats, scale: Any, weight: Any, levels: Levels, begin: Whole, decided: Whole, state: Whole,
     found: Whole, expected: Whole, left: Whole, lean: Whole, column: Levels, intervals: NDArray[np.uint64],
-    states: Words,
 ) -> bool:  # fmt: skip
     """Decide places of values x * scale (half steps) of a layer, from `begin` to `decided`.
 
     `weight`: what a bit costs, in squared half steps. `found`, `expected`, `left` and `lean` are the coder's,
-    `column` the means for the row of `begin`, `intervals` and `states` (of signs) what was learned. Places
+    `column` the means for the row of `begin`, `intervals` what was learned. Places
     beyond are changed too, but not decided. False where a value is not finite or beyond 2^30.
     """
     width, end = len(column), min(len(x), decided + _AHEAD)
@@ -141,8 +138,9 @@ def search(
     sums_before, leans_before = np.zeros(_STATES, np.float32), np.zeros(_STATES, np.float32)
     signs = np.zeros((2, SIGNS + 1), np.float32)
     for b in range(SIGNS):
-        p = np.int64(states[2 * b])
-        signs[0, b], signs[1, b] = weight * _BITS[(_ALL - p) >> 20], weight * _BITS[p >> 20]
+        first = (2 * CONTEXTS + b) * SYMBOLS
+        for minus in range(2):
+            signs[minus, b] = weight * _BITS[np.int64(intervals[first + minus] >> UPPER) >> (ONE - 12)]
     signs[:, SIGNS] = signs[:, SIGNS - 1]  # a balance of 1 is met by rounding only
     promise, keep = np.float32(expected), np.float32(1 - 2.0**-_DECAY)
     c: Whole = begin % width
