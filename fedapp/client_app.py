@@ -5,7 +5,6 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import torch
 from flwr.app import Array, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
@@ -17,7 +16,7 @@ from fedapp.assignment import SECONDS, WHOLE, Part, part_in
 from fedapp.ckks import Ckks
 from fedapp.downlink import Plain
 from fedapp.dp_step import DpStep
-from fedapp.errors import ConfigError, FedappError
+from fedapp.errors import FedappError
 from fedapp.facts import ASKS
 from fedapp.job import Job
 from fedapp.models import load
@@ -40,8 +39,7 @@ from fedapp.records import (
 )
 from fedapp.running_sum import Own
 from fedapp.scaffold import STEERED
-from fedapp.secagg import Client, Identity
-from fedapp.secagg.roster import read_identity
+from fedapp.secagg import Client
 from fedapp.secagg.wire import answer, masked
 from fedapp.stages import DECODE, ENCODE, EVALUATE, TRAIN
 from fedapp.tasks import EVALUATION_BATCH, Data, Score
@@ -200,28 +198,10 @@ def local_app(job: Job) -> ClientApp:
 
 
 def _secure(job: Job, context: Context) -> Client:
-    """This node's end of secure aggregation; FedappError where the run has none, or one of them signs."""
-    if job.terms is None:
+    """This node's end of secure aggregation; FedappError where the run has none."""
+    if job.secure is None:
         raise FedappError("this run has no secure aggregation")
-    own = _identity(job, context)
-    if (own is None) == job.signed:
-        said = "a run signs" if own is None else "this node signs, and the run does not"
-        raise FedappError(f"{said}: set privacy.roster, and give every node roster= and signing-key=")
-    if own is None:
-        return Client(job.terms.kept, job.terms.modulus, job.dropouts)
-    return Client(
-        job.terms.kept, job.terms.modulus, job.dropouts, signing_key=own.signing_key, roster=own.roster
-    )
-
-
-def _identity(job: Job, context: Context) -> Identity | None:
-    """Who this node is and whom it knows: from its own files, where it was given any; never from the run."""
-    roster, key = (context.node_config.get(name) for name in ("roster", "signing-key"))
-    if roster is not None or key is not None:
-        if roster is None or key is None:
-            raise ConfigError("a roster goes with a signing key: give the node roster= and signing-key=")
-        return read_identity(Path(str(key)), Path(str(roster)))
-    return job.identities[partition_of(context)] if job.identities else None
+    return job.secure.client(context, partition_of(context))
 
 
 def guard(message: Message, context: Context, call_next: Next) -> Message:

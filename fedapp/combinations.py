@@ -127,7 +127,8 @@ def check_clock(job: "Job", simulated: bool) -> None:
 
 def check_roster(job: "Job", simulated: bool) -> None:
     """A simulation makes long-term keys, real participants have their own."""
-    if job.signed and simulated != bool(job.identities):
+    secure = job.secure
+    if secure is not None and secure.signed and simulated != bool(secure.identities):
         repair = "made" if simulated else "the file of the participants' public keys"
         raise ConfigError(
             f"privacy.roster={getattr(job.privacy, 'roster', None)} is not for "

@@ -2,39 +2,35 @@
 
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from logging import WARNING
-from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 import numpy as np
 import torch
 from flwr.app import ArrayRecord
 from flwr.clientapp.typing import Mod
-from flwr.serverapp.strategy import Strategy
 from flwr.supercore import log
 from torch import nn
 
-from fedapp import check, combinations, model_checks, secagg
-from fedapp.assignment import Deadline, Whole, Workloads
-from fedapp.ckks import SLOTS, Ckks, Open
+from fedapp import combinations, model_checks
+from fedapp.assignment import Deadline, Workloads
+from fedapp.ckks import SLOTS, Ckks
 from fedapp.codec import Codec
 from fedapp.codec.chain import Identity
 from fedapp.codec.feedback import AutoFeedback
 from fedapp.cohorts import Cohorts
-from fedapp.downlink import Coded, Plain, receive
-from fedapp.dp_step import DpStep
-from fedapp.errors import ConfigError
+from fedapp.downlink import Plain, receive
 from fedapp.facts import speed_of
 from fedapp.fedbuff import FedBuff
 from fedapp.fold import Fold
 from fedapp.privacy.accounting import spent_by
 from fedapp.privacy.central import CentralGaussian
 from fedapp.privacy.discrete import discrete_gaussian
-from fedapp.privacy.distributed import DistributedGaussian, Terms
-from fedapp.privacy.distributed_example import DistributedExample, StepTerms
+from fedapp.privacy.distributed import Terms
+from fedapp.privacy.distributed_example import StepTerms
 from fedapp.privacy.example import ExamplePrivacy, releases
 from fedapp.privacy.local import LocalGaussian
 from fedapp.privacy.mechanism import Mechanism
@@ -44,80 +40,25 @@ from fedapp.privacy.secret import COHORT, Secret, source
 from fedapp.public_rng import Use, public_rng
 from fedapp.running_sum import Own
 from fedapp.scaffold import Control, Controls, Course, Scaffold
-from fedapp.secagg.roster import MADE, make, read_roster
+from fedapp.secagg.run import SecureRun
 from fedapp.secagg.wire import Summed
-from fedapp.selection import BySize, Poisson, PowerOfChoice, Selection, Uniform
-from fedapp.speeds import Seconds, Stragglers, Untimed
-from fedapp.tasks import Data, Task
+from fedapp.selection import BySize, Poisson, PowerOfChoice, Uniform
+from fedapp.settings import Settings
+from fedapp.speeds import Seconds, Stragglers
+from fedapp.tasks import Data
 from fedapp.tasks.classification import held_out
-from fedapp.training import DpSgd, Sgd, Trainer, has_bfloat16, scheduled
-from fedapp.vector import layout_of
+from fedapp.training import DpSgd, Sgd, has_bfloat16, scheduled
 from fedapp.wire import Recall, Wire
-
-if TYPE_CHECKING:
-    from fedapp.engine.flower import Flower
-    from fedapp.engine.local import Local
-
-
-MOST_ROUNDS = 1_000_000
 
 
 @dataclass(frozen=True)
-class Job:
+class Job(Settings):
     """One run: the same on the server and on every client, since each composes it from the same YAML."""
 
-    clients: int
-    begin_with: int | None
-    cohort: int | None
-    rounds: int
-    seed: int
-    sampling: str
-    over_selection: float
-    deadline: float | None
-    norm_bound: float | None
-    evaluate: str
-    held_out: float
-    device: str
-    round_timeout: float
-    checkpoint: float | None
-    profile: bool
-    task: Task
-    trainer: Trainer | DpStep
-    codec: Codec
-    downlink: Plain | Coded
-    strategy: Strategy
-    privacy: NoPrivacy | ExamplePrivacy | LocalGaussian | CentralGaussian | Summed
-    aggregation: Open | Ckks
-    engine: "Local | Flower"
-    speeds: Untimed | Stragglers
-    selection: Selection
-    assignment: Whole | Deadline
-    choices: Mapping[str, str | None]
     said: str | None = field(init=False, default=None)  # how updates are coded, where that was left open
 
     def __post_init__(self) -> None:
-        check.whole("clients", self.clients, 1)
-        if self.begin_with is not None:
-            check.whole("begin_with", self.begin_with, 1, self.clients)
-        if self.cohort is not None:
-            check.whole("cohort", self.cohort, 1, self.clients)
-        check.whole("rounds", self.rounds, 0, MOST_ROUNDS)
-        check.whole("seed", self.seed, 0, 2**32 - 1)
-        check.choice("sampling", self.sampling, ("auto", "fixed", "poisson"))
-        check.real("over_selection", self.over_selection, low=1.0, high=100.0)
-        if self.deadline is not None:
-            check.real("deadline", self.deadline, above=0.0)
-        if self.norm_bound is not None:
-            check.real("norm_bound", self.norm_bound, above=0.0, high=1e6)
-        check.choice("evaluate", self.evaluate, ("server", "clients", "none"))
-        check.real("held_out", self.held_out, above=0.0, high=0.5)
-        check.choice("device", self.device, ("auto", "cpu", "cuda"))
-        check.real("round_timeout", self.round_timeout, above=0.0)
-        if self.checkpoint is not None:
-            check.real("checkpoint", self.checkpoint, low=0.0)
-        check.flag("profile", self.profile)
-        if self.device == "cuda" and not torch.cuda.is_available():
-            raise ConfigError("device=cuda, but torch sees no CUDA device: set device=cpu or device=auto")
+        super().__post_init__()
         self._decide_sampling()
         combinations.check_whole_cohorts(self)
         combinations.check_selection(self)
@@ -254,60 +195,21 @@ class Job:
         return self.privacy if isinstance(self.privacy, (LocalGaussian, CentralGaussian)) else None
 
     @cached_property
+    def secure(self) -> SecureRun | None:
+        """Secure aggregation, where only sums are to be seen."""
+        return SecureRun(self, self.privacy) if isinstance(self.privacy, Summed) else None
+
+    @property
     def terms(self) -> Terms | StepTerms | None:
-        """What clients and server agree on where only sums are to be seen; None elsewhere."""
-        if not isinstance(self.privacy, Summed):
-            return None
-        size, most = layout_of(self.initial).size, max(1, self.cohorts.most)
-        if isinstance(self.privacy, DistributedGaussian):
-            return self.privacy.terms(size, self.in_round, most)
-        assert isinstance(self.privacy, DistributedExample)
-        dp = self.trainer
-        assert isinstance(dp, DpStep)
-        return self.privacy.terms(
-            size,
-            self.in_round,
-            most,
-            clip=dp.max_grad_norm,
-            rate=dp.sampling_rate,
-            examples=dp.examples_per_client,
-        )
+        """How secure aggregation codes updates; None without it."""
+        return None if self.secure is None else self.secure.terms
 
     @property
     def coded_by(self) -> str:
         """What makes bytes of an update."""
-        if self.terms is not None:
+        if self.secure is not None:
             return "secure aggregation"
         return "ckks" if isinstance(self.aggregation, Ckks) else str(self.choices["codec"])
-
-    @property
-    def dropouts(self) -> secagg.Plan:
-        """What secure aggregation has to stand: one client that colludes at least.
-
-        A sum of fewer than carry the noise is not to be opened: the server must not see it either.
-        """
-        assert isinstance(self.privacy, Summed)
-        assert self.terms is not None
-        tolerated, least = self.privacy.tolerated, max(combinations.LEAST, self.terms.honest)
-        return secagg.Plan(least, colluding=max(tolerated, 1 / self.in_round), dropouts=tolerated)
-
-    @property
-    def signed(self) -> bool:
-        """Whether clients sign what they say in secure aggregation."""
-        return isinstance(self.privacy, Summed) and self.privacy.roster is not None
-
-    @cached_property
-    def identities(self) -> tuple[secagg.Identity, ...]:
-        """Of the clients of a simulation, by partition, where it is to make them; else none."""
-        made = isinstance(self.privacy, Summed) and self.privacy.roster == MADE
-        return make(self.clients) if made else ()
-
-    @cached_property
-    def roster(self) -> frozenset[bytes]:
-        """Whose signatures count at the server. Raises ConfigError where its file cannot be read."""
-        if not isinstance(self.privacy, Summed) or self.privacy.roster is None:
-            return frozenset()
-        return self.identities[0].roster if self.identities else read_roster(Path(self.privacy.roster))
 
     @property
     def wire_codec(self) -> Codec | None:
@@ -360,7 +262,7 @@ class Job:
 
         And where not all count that answer, or as many examples as they say, which a worker does not know.
         """
-        wire, sums = self.wire(), self.terms is not None or isinstance(self.aggregation, Ckks)
+        wire, sums = self.wire(), self.secure is not None or isinstance(self.aggregation, Ckks)
         some = self.over_selection > 1 or self.deadline is not None or self.timed
         some |= isinstance(self.selection, (BySize, PowerOfChoice))
         if wire.reader is None or not wire.streams or sums or some:
@@ -417,9 +319,9 @@ class Job:
             log(WARNING, "trainer.bfloat16=true: this processor has none, so it takes many times as long")
         if self.privacy.unit is not None:
             self.spent(self.rounds, self.cohorts.most)  # finds the noise, and imports accountants
-        if self.terms is not None:
-            model_checks.check_dropouts(self)
-            t = self.terms
+        if self.secure is not None:
+            self.secure.check()
+            t = self.secure.terms
             discrete_gaussian(1, t.share, os.urandom)  # compiled once, for all workers
             said = (
                 f"Secure aggregation takes the codec's place: {t.bits} bits for {t.kept} of {t.size} values"

@@ -11,24 +11,11 @@ from fedapp.codec.packet import pack, padded
 from fedapp.dp_step import DpStep
 from fedapp.errors import ConfigError
 from fedapp.models import batch_norms
-from fedapp.secagg.wire import Summed
 from fedapp.training import DpSgd
 from fedapp.vector import layout_of
 
 if TYPE_CHECKING:
     from fedapp.job import Job
-
-
-def check_dropouts(job: "Job") -> None:
-    assert isinstance(job.privacy, Summed)
-    try:
-        job.dropouts.require(job.in_round, complete=bool(job.roster))
-    except ConfigError as error:
-        raise ConfigError(
-            f"privacy.tolerated={job.privacy.tolerated:g} of {job.in_round} clients: "
-            f"{str(error).partition(':')[0]}: "
-            f"set privacy.tolerated lower, or a larger cohort"
-        ) from error
 
 
 def check_padding(job: "Job") -> None:
@@ -45,7 +32,7 @@ def check_model(job: "Job", model: nn.Module) -> None:
     _check_codec(job.codec, model)
     if isinstance(job.trainer, (DpSgd, DpStep)):
         _check_private_model(job, model)
-    summed = job.privacy.unit == "client" or isinstance(job.privacy, Summed)
+    summed = job.privacy.unit == "client" or job.secure is not None
     summed |= isinstance(job.aggregation, Ckks) or job.steers or job.assigns or job.norm_bound is not None
     if summed and any(True for _ in model.buffers()):
         raise ConfigError(

@@ -28,7 +28,6 @@ from fedapp.privacy.begun import Begun
 from fedapp.public_rng import Use
 from fedapp.report.folder import Round
 from fedapp.report.progress import Progress
-from fedapp.secagg import Server
 from fedapp.secagg.wire import SecureSum
 from fedapp.selection import PowerOfChoice
 from fedapp.stages import AGGREGATE, CLOCK, EVALUATE
@@ -286,10 +285,9 @@ class Federation:
     def _summed(self, number: int, nodes: list[int]) -> SecureSum | CkksSum | None:
         """How the server comes by the sum of a round where it is to see nothing else."""
         job = self.job
-        if job.terms is not None:
-            terms = job.terms
-            server = Server(nodes, terms.kept, terms.modulus, number, job.dropouts, roster=job.roster)
-            return SecureSum(server, terms, job.public_rng(number, 0, Use.SUM), self._exchange.ask)
+        if job.secure is not None:
+            server, rng = job.secure.server(nodes, number), job.public_rng(number, 0, Use.SUM)
+            return SecureSum(server, job.secure.terms, rng, self._exchange.ask)
         if not isinstance(job.aggregation, Ckks):
             return None
         holder = self.places.nodes[job.aggregation.key_holder]

@@ -294,9 +294,9 @@ def test_a_sum_of_fewer_than_carry_the_noise_is_never_opened(
 ) -> None:
     """Masks would allow it, and the server that then throws the sum away has seen it."""
     job = job_of(f"{SHARP} clients=8 privacy.tolerated=0.1")
-    assert job.terms is not None
-    assert job.terms.honest == 7
-    assert job.dropouts.graph(8).threshold < 6
+    assert job.secure is not None
+    assert job.secure.terms.honest == 7
+    assert job.secure.plan.graph(8).threshold < 6
     grid = Watched(job, {stage: {3, 4}})
     _, rounds = run(job, grid)
     assert [record.replies for record in rounds] == [0, 0]
@@ -307,8 +307,9 @@ def test_a_sum_of_fewer_than_carry_the_noise_is_never_opened(
 def test_who_never_advertises_costs_one_reply_even_where_nobody_else_may_drop_out() -> None:
     """Of five one may drop out; the four that are left would not stand another."""
     job = job_of(f"{SHARP} clients=5 privacy.tolerated=0.25 privacy.roster=made")
+    assert job.secure is not None
     with pytest.raises(ConfigError, match="no threshold stands 1 colluding clients and 1 dropouts of 4"):
-        job.dropouts.require(4, complete=True)
+        job.secure.plan.require(4, complete=True)
     _, rounds = run(job, Watched(job, {"query.advertise": {3}}))
     assert [record.replies for record in rounds] == [4, 4]
 
