@@ -6,11 +6,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedapp.errors import DecodeError
-from fedapp.jit import jit
+from fedapp.jit import inlined, jit
 
 COARSE, FINE, MOST = 2.0**14, 2.0**60, 2.0**32
 _ROUND = 1.5 * 2.0**52  # a number below 2**51, added to it, becomes whole, and is then in the low bits
 _ZERO = np.float64(_ROUND).view(np.int64)
+_PART = 2048  # values
 
 
 class ExactSum:
@@ -47,18 +48,32 @@ class ExactSum:
 
 @jit
 def _add(x: Any, weight: float, coarse: Any, fine: Any) -> bool:
+    """A part at a time is looked at and added, while at hand; False, and nothing is added, if one is bad."""
+    for begin in range(0, len(x), _PART):
+        end = min(begin + _PART, len(x))
+        if not _allowed(x[begin:end], weight):
+            _take(x[:begin], -weight, coarse, fine)  # what went in comes out: rounding knows no sign
+            return False
+        _take(x[begin:end], weight, coarse[begin:end], fine[begin:end])
+    return True
+
+
+@inlined
+def _allowed(x: Any, weight: float) -> bool:
     allowed: Any = True
     for value in x:
         allowed &= abs(np.float64(value) * weight) < MOST
-    if not allowed:
-        return False
+    return bool(allowed)
+
+
+@inlined
+def _take(x: Any, weight: float, coarse: Any, fine: Any) -> None:
     for i in range(len(x)):
         term = np.float64(x[i]) * weight
         whole = term * COARSE + _ROUND
         rest = (term - (whole - _ROUND) / COARSE) * FINE + _ROUND
         coarse[i] += np.float64(whole).view(np.int64) - _ZERO
         fine[i] += np.float64(rest).view(np.int64) - _ZERO
-    return True
 
 
 @jit

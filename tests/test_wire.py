@@ -444,6 +444,17 @@ def test_values_that_could_wrap_are_refused(x: float) -> None:
     assert not limbs.any()
 
 
+def test_a_term_that_is_refused_at_its_end_leaves_nothing() -> None:
+    """Of values whose fixed point is rounded, at ties too, in several parts."""
+    rng, size = np.random.default_rng(0), 10_000
+    x = np.concatenate([rng.standard_cauchy(size - 3) * 1e-9, [1.5 * 2.0**-60, -0.5 * 2.0**-60, np.nan]])
+    limbs = rng.integers(-(2**40), 2**40, (2, size))
+    before = limbs.copy()
+    with pytest.raises(DecodeError, match="must stay below"):
+        ExactSum(size, limbs).add(x, 3)
+    assert np.array_equal(limbs, before)
+
+
 def test_the_largest_sum_that_is_promised_does_not_wrap() -> None:
     limbs = np.zeros((2, 2), np.int64)
     total = ExactSum(2, limbs)
