@@ -5,13 +5,20 @@ file has changed; here also when a file has that it imports from, directly or th
 """
 
 import re
+import time
+from collections.abc import Callable
 from functools import cache
 from hashlib import sha256
 from pathlib import Path
+from typing import Any, TypeVar, cast
+from uuid import uuid4
 
 from numba import config, njit
 from numba.core import caching
 
+F = TypeVar("F", bound=Callable[..., Any])
+
+_BEGAN = time.time()
 _PACKAGE = Path(__file__).parent
 _IMPORT = re.compile(rf"^\s*from ({_PACKAGE.name}[\w.]*) import (\([^)]*\)|.*)$", re.MULTILINE)
 
@@ -43,8 +50,8 @@ def sources(path: Path) -> set[Path]:
 
 
 @cache
-def _stamp(path: Path) -> str:
-    return sha256(b"".join(sha256(file.read_bytes()).digest() for file in sorted(sources(path)))).hexdigest()
+def _hash(files: frozenset[Path]) -> str:
+    return sha256(b"".join(sha256(file.read_bytes()).digest() for file in sorted(files))).hexdigest()
 
 
 class _Stamped:
@@ -53,7 +60,13 @@ class _Stamped:
     _py_file: str
 
     def get_source_stamp(self) -> str:
-        return _stamp(Path(self._py_file))
+        path = Path(self._py_file)
+        if not path.exists():  # as in an executable that has everything in it
+            return str(super().get_source_stamp())  # type: ignore[misc]
+        files = sources(path)
+        if any(file.stat().st_mtime > _BEGAN for file in files):
+            return uuid4().hex  # what this process took in may be what was there before: good for it alone
+        return _hash(frozenset(files))
 
 
 class Chosen(_Stamped, caching.UserProvidedCacheLocator):
@@ -68,15 +81,25 @@ class AtHome(_Stamped, caching.UserWideCacheLocator):
     """In the user's cache folder, where the source's cannot be written."""
 
 
-# Numba's NUMBA_CACHE_LOCATOR_CLASSES; its own last two are for notebooks and archives.
-_PLACES = (
-    *(f"{__name__}.{place.__name__}" for place in (Chosen, Beside, AtHome)),
-    "IPythonCacheLocator",
-    "ZipCacheLocator",
-)
-config.CACHE_LOCATOR_CLASSES = ",".join(_PLACES)  # type: ignore[attr-defined]
+_PLACES = ",".join(f"{__name__}.{place.__name__}" for place in (Chosen, Beside, AtHome))
 
-jit = njit(cache=True, error_model="numpy", nogil=True)
 
-inlined = njit(cache=True, error_model="numpy", nogil=True, forceinline=True)
+def _compiling(**options: bool) -> Callable[[F], F]:
+    """A decorator like `numba.njit`. Numba asks for a function's place when it is decorated."""
+
+    def decorate(function: F) -> F:
+        others = config.CACHE_LOCATOR_CLASSES  # type: ignore[attr-defined]
+        config.CACHE_LOCATOR_CLASSES = _PLACES  # type: ignore[attr-defined]
+        try:
+            compiled = njit(cache=True, error_model="numpy", nogil=True, **options)(function)  # type: ignore[call-overload]
+        finally:
+            config.CACHE_LOCATOR_CLASSES = others  # type: ignore[attr-defined]
+        return cast(F, compiled)
+
+    return decorate
+
+
+jit = _compiling()
+
+inlined = _compiling(forceinline=True)
 """For parts of loops: where none is called, arrays are not counted at calls, a tenth of a coder's time."""

@@ -12,7 +12,7 @@ from fedapp.codec.model import (
     LOW,
     MOST,
     ONE,
-    SIGNS,
+    SIGNS_FROM,
     SYMBOLS,
     UPPER,
     Integers,
@@ -39,7 +39,7 @@ from fedapp.jit import jit
 def layer_decoder(dependent: bool) -> Callable[..., bool]:
     """The decoder of one layer, of `layer_encoder`; False where no encoder made it."""
     pace, decay, nudge = paces(dependent)
-    most = MOST // 2 if dependent else MOST
+    most, first_sign = MOST // 2 if dependent else MOST, SIGNS_FROM[dependent]
 
     @jit
     def layer(
@@ -48,7 +48,7 @@ def layer_decoder(dependent: bool) -> Callable[..., bool]:
     ) -> bool:  # fmt: skip
         low, span, at = coder[0], coder[1], coder[2]
         width, size = len(column), levels.size
-        some, first_sign = np.empty(BLOCK, np.int32), len(weight) - SIGNS
+        some = np.empty(BLOCK, np.int32)
         state: Whole = 0
         searched: Whole = 0
         seen: Whole = 0
@@ -148,6 +148,8 @@ def layer_decoder(dependent: bool) -> Callable[..., bool]:
                     low, span = low - np.int64(interval & LOW) * unit, np.int64(interval >> UPPER) * unit
                     counts[np.uint64(i) & np.uint64(1), k] += np.uint16(1)
                     if span < WORD:
+                        if not 0 <= low < span:
+                            return False
                         low, span, at = shift(False, low, span, at, words)
                     lean = lean_after(lean, minus)
                     u = np.uint64(some[np.uint64(i)])

@@ -16,7 +16,7 @@ from fedapp.codec.model import (
     ESCAPE,
     LOW,
     ONE,
-    SIGNS,
+    SIGNS_FROM,
     SYMBOLS,
     UPPER,
     Floats,
@@ -49,11 +49,11 @@ _MANY = 64  # rows from which on every fourth tells where points lie
 
 
 def _symbol_writer(large: bool) -> Callable[..., None]:
-    """What writes symbols: `large` where some have more to say (`_place`)."""
+    """What writes symbols: `large` where some have more to say of their numbers (`extra`, of `_place`)."""
 
     @inlined
     def write(
-        numbers: Levels, more: Levels, places: Places, counts: NDArray[np.uint16],
+        numbers: Levels, extra: Levels, places: Places, counts: NDArray[np.uint16],
         intervals: NDArray[np.uint64], coder: Integers, words: Words,
     ) -> None:  # fmt: skip
         low, span, at = coder[0], coder[1], coder[2]
@@ -65,8 +65,8 @@ def _symbol_writer(large: bool) -> Callable[..., None]:
             counts[np.uint64(i) & np.uint64(1), k] += np.uint16(1)
             if span < WORD:
                 low, span, at = shift(True, low, span, at, words)
-            if large and more[i]:
-                raw, rest, size = np.int64(more[i]) & 31, np.int64(numbers[i]) - 1, 0
+            if large and extra[i]:
+                raw, rest, size = np.int64(extra[i]) & 31, np.int64(numbers[i]) - 1, 0
                 beyond = (rest >> raw) + 2 - ESCAPE
                 if beyond > 0:  # an escape: how many bits, then the bits
                     while beyond >> size:
@@ -125,10 +125,10 @@ def _expect(
 
 
 @inlined
-def _place(numbers: Levels, odd: Levels, e: Levels, dependent: bool, places: Places, more: Levels) -> bool:
-    """Where symbols lie in the table of their contexts, what each has more to say, and whether one has.
+def _place(numbers: Levels, odd: Levels, e: Levels, dependent: bool, places: Places, extra: Levels) -> bool:
+    """Where symbols lie in the table of their contexts, what more each has to say, and whether one has any.
 
-    Those that are not zero may leave low bits, so many; those that escape have 32 beside.
+    Those that are not zero leave low bits, so many; 32 is added for those that escape, which may leave none.
     """
     large = np.int32(0)
     for i in range(len(numbers)):
@@ -136,8 +136,8 @@ def _place(numbers: Levels, odd: Levels, e: Levels, dependent: bool, places: Pla
         raw = low_bits(context, dependent)
         symbol = ((numbers[i] - np.int32(1)) >> raw) + np.int32(1)
         escapes = np.int32(symbol >= np.int32(ESCAPE))
-        more[i] = (raw + (escapes << np.int32(5))) * np.int32(numbers[i] > np.int32(0))
-        large |= more[i]
+        extra[i] = (raw + (escapes << np.int32(5))) * np.int32(numbers[i] > np.int32(0))
+        large |= extra[i]
         if dependent:
             context += odd[i] * np.int32(CONTEXTS)
         places[i] = context * np.int32(SYMBOLS) + min(symbol, np.int32(ESCAPE))
@@ -178,7 +178,7 @@ def layer_encoder(dependent: bool) -> Callable[..., bool]:
 
     False: no room in `words`, or, with -1 as the coder's place, values that are not finite or too large.
     """
-    pace, decay, nudge = paces(dependent)
+    (pace, decay, nudge), first_sign = paces(dependent), SIGNS_FROM[dependent]
 
     @jit
     def layer(
@@ -193,7 +193,7 @@ def layer_encoder(dependent: bool) -> Callable[..., bool]:
         numbers = np.empty(BLOCK, np.int32)
         near, e = np.empty(BLOCK + 1, np.int32), np.empty(BLOCK, np.int32)  # for others; what they expect
         room, places = np.empty(BLOCK + 1, np.int32), np.empty(2 * BLOCK, np.uint16)
-        more, first_sign = np.empty(2 * BLOCK, np.int32), len(weight) - SIGNS
+        extra = np.empty(2 * BLOCK, np.int32)
         level, sums = np.empty(width, np.int32), np.empty(2, np.int64)  # a row's, without signs
         state: Whole = 0
         searched: Whole = 0
@@ -246,13 +246,13 @@ def layer_encoder(dependent: bool) -> Callable[..., bool]:
                 _expect(near[: n + 1], means, begin, pace, decay, nudge, sums, room, e)
                 near[0] = near[n]
                 said = numbers[:n] if dependent else some
-                large = _place(said, odd, e, dependent, places, more)
-                signs, lean = _place_signs(x, some, first_sign, lean, room, places[n:])
+                large = _place(said, odd, e, dependent, places, extra)
+                sent, lean = _place_signs(x, some, first_sign, lean, room, places[n:])
                 if large:
-                    more[n : n + signs] = 0
-                    _write_large(said, more, places[: n + signs], counts, intervals, coder, words)
+                    extra[n : n + sent] = 0
+                    _write_large(said, extra, places[: n + sent], counts, intervals, coder, words)
                 else:
-                    _write(said, more, places[: n + signs], counts, intervals, coder, words)
+                    _write(said, extra, places[: n + sent], counts, intervals, coder, words)
                 if levels.size and not dependent:
                     _sign(x, some, levels[row, begin:end])
                 begin = end

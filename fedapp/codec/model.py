@@ -28,10 +28,14 @@ BLOCK = 128  # columns whose magnitudes are coded together, and then their signs
 MOST_FACTOR = 1 << 12  # what a row has of what its columns promise, at most
 _PATIENCE = 4000  # what has come in a context counts as so many symbols at most
 _AT_FIRST, _OF_OLD = 60, 180  # what counts at first; of what earlier layers told, when one begins
-_SIGNS_AT_FIRST = 30  # the same of signs, of which not all updates are alike
+_SIGNS_AT_FIRST = 30  # what counts at first of signs, of which not all updates are alike
 _OFTEN, _SELDOM = 16, 4096  # symbols after which what has come is learned, at first and at last
 _SHARE = 8  # in between, after so small a part of a layer's
-SIGNS = 16  # contexts of signs, by the balance of signs that came before; behind those of magnitudes
+SIGNS = 16  # contexts of signs, by the balance of signs that came before
+SIGNS_FROM = (
+    CONTEXTS,
+    2 * CONTEXTS,
+)  # the first: behind those of magnitudes, of which dependent quantizers have two
 
 # Log2 of the odds that a magnitude goes on, in quarters, in contexts 10 to 25: what updates of two CNNs
 # (Fashion-MNIST, SGD, first rounds and late ones) had at 0.01 to 6 bits.
@@ -251,9 +255,9 @@ def begin_columns(column: Levels, units: Integers, mean: Whole) -> None:
 @jit
 def end_row(column: Levels, level: Levels, row: Whole) -> Whole:
     """Column means, in 1/4096, take in a row of levels (up to 2047); returns the row's own mean."""
-    rate, total = np.int64(max(256 // (2 * row + 5), 2)), 0  # of 128
+    rate, total = np.int64(max(256 // (2 * row + 5), 2)), np.int64(0)  # of 128
     for c in range(len(column)):
         m = min(abs(level[c]), np.int32(2047))
         column[c] += np.int32((np.int64((m << np.int32(12)) - column[c]) * rate) >> 7)
-        total += m
+        total += np.int64(m)
     return (total << 12) // len(column)

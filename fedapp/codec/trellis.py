@@ -27,6 +27,7 @@ from fedapp.codec.model import (
     MOST_FACTOR,
     ONE,
     SIGNS,
+    SIGNS_FROM,
     SYMBOLS,
     UPPER,
     Floats,
@@ -47,6 +48,7 @@ _STRETCH, _AHEAD = 512, 48  # values decided at once, and values seen beyond the
 _ROWS = 32  # magnitudes whose prices are in the table
 _ZERO = 64  # marks a branch that goes to zero, wherever its even level lies
 _NEVER = np.float32(1e30)
+_FIRST_SIGN = SIGNS_FROM[True]
 _BITS = -np.log2(np.maximum(np.arange(4096) + 0.5, 1) / 4096).astype(
     np.float32
 )  # by twelve bits of a probability
@@ -112,8 +114,8 @@ def search(
     """Decide places of values x * scale (half steps) of a layer, from `begin` to `decided`.
 
     `weight`: what a bit costs, in squared half steps. `found`, `expected`, `left` and `lean` are the coder's,
-    `column` the means for the row of `begin`, `intervals` what was learned. Places
-    beyond are changed too, but not decided. False where a value is not finite or beyond 2^30.
+    `column` the means for the row of `begin`, `intervals` what was learned. Places beyond are changed too,
+    but not decided. False where a value is not finite or beyond 2^30.
     """
     width, end = len(column), min(len(x), decided + _AHEAD)
     stop = np.empty((2, SYMBOLS, CONTEXTS), np.float32)
@@ -138,7 +140,7 @@ def search(
     sums_before, leans_before = np.zeros(_STATES, np.float32), np.zeros(_STATES, np.float32)
     signs = np.zeros((2, SIGNS + 1), np.float32)
     for b in range(SIGNS):
-        first = (2 * CONTEXTS + b) * SYMBOLS
+        first = (_FIRST_SIGN + b) * SYMBOLS
         for minus in range(2):
             signs[minus, b] = weight * _BITS[np.int64(intervals[first + minus] >> UPPER) >> (ONE - 12)]
     signs[:, SIGNS] = signs[:, SIGNS - 1]  # a balance of 1 is met by rounding only
