@@ -64,7 +64,7 @@ class _Stamped:
         if not path.exists():  # as in an executable that has everything in it
             return str(super().get_source_stamp())  # type: ignore[misc]
         files = sources(path)
-        if any(file.stat().st_mtime > _BEGAN for file in files):
+        if any(_BEGAN < file.stat().st_mtime <= time.time() for file in files):
             return uuid4().hex  # what this process took in may be what was there before: good for it alone
         return _hash(frozenset(files))
 

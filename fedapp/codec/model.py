@@ -32,10 +32,7 @@ _SIGNS_AT_FIRST = 30  # what counts at first of signs, of which not all updates 
 _OFTEN, _SELDOM = 16, 4096  # symbols after which what has come is learned, at first and at last
 _SHARE = 8  # in between, after so small a part of a layer's
 SIGNS = 16  # contexts of signs, by the balance of signs that came before
-SIGNS_FROM = (
-    CONTEXTS,
-    2 * CONTEXTS,
-)  # the first: behind those of magnitudes, of which dependent quantizers have two
+SIGNS_FROM = CONTEXTS, 2 * CONTEXTS  # the first of these: dependent quantizers have twice as many before
 
 # Log2 of the odds that a magnitude goes on, in quarters, in contexts 10 to 25: what updates of two CNNs
 # (Fashion-MNIST, SGD, first rounds and late ones) had at 0.01 to 6 bits.
