@@ -39,7 +39,7 @@ from fedapp.jit import jit
 def layer_decoder(dependent: bool) -> Callable[..., bool]:
     """The decoder of one layer, of `layer_encoder`; False where no encoder made it."""
     pace, decay, nudge = paces(dependent)
-    most, first_sign = MOST // 2 if dependent else MOST, SIGNS_FROM[dependent]
+    largest, first_sign = MOST // 2 if dependent else MOST, SIGNS_FROM[dependent]
 
     @jit
     def layer(
@@ -48,7 +48,7 @@ def layer_decoder(dependent: bool) -> Callable[..., bool]:
     ) -> bool:  # fmt: skip
         low, span, at = coder[0], coder[1], coder[2]
         width, size = len(column), levels.size
-        some = np.empty(BLOCK, np.int32)
+        sent = np.empty(BLOCK, np.int32)
         state: Whole = 0
         searched: Whole = 0
         seen: Whole = 0
@@ -68,7 +68,7 @@ def layer_decoder(dependent: bool) -> Callable[..., bool]:
                     seen, since = seen + since, 0
                 end = min(width, begin + block(row, begin))
                 fading = decay if begin else np.int64(63)  # of what lies before
-                near = most_nearby(promised, found - (found >> fading), expected - (expected >> fading))
+                most = most_nearby(promised, found - (found >> fading), expected - (expected >> fading))
                 if dependent:
                     if row * width + begin == searched:
                         searched = stretch(searched, size)
@@ -128,13 +128,13 @@ def layer_decoder(dependent: bool) -> Callable[..., bool]:
                             m = ((symbol - 1) << raw | rest) + 1
                             if span < WORD:
                                 low, span, at = shift(False, low, span, at, words)
-                        if not 0 < m <= most:
+                        if not 0 < m <= largest:
                             return False
                         far = 2 * m - odd if dependent else m
                         level[u] = far
-                        left = min(far, near)
+                        left = min(far, most)
                         found += left << 12
-                        some[np.uint64(count)] = c
+                        sent[np.uint64(count)] = c
                         count += 1
                     if dependent:
                         state = NEXT[np.uint64(state), np.uint64(m & 1)]
@@ -152,7 +152,7 @@ def layer_decoder(dependent: bool) -> Callable[..., bool]:
                             return False
                         low, span, at = shift(False, low, span, at, words)
                     lean = lean_after(lean, minus)
-                    u = np.uint64(some[np.uint64(i)])
+                    u = np.uint64(sent[np.uint64(i)])
                     level[u] *= np.int32(1 - 2 * minus)
                 if not 0 <= low < span:
                     return False  # intervals do not fill their space: no encoder points at the rest

@@ -217,12 +217,12 @@ def layer_encoder(dependent: bool) -> Callable[..., bool]:
                         begin_levels(reached, edge, begins, mores)
                 end = min(width, begin + block(row, begin))
                 if dependent:
-                    at, left = row * width + begin, level[begin - 1] if begin else np.int32(0)
+                    at = row * width + begin
                     if at == searched:
                         searched = stretch(at, size)
                         if not search(
                             updates.reshape(-1), scale, edge[0], levels.reshape(-1), at, searched, state,
-                            sums[0], sums[1], left, lean, column, intervals,
+                            sums[0], sums[1], near[0], lean, column, intervals,
                         ):  # fmt: skip
                             coder[2] = -1
                             return False
