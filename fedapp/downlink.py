@@ -171,7 +171,7 @@ class Downlink:
         self._now = Version(*state["now"])
         self._codes = {v: (exponent, code.tobytes()) for v, exponent, code in state["versions"]}
         self._ready.clear()
-        self._exponent, self._share = state.get("exponent"), state.get("share")
+        self._exponent, self._share = state["exponent"], state["share"]
         held, sent = (np.array(state[name], np.int64).reshape(-1, 2).tolist() for name in ("held", "sent"))
         self._held = {nodes[partition]: v for partition, v in held if partition in nodes}
         self._sent = {nodes[partition]: v for partition, v in sent if partition in nodes}

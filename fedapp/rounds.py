@@ -114,9 +114,8 @@ class Federation:
             self.grid.timeline.now = state["clock"]
         if self._asynchronous is not None:
             self._asynchronous.restore(state["asynchronous"])
-        self._failed = state.get("failed", 0)  # older checkpoints do not say
-        untested = state.get("untested")
-        self._untested = Round(**untested) if untested else None
+        self._failed = state["failed"]
+        self._untested = Round(**state["untested"]) if state["untested"] else None
         self.traffic.uplink, self.traffic.downlink, self._exchange.messages, self.accepted = state["counts"]
 
     def run(self, progress: Progress) -> Iterator[list[Round]]:
