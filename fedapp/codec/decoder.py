@@ -14,7 +14,6 @@ from fedapp.codec.model import (
     ONE,
     SIGNS_FROM,
     SYMBOLS,
-    UPPER,
     Integers,
     Levels,
     Whole,
@@ -31,7 +30,7 @@ from fedapp.codec.model import (
     row_factor,
     sign_context,
 )
-from fedapp.codec.range_coder import WORD, raw_bits, shift
+from fedapp.codec.range_coder import WORD, narrow, raw_bits, shift
 from fedapp.codec.trellis import HALF, NEXT, stretch
 from fedapp.jit import jit
 
@@ -88,10 +87,9 @@ def layer_decoder(dependent: bool) -> Callable[..., bool]:
                     odd = state // HALF if dependent else 0
                     k = np.uint64((context + odd * CONTEXTS) * SYMBOLS)
                     unit = span >> ONE
-                    bottom = np.int64(intervals[k] & LOW) * unit
                     m: Whole = 0
-                    if low >= bottom:
-                        low, span = low - bottom, np.int64(intervals[k] >> UPPER) * unit
+                    if low >= np.int64(intervals[k] & LOW) * unit:
+                        low, span = narrow(False, intervals[k], low, span)
                         counts[u & np.uint64(1), k] += np.uint16(1)
                         if span < WORD:
                             if low >= span:
@@ -102,12 +100,10 @@ def layer_decoder(dependent: bool) -> Callable[..., bool]:
                     else:
                         symbol: Whole = 1
                         k += np.uint64(1)
-                        bottom = np.int64(intervals[k] & LOW) * unit
-                        while low < bottom and symbol < ESCAPE:
+                        while low < np.int64(intervals[k] & LOW) * unit and symbol < ESCAPE:
                             symbol += 1
                             k += np.uint64(1)
-                            bottom = np.int64(intervals[k] & LOW) * unit
-                        low, span = low - bottom, np.int64(intervals[k] >> UPPER) * unit
+                        low, span = narrow(False, intervals[k], low, span)
                         counts[u & np.uint64(1), k] += np.uint16(1)
                         if span < WORD:
                             low, span, at = shift(False, low, span, at, words)
@@ -141,11 +137,9 @@ def layer_decoder(dependent: bool) -> Callable[..., bool]:
                     expected += mean
                 for i in range(count):
                     k = np.uint64((first_sign + sign_context(lean)) * SYMBOLS)
-                    unit = span >> ONE
-                    minus = np.int64(low < np.int64(intervals[k] & LOW) * unit)
+                    minus = np.int64(low < np.int64(intervals[k] & LOW) * (span >> ONE))
                     k += np.uint64(minus)
-                    interval = intervals[k]
-                    low, span = low - np.int64(interval & LOW) * unit, np.int64(interval >> UPPER) * unit
+                    low, span = narrow(False, intervals[k], low, span)
                     counts[np.uint64(i) & np.uint64(1), k] += np.uint16(1)
                     if span < WORD:
                         if not 0 <= low < span:

@@ -14,11 +14,8 @@ from fedapp.codec.model import (
     BLOCK,
     CONTEXTS,
     ESCAPE,
-    LOW,
-    ONE,
     SIGNS_FROM,
     SYMBOLS,
-    UPPER,
     Floats,
     Integers,
     Levels,
@@ -36,7 +33,7 @@ from fedapp.codec.model import (
     row_factor,
     sign_context,
 )
-from fedapp.codec.range_coder import WORD, raw_bits, shift
+from fedapp.codec.range_coder import WORD, narrow, raw_bits, shift
 from fedapp.codec.rounding import Beyond, add_beyond, begin_levels, magnitudes_of, round_block
 from fedapp.codec.trellis import HALF, NEXT, search, stretch
 from fedapp.jit import inlined, jit
@@ -59,9 +56,7 @@ def _symbol_writer(large: bool) -> Callable[..., None]:
         low, span, at = coder[0], coder[1], coder[2]
         for i in range(len(places)):
             k = np.uint64(places[i])
-            interval, unit = intervals[k], span >> ONE
-            low += np.int64(interval & LOW) * unit
-            span = np.int64(interval >> UPPER) * unit
+            low, span = narrow(True, intervals[k], low, span)
             counts[np.uint64(i) & np.uint64(1), k] += np.uint16(1)
             if span < WORD:
                 low, span, at = shift(True, low, span, at, words)

@@ -4,10 +4,12 @@ Encoding, `low` is the low end of the interval; decoding, the code above it. `wo
 to settle) or gives 16 bits an entry, and `at` is the next one. Source: Martin 1979, "Range encoding".
 """
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
-from fedapp.codec.model import Integers, Whole, Words
+from fedapp.codec.model import LOW, ONE, UPPER, Integers, Whole, Words
 from fedapp.jit import inlined, jit
 
 FULL, WORD = 1 << 48, 1 << 32  # the interval at the start; below WORD, 16 bits leave
@@ -24,6 +26,14 @@ def shift(encoding: bool, low: Whole, span: Whole, at: Whole, words: Words) -> t
             low = low << 16 | (np.int64(words[at]) if at < len(words) else 0)
         span, at = span << 16, at + 1
     return low, span, at
+
+
+@inlined
+def narrow(encoding: bool, interval: Any, low: Whole, span: Whole) -> tuple[Whole, Whole]:
+    """Take an interval of a model's table (`model.Model.intervals`) of what there is."""
+    unit = span >> ONE
+    below = np.int64(interval & LOW) * unit
+    return low + below if encoding else low - below, np.int64(interval >> UPPER) * unit
 
 
 @inlined
