@@ -26,7 +26,7 @@ from fedapp.codec.products import Place, Products, add, magnitude, places
 from fedapp.codec.subspace import basis, sample, triplets
 from fedapp.jit import jit
 
-_WATER = 0.14  # the water level in squared steps; flat from 0.1 to 0.14
+_WATER = 0.09  # the water level in squared steps; flat from 0.07 to 0.1
 _WORTH = 0.02  # of what a layer costs: where triplets save less, none are taken
 _OCTAVES = 24  # of the power of rows, or columns, that are told apart
 
