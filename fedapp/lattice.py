@@ -92,12 +92,12 @@ def quantized(
     misled; then all of x. `share`: what an eighth takes of all bytes, if an earlier x has told; returned is
     what this one tells, if it does.
     """
-    goal, whole = rate * len(x) / 8, (x, shapes(layout))
+    goal, whole = rate * len(x) / 8, Layers(x, shapes(layout))
     finest = max(finest, peak_exponent(x) - _FURTHEST)
     exponent = min(max(begin, finest), max(peak_exponent(x), finest))
     if len(x) > _LONG:
-        part = eighth(whole)
-        share = share or len(part[0]) / len(x)
+        part, _ = eighth(whole)
+        share = share or len(part.values) / len(x)
         for _ in range(2):
             exponent, least, told, _levels = _searched(part, share * goal, exponent, finest)
             code, levels = _coded(whole, exponent, least)
@@ -115,7 +115,7 @@ def _searched(
 
     The coarsest step that takes as much, then a dearer bit: it makes up for steps that are powers of two.
     """
-    coarsest = max(peak_exponent(part[0]), finest)
+    coarsest = max(peak_exponent(part.values), finest)
     coded = lru_cache(2)(partial(_coded, part))  # one step up and back again is one try
     code, levels = coded(exponent)
     while len(code) > goal and exponent < coarsest:
@@ -125,7 +125,7 @@ def _searched(
         exponent -= 1
         code, levels = coded(exponent)
     # Log bytes fall about linearly with the least magnitude that is sent: the next try is where a line ends.
-    best, most = (code, 0.0, levels), max(2.0 ** (peak_exponent(part[0]) - exponent), 2.0)
+    best, most = (code, 0.0, levels), max(2.0 ** (peak_exponent(part.values) - exponent), 2.0)
     low, high, least, slope = (_ANYWAY, _over(code, goal)), None, 0.0, _SLOPE
     for _ in range(6):
         if low[1] <= 0 or abs(len(best[0]) - goal) <= _NEAR * goal:  # each try codes all of it
@@ -151,8 +151,8 @@ def _over(code: bytes, goal: float) -> float:
 
 def _coded(part: Layers, exponent: int, least: float = 0.0) -> tuple[bytes, NDArray[np.int32]]:
     """Code and levels at a step of 2**exponent, where nothing below so many steps is sent."""
-    x, those = part
-    code, levels, _ = coder.encode(np.ldexp(x, -exponent), 1.0, edges(LAMBDA, least), those)
+    scaled = np.ldexp(part.values, -exponent)
+    code, levels, _ = coder.encode(scaled, 1.0, edges(LAMBDA, least), part.shapes)
     return code, levels
 
 

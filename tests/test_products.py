@@ -195,7 +195,7 @@ def test_golden_bytes() -> None:
     assert x == pytest.approx(0.25 * (rest + np.append(product, np.zeros(6))), rel=1e-6, abs=1e-7)
 
 
-GOLDEN = "01090a0000c2639cdbe034f8a10b7174387e58111d1f9a0f64fbca"
+GOLDEN = "01090a000120cb9e50de36716203d16a9399aad9b102ef9c917fde1a"
 
 
 @pytest.mark.parametrize("scale", [1e-38, 1e-20, 1.0, 1e20, 1e36])

@@ -11,9 +11,24 @@ from numpy.typing import NDArray
 
 from fedapp.codec import Codec, Layout, Packet, State, context, encode_known
 from fedapp.codec import quantizer as module
-from fedapp.codec.model import CONTEXTS, context_in, context_of
+from fedapp.codec.model import (
+    CONTEXTS,
+    FLAGS,
+    FLAGS_FROM,
+    SIGNS,
+    SIGNS_FROM,
+    SYMBOLS,
+    Model,
+    context_in,
+    context_of,
+    flag_context,
+    lean_after,
+    row_factor,
+    sign_context,
+)
 from fedapp.codec.packet import decode_update, pack
 from fedapp.codec.per_layer import PerLayer
+from fedapp.codec.range_coder import FULL, WORD, narrow
 from fedapp.codec.rate_distortion import RateDistortion, default
 from fedapp.codec.rounding import _half_octave
 from fedapp.errors import ConfigError, DecodeError
@@ -357,6 +372,17 @@ def test_a_row_that_wakes_up_is_expected_within_bounds(dependent: bool) -> None:
     assert np.abs(levels.reshape(x.shape) - x.astype(np.float64)).max() <= 2
 
 
+def test_signs_and_flags_always_have_a_context() -> None:
+    leans, new = {0}, {0}
+    while new:
+        new = {int(lean_after(lean, minus)) for lean in new for minus in (0, 1)} - leans
+        leans |= new
+    assert {int(sign_context(lean)) for lean in leans} == set(range(SIGNS))
+    found = [int(flag_context(p, f, e)) for p in (0, 1, 401, 2**20, 128 * 2047 << 12)
+             for f in (0, 1, 2**40) for e in (1, 401, 2**30)]  # fmt: skip
+    assert {min(found), max(found)} == {0, FLAGS - 1}
+
+
 def test_rounding_knows_the_contexts_about_as_they_are() -> None:
     for e in (*range(1, 300), *range(300, 2**21, 1111)):
         assert abs(_half_octave(np.float32(e / 256)) - context_in(e)) <= 1
@@ -415,7 +441,7 @@ def test_golden_bytes() -> None:
     """A changed bitstream needs a new version number."""
     level = np.array([0, 0, 1, -1, 0, 2, 0, 0, -3, 0, 0, 0, 40_000, 1, 0, 0, -1, 0, 0, 5], np.float32)
     code, _, _ = context.encode(level, 1.0, NEAREST, [(4, 4), (), (3,)])
-    assert code.hex() == "22777e9df65e68bc2d5066d8b8afc1aa7c"
+    assert code.hex() == "06e5773c8daeda7332bdc57dad03973a0f"
     header = b"\xcd\xcc\xcc\x3d\x40\xf0"  # step 0.1, points of 1 and of more moved by 64/256 and -16/256
     packet = Packet(np.frombuffer(code, np.uint8), header)
     x = RateDistortion().decode(packet, layout_of([(4, 4), (), (3,)]))
@@ -423,14 +449,47 @@ def test_golden_bytes() -> None:
     assert np.array_equal(x, np.sign(level) * point * np.float32(0.1))
 
 
-def test_a_code_that_points_below_both_signs_is_refused() -> None:
-    """Where it does, and how far, only a search finds: signs leave 14 in 2^20 of their space to nobody."""
-    code = bytes.fromhex(
-        "000952727832c0add30181f3bcea59ef82eac3eea7bc15a18a6310ecacd60a9823e5d7bfbe57f9ca4f7a631b3911a81ff8ab3af8"
-        "f07a11c048f11c645c95c495366a8b9015cd18ede1c7e864b07b"
-    )
-    with pytest.raises(DecodeError, match="no encoder makes"):
-        context.decode(code, [(12, 128)])
+def pointing(*symbols: tuple[int, int]) -> bytes:
+    """A code that points at the low end of what these symbols, each in its context, leave of all there is."""
+    intervals, low, span = Model(False).intervals.reshape(-1, SYMBOLS), 0, FULL
+    for context_, symbol in symbols:
+        low, span = narrow(True, intervals[context_, symbol], low, span)
+        assert span >= WORD
+    return int(low).to_bytes(6, "big")
+
+
+def test_codes_that_no_encoder_makes_are_refused_where_they_show_it() -> None:
+    """Of one value: a flag or a sign leaves 14 in 2^20 of its space to nobody; a flag may lie."""
+    promised, row = 401, 402  # what the first column of a first layer promises, and its row
+    flag = FLAGS_FROM + flag_context(promised, row, row)
+    e = (promised * row_factor(row, row)) >> 16
+    magnitude = context_in(e - ((e + 15) >> 4))  # with no magnitude left of it
+    minus = SIGNS_FROM[0] + sign_context(0), 1
+    for code in (pointing((flag, 0)), pointing((flag, 1), (magnitude, 1), minus)):
+        with pytest.raises(DecodeError, match="does not end where"):  # an encoder names them in fewer bytes
+            context.decode(code, [(1,)])
+    for code in (
+        bytes(6),  # below both flags
+        pointing((flag, 1), (magnitude, 0)),
+        pointing((flag, 1), (magnitude, 1)),  # below both signs
+    ):
+        with pytest.raises(DecodeError, match="no encoder makes"):
+            context.decode(code, [(1,)])
+
+
+def test_what_lies_together_takes_less() -> None:
+    """Empty blocks say so at once, and what lies in the others is learned of these alone."""
+    rng = np.random.default_rng(0)
+    level = rng.integers(-1, 2, (64, 16, 128)).astype(np.float32)
+    level *= rng.random((64, 16, 1)) < 0.25
+    code, levels, _ = context.encode(level.ravel(), 1.0, NEAREST, [(64, 2048)])
+    assert np.array_equal(context.decode(code, [(64, 2048)]), levels)
+    filled = np.count_nonzero(level.any(axis=2))
+    assert 8 * len(code) < 1.04 * (filled * 128 * np.log2(3) + 0.82 * 1024)
+    alone = context.encode(rng.permutation(level.ravel()), 1.0, NEAREST, [(64, 2048)])[0]
+    assert len(code) < 0.65 * len(alone)
+    nothing = context.encode(np.zeros(64 * 2048, np.float32), 1.0, NEAREST, [(64, 2048)])[0]
+    assert len(nothing) < 24
 
 
 def damaged(code: bytes, rng: np.random.Generator) -> bytes:

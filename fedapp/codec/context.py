@@ -5,7 +5,8 @@ was. So the magnitude to expect of a level is column mean x row factor, both lea
 far, and half octaves of that expectation are the contexts in which magnitudes are coded, a block of columns
 at a time:
 
-    magnitudes, one symbol each (large ones leave low bits as they are, far outliers escape)
+    a flag, whether any of its levels is not zero, in the context of what is expected of the block in all
+    if so, magnitudes, one symbol each (large ones leave low bits as they are, far outliers escape)
     then the signs of those that are not zero, one symbol each, in the context of the signs before it
 
 How often each symbol comes in its context is learned every so many symbols (`model.due`, `model.learn`). The
@@ -14,8 +15,8 @@ encoder rounds each value where distance and bits cost least together, which pru
 Contexts are arithmetic on what both ends know, so they agree on any machine.
 
 Sources: Martin 1979, "Range encoding"; Marpe, Schwarz and Wiegand 2003, "Context-based adaptive binary
-arithmetic coding in H.264/AVC" (contexts); Mahoney 2005, "Adaptive weighing of context models" (counts, hence
-learning fast at first).
+arithmetic coding in H.264/AVC" (contexts, flags of blocks); Mahoney 2005, "Adaptive weighing of context
+models" (counts, hence learning fast at first).
 """
 
 from collections.abc import Iterator, Sequence
@@ -26,7 +27,7 @@ import numpy as np
 from fedapp.codec import range_coder
 from fedapp.codec.decoder import layer_decoder
 from fedapp.codec.encoder import layer_encoder
-from fedapp.codec.model import Floats, Integers, Levels, Model, begin_columns
+from fedapp.codec.model import Floats, Integers, Levels, Model, Words, begin_columns
 from fedapp.codec.rounding import Beyond
 from fedapp.errors import DecodeError
 
@@ -65,11 +66,25 @@ def encode(
     holds one number, what a bit costs in squares of that unit, and nothing is said of what lies beyond.
     Raises ValueError where x is not finite or beyond 2^30 steps.
     """
+    coder, words, level, beyond, _ = _written(x, scale, edge, shapes, dependent, keep)
+    return range_coder.finish(coder, words), level, beyond
+
+
+def lengths(x: Floats, scale: float, edge: Floats, shapes: Shapes) -> list[float]:
+    """Bits of each layer in the code of x * scale, but for those that hold nothing."""
+    *_, ends = _written(x, scale, edge, shapes, dependent=False, keep=False)
+    return np.diff(ends, prepend=0.0).tolist()
+
+
+def _written(
+    x: Floats, scale: float, edge: Floats, shapes: Shapes, dependent: bool, keep: bool
+) -> tuple[Integers, Words, Levels, Beyond, list[float]]:
+    """The coder, what it has written, levels, what lies beyond; and bits up to the end of each layer."""
     level = np.empty(len(x) if keep or dependent else 0, np.int32)
     room = 2 * len(x) + 4096
     while True:  # once, unless the levels are huge
         coder, words = np.array([0, range_coder.FULL, 0]), np.empty(room, np.uint32)
-        beyond = np.zeros(4, np.int64)
+        beyond, ends = np.zeros(4, np.int64), list[float]()
         for part, rows, column, units, model in _layers(shapes, dependent):
             values = x[part].reshape(rows, -1)
             into = level[part].reshape(rows if len(level) else 0, len(column))
@@ -77,8 +92,9 @@ def encode(
                 values, np.float32(scale), edge, into, column, units, *model.arrays, coder, words, beyond
             ):
                 break
+            ends.append(range_coder.bits(coder))
         else:
-            return range_coder.finish(coder, words), level, beyond
+            return coder, words, level, beyond, ends
         if coder[2] < 0:
             raise ValueError("update holds values that are not finite or beyond 2^30 steps")
         room *= 4

@@ -9,6 +9,7 @@ from fedapp.codec.model import (
     BLOCK,
     CONTEXTS,
     ESCAPE,
+    FLAGS_FROM,
     LOW,
     MOST,
     ONE,
@@ -18,21 +19,37 @@ from fedapp.codec.model import (
     Levels,
     Whole,
     Words,
+    after_empty,
     block,
     context_in,
     due,
     end_row,
+    flag_context,
     lean_after,
     learn,
     low_bits,
     most_nearby,
     paces,
+    promise,
     row_factor,
     sign_context,
 )
 from fedapp.codec.range_coder import WORD, narrow, raw_bits, shift
 from fedapp.codec.trellis import HALF, NEXT, stretch
-from fedapp.jit import jit
+from fedapp.jit import inlined, jit
+
+
+@inlined
+def _binary(
+    context: Whole, intervals: NDArray[np.uint64], counts: NDArray[np.uint16], low: Whole, span: Whole
+) -> tuple[Whole, Whole, Whole]:
+    """A symbol that is 0 or 1."""
+    k = np.uint64(context * SYMBOLS)
+    one = np.int64(low < np.int64(intervals[k] & LOW) * (span >> ONE))
+    k += np.uint64(one)
+    counts[k] += np.uint16(1)
+    low, span = narrow(False, intervals[k], low, span)
+    return one, low, span
 
 
 def layer_decoder(dependent: bool) -> Callable[..., bool]:
@@ -60,22 +77,34 @@ def layer_decoder(dependent: bool) -> Callable[..., bool]:
             lean: Whole = 0
             left: Whole = 0
             begin: Whole = 0
-            turn: Whole = 0  # where the row factor changes
             while begin < width:
                 if since >= due(seen):
                     learn(reached, weight, counts, intervals)
                     seen, since = seen + since, 0
                 end = min(width, begin + block(row, begin))
-                fading = decay if begin else np.int64(63)  # of what lies before
-                most = most_nearby(promised, found - (found >> fading), expected - (expected >> fading))
                 if dependent:
                     if row * width + begin == searched:
                         searched = stretch(searched, size)
                     end = min(end, searched - row * width)
-                count = 0
+                else:
+                    total = promise(column[begin:end])
+                    flag = FLAGS_FROM + flag_context(total, found, expected)
+                    some, low, span = _binary(flag, intervals, counts[0], low, span)
+                    if not 0 <= low < span:
+                        return False
+                    if span < WORD:
+                        low, span, at = shift(False, low, span, at, words)
+                    if not some:
+                        found, expected = after_empty(total, end - begin, found, expected)
+                        level[begin:end] = 0
+                        left, begin = 0, end
+                        since += 1
+                        continue
+                most = most_nearby(promised, found, expected)
+                count, turn = 0, begin  # where the row factor changes
                 for c in range(begin, end):
                     if c == turn:
-                        if c:
+                        if c > begin:
                             found -= found >> decay
                             expected -= expected >> decay
                         factor, turn = row_factor(found, expected), c + min(pace, max(1, c))
@@ -135,12 +164,15 @@ def layer_decoder(dependent: bool) -> Callable[..., bool]:
                     if dependent:
                         state = NEXT[np.uint64(state), np.uint64(m & 1)]
                     expected += mean
+                if not dependent and not count:
+                    return False  # its flag would say so
+                found -= found >> decay
+                expected -= expected >> decay
                 for i in range(count):
-                    k = np.uint64((first_sign + sign_context(lean)) * SYMBOLS)
-                    minus = np.int64(low < np.int64(intervals[k] & LOW) * (span >> ONE))
-                    k += np.uint64(minus)
-                    low, span = narrow(False, intervals[k], low, span)
-                    counts[np.uint64(i) & np.uint64(1), k] += np.uint16(1)
+                    sign = first_sign + sign_context(lean)
+                    minus, low, span = _binary(
+                        sign, intervals, counts[np.uint64(i) & np.uint64(1)], low, span
+                    )
                     if span < WORD:
                         if not 0 <= low < span:
                             return False

@@ -14,6 +14,7 @@ from fedapp.codec.model import (
     BLOCK,
     CONTEXTS,
     ESCAPE,
+    FLAGS_FROM,
     SIGNS_FROM,
     SYMBOLS,
     Floats,
@@ -21,15 +22,18 @@ from fedapp.codec.model import (
     Levels,
     Whole,
     Words,
+    after_empty,
     block,
     context_of,
     due,
     end_row,
+    flag_context,
     lean_after,
     learn,
     low_bits,
     most_nearby,
     paces,
+    promise,
     row_factor,
     sign_context,
 )
@@ -190,12 +194,13 @@ def layer_encoder(dependent: bool) -> Callable[..., bool]:
         room, places = np.empty(BLOCK + 1, np.int32), np.empty(2 * BLOCK, np.uint16)
         extra = np.empty(2 * BLOCK, np.int32)
         level, sums = np.empty(width, np.int32), np.empty(2, np.int64)  # a row's, without signs
+        flag, least = np.empty(1, np.uint16), np.float32(0)  # where its symbol lies; below that all is zero
         state: Whole = 0
         searched: Whole = 0
         seen: Whole = 0
         since: Whole = 0
         if not dependent:
-            begin_levels(reached, edge, begins, mores)
+            least = begin_levels(reached, edge, begins, mores)
         for row in range(len(units)):
             promised = column.sum() // width + 1
             sums[:] = promised  # what came in this row, and what its columns promise
@@ -209,7 +214,7 @@ def layer_encoder(dependent: bool) -> Callable[..., bool]:
                     learn(reached, weight, counts, intervals)
                     seen, since = seen + since, 0
                     if not dependent:
-                        begin_levels(reached, edge, begins, mores)
+                        least = begin_levels(reached, edge, begins, mores)
                 end = min(width, begin + block(row, begin))
                 if dependent:
                     at = row * width + begin
@@ -228,12 +233,25 @@ def layer_encoder(dependent: bool) -> Callable[..., bool]:
                     some[:] = np.abs(levels[row, begin:end])
                     state = _take_turns(some, state, odd, numbers)
                 else:
-                    if not magnitudes_of(x, scale, magnitude):
+                    good, filled = magnitudes_of(x, scale, least, magnitude)
+                    if not good:
                         coder[2] = -1
                         return False
-                    round_block(
-                        magnitude[:n], means, sums[0], sums[1], np.float32(most), begins, mores, work, some
-                    )
+                    total = promise(means)
+                    filled = filled and round_block(
+                        magnitude[:n], means, total, sums[0], sums[1], np.float32(most), begins, mores, work,
+                        some,
+                    )  # fmt: skip
+                    flag[0] = (FLAGS_FROM + flag_context(total, sums[0], sums[1])) * SYMBOLS + filled
+                    _write(some, extra, flag, counts, intervals, coder, words)
+                    if not filled:
+                        sums[0], sums[1] = after_empty(total, n, sums[0], sums[1])
+                        some[:] = near[0] = 0
+                        if levels.size:
+                            levels[row, begin:end] = 0
+                        begin = end
+                        since += 1
+                        continue
                     if row % 4 == 0 or len(units) < _MANY:
                         add_beyond(magnitude[:n], some, beyond)
                 for i in range(n):

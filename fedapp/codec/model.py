@@ -28,11 +28,13 @@ BLOCK = 128  # columns whose magnitudes are coded together, and then their signs
 MOST_FACTOR = 1 << 12  # what a row has of what its columns promise, at most
 _PATIENCE = 4000  # what has come in a context counts as so many symbols at most
 _AT_FIRST, _OF_OLD = 60, 180  # what counts at first; of what earlier layers told, when one begins
-_SIGNS_AT_FIRST = 30  # what counts at first of signs, of which not all updates are alike
+_SIGNS_AT_FIRST = 30  # what counts at first of signs and flags, of which not all updates are alike
 _OFTEN, _SELDOM = 16, 4096  # symbols after which what has come is learned, at first and at last
 _SHARE = 8  # in between, after so small a part of a layer's
 SIGNS = 16  # contexts of signs, by the balance of signs that came before
 SIGNS_FROM = CONTEXTS, 2 * CONTEXTS  # the first of these: dependent quantizers have twice as many before
+FLAGS = 16  # contexts of flags, by octaves of what is expected of a block in all; plain levels have them
+FLAGS_FROM = CONTEXTS + SIGNS
 
 # Log2 of the odds that a magnitude goes on, in quarters, in contexts 10 to 25: what updates of two CNNs
 # (Fashion-MNIST, SGD, first rounds and late ones) had at 0.01 to 6 bits.
@@ -54,6 +56,9 @@ _ODDS_DEPENDENT = (
     (-12, -12, -12, -12, -12, -12, -13, -11, -9, -6, -3, 1, 4, 7),  # beyond 2
     (-7, -7, -7, -7, -7, -7, -8, -7, -6, -5, -3, 0, 3, 6),  # beyond 3 and more
 )
+
+# Log2 of the odds that a block is not empty, by what is expected of it: nothing, 1/8, 1/4, 1/2, 1, ...
+_FLAG_ODDS = -5, -3, -2, -1, 0, 1, 2, 4, 5, 6, 7, 8, 8, 8, 8, 8
 
 # Percent of signs that are minus, by the balance of signs before: from minuses alone to as many pluses.
 _MINUS = (94, 86, 80, 73, 68, 63, 59, 53)
@@ -81,13 +86,18 @@ def _reached(odds: tuple[tuple[int, ...], ...]) -> Integers:
 def _initial() -> tuple[Integers, Integers]:
     """`_reached` of the plain quantizer, and of the even one and the odd one, one after the other; and signs.
 
-    A sign is symbol 0 or, below zero, symbol 1.
+    A sign is symbol 0 or, below zero, symbol 1. A flag is symbol 0 where the block is empty, else symbol 1.
     """
     even, odd = (_ODDS_DEPENDENT[side::2][:2] + _ODDS_DEPENDENT[4:] for side in (0, 1))
     signs = np.zeros((SIGNS, SYMBOLS), np.int64)
     for context, percent in enumerate((*_MINUS, *(100 - percent for percent in reversed(_MINUS)))):
         signs[context, :2] = 1 << 30, (percent << 30) // 100
-    return np.concatenate([_reached(_ODDS), signs]), np.concatenate([_reached(even), _reached(odd), signs])
+    flags = np.zeros((FLAGS, SYMBOLS), np.int64)
+    for context, odds in enumerate(_FLAG_ODDS):
+        flags[context, :2] = 1 << 30, round(2**30 / (1 + 2.0**-odds))
+    return np.concatenate([_reached(_ODDS), signs, flags]), np.concatenate(
+        [_reached(even), _reached(odd), signs]
+    )
 
 
 _INITIAL = _initial()
@@ -96,17 +106,18 @@ _INITIAL = _initial()
 class Model:
     """What was learned: the arrays that compiled code reads and changes.
 
-    reached: probability in 2^-30 that a magnitude, or a sign, reaches a symbol, (contexts, SYMBOLS); weight:
-    how many symbols that counts as. counts: symbols that came since it was learned, in two rows, so that
-    counting does not wait for itself. intervals: of each symbol its share in the upper half and its begin in
-    the lower one, both in 2^-20; symbol 0 ends at the top, so that a decoder finds it by one comparison.
+    reached: probability in 2^-30 that a magnitude, a sign or a flag reaches a symbol, (contexts, SYMBOLS);
+    weight: how many symbols that counts as. counts: symbols that came since it was learned, in two rows, so
+    that counting does not wait for itself. intervals: of each symbol its share in the upper half and its
+    begin in the lower one, both in 2^-20; symbol 0 ends at the top, so that a decoder finds it by one
+    comparison.
     """
 
     def __init__(self, dependent: bool) -> None:
         self.reached = _INITIAL[dependent].copy()
         contexts = len(self.reached)
         self.weight = np.full(contexts, _AT_FIRST, np.int64)
-        self.weight[-SIGNS:] = _SIGNS_AT_FIRST
+        self.weight[SIGNS_FROM[dependent] :] = _SIGNS_AT_FIRST
         self.counts = np.zeros((2, contexts * SYMBOLS), np.uint16)
         self.intervals = np.zeros(contexts * SYMBOLS, np.uint64)
         _divide_all(self.reached, self.intervals)
@@ -168,6 +179,28 @@ def _divide_all(reached: Integers, intervals: NDArray[np.uint64]) -> None:
 
 
 @inlined
+def promise(column: Levels) -> Whole:
+    """What the columns of a block promise in all, in 1/4096."""
+    total = np.int64(0)
+    for i in range(len(column)):
+        total += column[i]
+    return total
+
+
+@inlined
+def flag_context(promised: Whole, found: Whole, expected: Whole) -> Whole:
+    """Which context of flags a block is in that is promised so much, in a row that has so much of that."""
+    eighths = min((promised * row_factor(found, expected)) >> 21, (1 << FLAGS) // 2 - 1)
+    return (np.float32(2 * eighths + 1).view(np.int32) >> np.int32(23)) - np.int32(127)
+
+
+@inlined
+def after_empty(promised: Whole, n: Whole, found: Whole, expected: Whole) -> tuple[Whole, Whole]:
+    """What a row found and expected, after an empty block of n columns: seven eighths are forgotten."""
+    return found >> 3, expected + (((promised << 6) // n * 7) >> 3) - ((expected * 7) >> 3)
+
+
+@inlined
 def sign_context(lean: Whole) -> Whole:
     """Which context of signs a balance is in: from -4096, of minuses, to 4096."""
     return (lean + 4096) >> 9
@@ -176,7 +209,7 @@ def sign_context(lean: Whole) -> Whole:
 @inlined
 def lean_after(lean: Whole, minus: Whole) -> Whole:
     """The balance of signs after another one."""
-    return lean + (((1 - 2 * minus) * 4096 - lean) >> 3)
+    return lean + (511 - 1023 * minus) - (lean >> 3)  # never 4096, where no context is
 
 
 def paces(dependent: bool) -> tuple[int, int, int]:
@@ -187,7 +220,7 @@ def paces(dependent: bool) -> tuple[int, int, int]:
 
 @inlined
 def block(row: Whole, begin: Whole) -> Whole:
-    """How many columns are coded together: fewer at first, where nothing is known of a layer."""
+    """How many columns are coded together, or are empty: fewer at first, where little is known."""
     return BLOCK if row else min(max(begin, 16), BLOCK)
 
 

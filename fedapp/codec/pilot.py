@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from math import prod
+from typing import NamedTuple
 
 import numpy as np
 
@@ -12,12 +13,23 @@ from fedapp.codec.layers import shapes
 from fedapp.codec.model import Floats
 from fedapp.codec.quantizer import Quantizer
 
-_EIGHTH, _TOGETHER = 8, 16  # the part: of so many times as many columns, so many in a row
-_DEARER = 0.04  # log of what it takes more than its share, of 2^20 values: rows learn from fewer columns
+_EIGHTH = 8  # the part: of so many times as many columns,
+_BLOCKS, _FEWEST = (128, 64, 32, 16), 4  # blocks of so many in a row, as wide as makes so many of them
+# Log of what it takes more than its share, of 2^20 values: rows learn from fewer columns; and the same where
+# products have said already what rows have in common.
+_DEARER, _LEFT_DEARER = 0.055, 0.01
 _FEW = 256  # bits, that tell nothing
 
-Layers = tuple[Floats, Sequence[tuple[int, ...]]]
-"""Values of layers, end to end, and their shapes."""
+
+class Layers(NamedTuple):
+    """Values of layers, end to end, and their shapes."""
+
+    values: Floats
+    shapes: Sequence[tuple[int, ...]]
+
+    def apart(self) -> list[Floats]:
+        """The values of each."""
+        return np.split(self.values, np.cumsum([prod(shape) for shape in self.shapes])[:-1])
 
 
 def pilot(
@@ -26,58 +38,58 @@ def pilot(
     """What says how far the estimate is off at a step: log of bits taken over estimated ones.
 
     An eighth of the columns is coded, of what the products leave and of their vectors: each is learned over
-    all rows, and neighbours stay together. `beyond`: log of what such a part is known to miss.
-    None where layers are so narrow that a part is most of them.
+    all rows, and neighbours stay together. Of narrow layers all is coded, and counts for an eighth. `beyond`:
+    log of what such a part is known to miss. None where a part would be most of what there is.
     """
     x, (left, vectors, _) = factors.residual, factors.magnitudes
-    share = np.exp(-_DEARER * (2**20 / len(x)) ** 0.5)
-    of = shapes(layout)
-    if sum(prod(_part_of(shape)) for shape in of) > len(x) / 4:
+    dearer = _LEFT_DEARER if factors.count else _DEARER
+    share = np.exp(-dearer * (2**20 / len(x)) ** 0.5)
+    part = eighth(Layers(x, shapes(layout)))
+    if len(part[0].values) > len(x) / 4:
         return None
-    part = eighth((x, of))
 
-    def off(part: Layers, scale: float) -> float:
+    def off(part: Layers, whole: Sequence[bool], scale: float) -> float:
         """Bits taken over estimated ones; 1 where so few are expected that they tell nothing."""
-        values, of = part
-        expected = Magnitudes(values, 0.0).bits(1 / scale, like)
+        evenly = [x[::_EIGHTH] if all else x for x, all in zip(part.apart(), whole, strict=True)]
+        expected = Magnitudes(np.concatenate(evenly), 0.0).bits(1 / scale, like)
         if expected < _FEW:
             return 1.0
-        code, *_ = coder.encode(values, scale, of, keep=False)
-        return 8 * max(len(code), 1) / expected
+        lengths = coder.lengths(part.values, scale, part.shapes)
+        taken = sum(bits / _EIGHTH if all else bits for bits, all in zip(lengths, whole, strict=True))
+        return max(taken, 1.0) / expected
 
     def miss(step: float) -> float:
         products, values = factors.at(step)
         rest, those = left.bits(step, like), vectors.bits(step, like)
-        taken = off(part, 1 / step) * share * rest
+        taken = off(*part, 1 / step) * share * rest
         if those:
-            taken += off(eighth((values, products.shapes)), 1.0) * those
+            taken += off(*eighth(Layers(values, products.shapes)), 1.0) * those
         return float(np.log(taken / (rest + those))) + beyond if rest + those > 0 else 0.0
 
     return miss
 
 
-def eighth(layers: Layers) -> Layers:
-    """Some columns of each, as layers of their own."""
-    values, of = layers
-    cuts = np.cumsum([prod(shape) for shape in of])[:-1]
-    parts = [_columns(x, shape) for x, shape in zip(np.split(values, cuts), of, strict=True)]
-    return np.concatenate([part.ravel() for part in parts]), [part.shape for part in parts]
+def eighth(layers: Layers) -> tuple[Layers, list[bool]]:
+    """Some columns of each layer that holds something, as layers of their own; which of these are all."""
+    grids = [_grid(x, shape) for x, shape in zip(layers.apart(), layers.shapes, strict=True) if len(x)]
+    parts = [_columns(grid) for grid in grids]
+    values = np.concatenate([part.ravel() for part in parts])
+    whole = [part is grid for part, grid in zip(parts, grids, strict=True)]
+    return Layers(values, [part.shape for part in parts]), whole
 
 
-def _part_of(shape: tuple[int, ...]) -> tuple[int, int]:
-    """Rows and columns of a layer's part: some columns of each so many, if the layer is wide; else all."""
+def _grid(x: Floats, shape: tuple[int, ...]) -> Floats:
+    """A layer as a matrix; a vector is one row."""
     rows = shape[0] if len(shape) > 1 else 1
-    columns = prod(shape) // max(rows, 1)
-    blocks = columns // (_TOGETHER * _EIGHTH)
-    return rows, columns if blocks < 4 else blocks * _TOGETHER
+    return x.reshape(rows, len(x) // rows)
 
 
-def _columns(x: Floats, shape: tuple[int, ...]) -> Floats:
-    """The part of a layer, as a matrix."""
-    (rows, taken), every = _part_of(shape), _TOGETHER * _EIGHTH
-    grid = x.reshape(rows, len(x) // max(rows, 1))
-    if taken == grid.shape[1]:
+def _columns(grid: Floats) -> Floats:
+    """Some columns of each so many, if there are many of them; else all, the matrix itself."""
+    rows, columns = grid.shape
+    block = next((size for size in _BLOCKS if columns >= _FEWEST * size * _EIGHTH), None)
+    if block is None:
         return grid
-    blocks, first = taken // _TOGETHER, _EIGHTH // 2 * _TOGETHER
-    those = grid[:, : blocks * every].reshape(rows, blocks, every)[:, :, first : first + _TOGETHER]
-    return those.reshape(rows, taken)
+    blocks, every, first = columns // (block * _EIGHTH), block * _EIGHTH, _EIGHTH // 2 * block
+    those = grid[:, : blocks * every].reshape(rows, blocks, every)[:, :, first : first + block]
+    return those.reshape(rows, blocks * block)

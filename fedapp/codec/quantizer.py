@@ -46,6 +46,10 @@ class Quantizer:
             moves = [beyond[k] / max(beyond[k + 2], 1) for k in (0, 1)]
         return code, levels, [max(-127, min(127, round(move))) for move in moves]
 
+    def lengths(self, x: Floats, scale: float, shapes: context.Shapes) -> list[float]:
+        """Bits of each layer that holds something in what `encode` makes without a trellis."""
+        return context.lengths(x, scale, edges(LAMBDA), shapes)
+
     def decode(self, code: bytes, shapes: context.Shapes) -> Levels:
         """Undo `encode`, to levels; raises DecodeError."""
         return context.decode(code, shapes, self.trellis)

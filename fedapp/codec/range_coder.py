@@ -4,6 +4,7 @@ Encoding, `low` is the low end of the interval; decoding, the code above it. `wo
 to settle) or gives 16 bits an entry, and `at` is the next one. Source: Martin 1979, "Range encoding".
 """
 
+from math import log2
 from typing import Any
 
 import numpy as np
@@ -56,6 +57,11 @@ def begin(code: bytes) -> tuple[Integers, Words]:
     """The coder (low, span, at) that reads a code, and its words; one that writes begins at (0, FULL, 0)."""
     words = np.frombuffer(code + bytes(6 + len(code) % 2), ">u2").astype(np.uint32)
     return np.array([int(words[0]) << 32 | int(words[1]) << 16 | int(words[2]), FULL, 3]), words
+
+
+def bits(coder: Integers) -> float:
+    """Bits that what was written so far takes."""
+    return 16 * int(coder[2]) + log2(FULL / int(coder[1]))
 
 
 def finish(coder: Integers, words: Words) -> bytes:

@@ -14,8 +14,9 @@ Beyond = Integers  # how far values lie beyond levels of 1, and above, in 1/256 
 
 
 @inlined
-def begin_levels(reached: Integers, edge: Floats, begins: Floats, mores: Floats) -> None:
+def begin_levels(reached: Integers, edge: Floats, begins: Floats, mores: Floats) -> Any:
     """Where level 1 begins in each context; and what is added to larger magnitudes before they are cut off.
+    Returns where it begins at the earliest.
 
     `edge` says by ten bits of what was learned how far above m - 1 level m begins: 1024 entries for m = 1,
     then for m > 1. Without a preference integers come through as they are, up to 2^23.
@@ -25,17 +26,19 @@ def begin_levels(reached: Integers, edge: Floats, begins: Floats, mores: Floats)
         begins[context] = edge[min(one >> 20, 1023)]
         more = edge[1024 + min((three << 10) // max(two, 1), 1023)]
         mores[context] = np.float32(1) - more if low_bits(context, False) == 0 else np.float32(0.5)
+    return begins.min()
 
 
 @inlined
-def magnitudes_of(x: Floats, scale: Any, magnitude: Floats) -> bool:
-    """Those of x * scale; False where one is not finite, or beyond the largest level."""
-    good = True
+def magnitudes_of(x: Floats, scale: Any, begin: Any, magnitude: Floats) -> tuple[bool, bool]:
+    """Those of x * scale. Whether all are finite and below the largest level; whether any reaches `begin`."""
+    good, some = True, False
     for i in range(len(x)):
         a = abs(x[i] * scale)
         magnitude[i] = a
         good &= a <= np.float32(MOST)
-    return good
+        some |= a >= begin
+    return good, some
 
 
 @inlined
@@ -47,18 +50,17 @@ def _half_octave(e: Any) -> Whole:
 
 @inlined
 def round_block(
-    magnitude: Floats, column: Levels, found: Whole, expected: Whole, most: Any, begins: Floats,
-    mores: Floats, work: Floats, level: Levels,
-) -> None:  # fmt: skip
+    magnitude: Floats, column: Levels, promised: Whole, found: Whole, expected: Whole, most: Any,
+    begins: Floats, mores: Floats, work: Floats, level: Levels,
+) -> bool:  # fmt: skip
     """Levels, without signs, of a block of a row, of which so much was found and expected before it.
+    Returns whether any is not zero.
 
     What the encoder alone decides need not wait for what the decoder will know: each value is rounded as in
     the context to expect of it without its left neighbour, but with what the block itself has in the row
     factor. `most` of a magnitude counts for others; `work` is room for three blocks.
     """
-    n, came, promised = len(magnitude), np.int64(0), np.int64(0)
-    for i in range(n):
-        promised += column[i]
+    n, came, some = len(magnitude), np.int64(0), np.int32(0)
     unit = np.float32(1 / 4096)
     usual = _half_octave(np.float32(promised // n) * (np.float32(found) / np.float32(expected) * unit))
     for i in range(n):
@@ -74,6 +76,8 @@ def round_block(
     for i in range(n):
         m = max(np.int32(magnitude[i] + more[i]), np.int32(1))
         level[i] = m * np.int32(magnitude[i] >= begin[i])
+        some |= level[i]
+    return bool(some > 0)
 
 
 @inlined
