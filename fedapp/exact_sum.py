@@ -50,7 +50,7 @@ class ExactSum:
 def _add(x: Any, weight: float, coarse: Any, fine: Any) -> bool:
     """A part at a time is looked at and added, while at hand; False, and nothing is added, if one is bad.
 
-    Most of a part's time is that of the sum's memory, which a part of zeros needs not.
+    Most of a part's time is that of the sum's memory, which a part of zeros does not touch.
     """
     for begin in range(0, len(x), _PART):
         end = min(begin + _PART, len(x))

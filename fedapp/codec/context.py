@@ -62,8 +62,9 @@ def encode(
     The levels of a packet that nobody asks for are not kept (`keep`): they are as long as x.
 
     `edge`: how far above m - 1 level m begins, by ten bits of the probability that a magnitude goes on: 1024
-    entries for m = 1, then for m > 1. With `dependent` quantizers levels are places in units of scale, `edge`
-    holds one number, what a bit costs in squares of that unit, and nothing is said of what lies beyond.
+    entries for m = 1, then for m > 1; and what a bit of a block's flag weighs, in squares of a level. With
+    `dependent` quantizers levels are places in units of scale, `edge` holds one number, what a bit costs in
+    squares of that unit, and nothing is said of what lies beyond.
     Raises ValueError where x is not finite or beyond 2^30 steps.
     """
     coder, words, level, beyond, _ = _written(x, scale, edge, shapes, dependent, keep)

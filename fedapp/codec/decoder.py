@@ -43,7 +43,7 @@ from fedapp.jit import inlined, jit
 def _binary(
     context: Whole, intervals: NDArray[np.uint64], counts: NDArray[np.uint16], low: Whole, span: Whole
 ) -> tuple[Whole, Whole, Whole]:
-    """A symbol that is 0 or 1."""
+    """A symbol that is 0 or 1. Then `low` is within `span`, as the caller is to see, or neither was there."""
     k = np.uint64(context * SYMBOLS)
     one = np.int64(low < np.int64(intervals[k] & LOW) * (span >> ONE))
     k += np.uint64(one)
@@ -69,7 +69,6 @@ def layer_decoder(dependent: bool) -> Callable[..., bool]:
         searched: Whole = 0
         seen: Whole = 0
         since: Whole = 0
-        factor: Whole = 0
         for row in range(len(units)):
             level = levels[row]
             promised = column.sum() // width + 1
@@ -82,31 +81,31 @@ def layer_decoder(dependent: bool) -> Callable[..., bool]:
                     learn(reached, weight, counts, intervals)
                     seen, since = seen + since, 0
                 end = min(width, begin + block(row, begin))
+                factor = row_factor(found, expected)
                 if dependent:
                     if row * width + begin == searched:
                         searched = stretch(searched, size)
                     end = min(end, searched - row * width)
                 else:
                     total = promise(column[begin:end])
-                    flag = FLAGS_FROM + flag_context(total, found, expected)
-                    some, low, span = _binary(flag, intervals, counts[0], low, span)
+                    flag = FLAGS_FROM + flag_context(total, factor)
+                    filled, low, span = _binary(flag, intervals, counts[0], low, span)
                     if not 0 <= low < span:
                         return False
                     if span < WORD:
                         low, span, at = shift(False, low, span, at, words)
-                    if not some:
+                    if not filled:
                         found, expected = after_empty(total, end - begin, found, expected)
                         level[begin:end] = 0
                         left, begin = 0, end
                         since += 1
                         continue
-                most = most_nearby(promised, found, expected)
-                count, turn = 0, begin  # where the row factor changes
+                most = most_nearby(promised, factor)
+                count, turn = 0, begin + min(pace, max(1, begin))  # where the row factor changes
                 for c in range(begin, end):
                     if c == turn:
-                        if c > begin:
-                            found -= found >> decay
-                            expected -= expected >> decay
+                        found -= found >> decay
+                        expected -= expected >> decay
                         factor, turn = row_factor(found, expected), c + min(pace, max(1, c))
                     u = np.uint64(c)
                     mean = np.int64(column[u])
@@ -157,7 +156,7 @@ def layer_decoder(dependent: bool) -> Callable[..., bool]:
                             return False
                         far = 2 * m - odd if dependent else m
                         level[u] = far
-                        left = min(far, most)
+                        left = np.int64(min(far, most))
                         found += left << 12
                         sent[np.uint64(count)] = c
                         count += 1
@@ -165,7 +164,7 @@ def layer_decoder(dependent: bool) -> Callable[..., bool]:
                         state = NEXT[np.uint64(state), np.uint64(m & 1)]
                     expected += mean
                 if not dependent and not count:
-                    return False  # its flag would say so
+                    return False  # an encoder would have flagged it as empty
                 found -= found >> decay
                 expected -= expected >> decay
                 for i in range(count):

@@ -38,7 +38,7 @@ from fedapp.codec.model import (
     sign_context,
 )
 from fedapp.codec.range_coder import WORD, narrow, raw_bits, shift
-from fedapp.codec.rounding import Beyond, add_beyond, begin_levels, magnitudes_of, round_block
+from fedapp.codec.rounding import Beyond, add_beyond, begin_levels, magnitudes_of, round_block, worth_it
 from fedapp.codec.trellis import HALF, NEXT, search, stretch
 from fedapp.jit import inlined, jit
 
@@ -194,7 +194,8 @@ def layer_encoder(dependent: bool) -> Callable[..., bool]:
         room, places = np.empty(BLOCK + 1, np.int32), np.empty(2 * BLOCK, np.uint16)
         extra = np.empty(2 * BLOCK, np.int32)
         level, sums = np.empty(width, np.int32), np.empty(2, np.int64)  # a row's, without signs
-        flag, least = np.empty(1, np.uint16), np.float32(0)  # where its symbol lies; below that all is zero
+        flag = np.empty(1, np.uint16)  # where a flag's symbol lies
+        least = np.float32(0)  # where the first level begins at the earliest
         state: Whole = 0
         searched: Whole = 0
         seen: Whole = 0
@@ -228,7 +229,8 @@ def layer_encoder(dependent: bool) -> Callable[..., bool]:
                             return False
                     end = min(end, begin + searched - at)
                 n, x, means, some = end - begin, updates[row, begin:end], column[begin:end], level[begin:end]
-                most = most_nearby(promised, sums[0], sums[1])
+                factor = row_factor(sums[0], sums[1])
+                most = most_nearby(promised, factor)
                 if dependent:
                     some[:] = np.abs(levels[row, begin:end])
                     state = _take_turns(some, state, odd, numbers)
@@ -238,12 +240,15 @@ def layer_encoder(dependent: bool) -> Callable[..., bool]:
                         coder[2] = -1
                         return False
                     total = promise(means)
+                    at_flag = np.uint64((FLAGS_FROM + flag_context(total, factor)) * SYMBOLS)
+                    flags = intervals[at_flag : at_flag + np.uint64(2)]
                     filled = filled and round_block(
                         magnitude[:n], means, total, sums[0], sums[1], np.float32(most), begins, mores, work,
                         some,
                     )  # fmt: skip
-                    flag[0] = (FLAGS_FROM + flag_context(total, sums[0], sums[1])) * SYMBOLS + filled
-                    _write(some, extra, flag, counts, intervals, coder, words)
+                    filled = filled and worth_it(magnitude[:n], some, work[0], edge[-1], flags)
+                    flag[0] = at_flag + np.uint64(filled)
+                    _write(some, extra, flag, counts, intervals, coder, words)  # the first two are not read
                     if not filled:
                         sums[0], sums[1] = after_empty(total, n, sums[0], sums[1])
                         some[:] = near[0] = 0

@@ -57,7 +57,8 @@ _ODDS_DEPENDENT = (
     (-7, -7, -7, -7, -7, -7, -8, -7, -6, -5, -3, 0, 3, 6),  # beyond 3 and more
 )
 
-# Log2 of the odds that a block is not empty, by what is expected of it: nothing, 1/8, 1/4, 1/2, 1, ...
+# Log2 of the odds that a block is not empty, where less than 1/8 is expected of it in all, then from 1/8,
+# 1/4, 1/2, 1, ... on: what updates of the two CNNs had at 0.01 to 3 bits.
 _FLAG_ODDS = -5, -3, -2, -1, 0, 1, 2, 4, 5, 6, 7, 8, 8, 8, 8, 8
 
 # Percent of signs that are minus, by the balance of signs before: from minuses alone to as many pluses.
@@ -84,7 +85,7 @@ def _reached(odds: tuple[tuple[int, ...], ...]) -> Integers:
 
 
 def _initial() -> tuple[Integers, Integers]:
-    """`_reached` of the plain quantizer, and of the even one and the odd one, one after the other; and signs.
+    """`_reached` of the plain quantizer, signs and flags; `_reached` of the even one and the odd one, signs.
 
     A sign is symbol 0 or, below zero, symbol 1. A flag is symbol 0 where the block is empty, else symbol 1.
     """
@@ -188,15 +189,19 @@ def promise(column: Levels) -> Whole:
 
 
 @inlined
-def flag_context(promised: Whole, found: Whole, expected: Whole) -> Whole:
-    """Which context of flags a block is in that is promised so much, in a row that has so much of that."""
-    eighths = min((promised * row_factor(found, expected)) >> 21, (1 << FLAGS) // 2 - 1)
+def flag_context(promised: Whole, factor: Whole) -> Whole:
+    """Which context of flags a block is in whose columns promise so much, in a row with this factor."""
+    eighths = min((promised * factor) >> 21, (1 << FLAGS) // 2 - 1)
     return (np.float32(2 * eighths + 1).view(np.int32) >> np.int32(23)) - np.int32(127)
 
 
 @inlined
 def after_empty(promised: Whole, n: Whole, found: Whole, expected: Whole) -> tuple[Whole, Whole]:
-    """What a row found and expected, after an empty block of n columns: seven eighths are forgotten."""
+    """What a row found and expected, after an empty block of n columns.
+
+    As after 128 of them one by one seven eighths are forgotten, and what is expected comes near 64 times
+    their mean. So it is after fewer, of which a layer has a few in its first row, and where a row ends.
+    """
     return found >> 3, expected + (((promised << 6) // n * 7) >> 3) - ((expected * 7) >> 3)
 
 
@@ -209,7 +214,7 @@ def sign_context(lean: Whole) -> Whole:
 @inlined
 def lean_after(lean: Whole, minus: Whole) -> Whole:
     """The balance of signs after another one."""
-    return lean + (511 - 1023 * minus) - (lean >> 3)  # never 4096, where no context is
+    return lean + (511 - 1023 * minus) - (lean >> 3)  # below 4096, where contexts end
 
 
 def paces(dependent: bool) -> tuple[int, int, int]:
@@ -231,13 +236,13 @@ def row_factor(found: Whole, expected: Whole) -> Whole:
 
 
 @inlined
-def most_nearby(promised: Whole, found: Whole, expected: Whole) -> Whole:
+def most_nearby(promised: Whole, factor: Whole) -> Whole:
     """What a magnitude counts for its neighbours at most, in a block of a row that is promised so much.
 
     8, and 64 times what the row has in the mean: one outlier does not make its row an active one. `promised`:
     the mean of its columns, in 1/4096.
     """
-    return np.int32(min(8 + ((promised * row_factor(found, expected)) >> 18), 1 << 20))
+    return np.int32(min(8 + ((promised * factor) >> 18), 1 << 20))
 
 
 def _contexts() -> NDArray[np.uint8]:

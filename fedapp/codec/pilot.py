@@ -13,8 +13,9 @@ from fedapp.codec.layers import shapes
 from fedapp.codec.model import Floats
 from fedapp.codec.quantizer import Quantizer
 
-_EIGHTH = 8  # the part: of so many times as many columns,
-_BLOCKS, _FEWEST = (128, 64, 32, 16), 4  # blocks of so many in a row, as wide as makes so many of them
+_EIGHTH = 8
+_BLOCKS, _FEWEST = (128, 64, 32, 16), 4  # columns taken in a row: the most of which there are so many blocks
+_NINTH = 9  # of narrow layers: odd, as what repeats itself often does every so many even ones
 # Log of what it takes more than its share, of 2^20 values: rows learn from fewer columns; and the same where
 # products have said already what rows have in common.
 _DEARER, _LEFT_DEARER = 0.055, 0.01
@@ -38,8 +39,8 @@ def pilot(
     """What says how far the estimate is off at a step: log of bits taken over estimated ones.
 
     An eighth of the columns is coded, of what the products leave and of their vectors: each is learned over
-    all rows, and neighbours stay together. Of narrow layers all is coded, and counts for an eighth. `beyond`:
-    log of what such a part is known to miss. None where a part would be most of what there is.
+    all rows, and neighbours stay together. Of narrow layers all is coded, and about as much of it counts.
+    `beyond`: log of what such a part is known to miss. None where a part would be most of what there is.
     """
     x, (left, vectors, _) = factors.residual, factors.magnitudes
     dearer = _LEFT_DEARER if factors.count else _DEARER
@@ -50,12 +51,12 @@ def pilot(
 
     def off(part: Layers, whole: Sequence[bool], scale: float) -> float:
         """Bits taken over estimated ones; 1 where so few are expected that they tell nothing."""
-        evenly = [x[::_EIGHTH] if all else x for x, all in zip(part.apart(), whole, strict=True)]
+        evenly = [x[::_NINTH] if narrow else x for x, narrow in zip(part.apart(), whole, strict=True)]
         expected = Magnitudes(np.concatenate(evenly), 0.0).bits(1 / scale, like)
         if expected < _FEW:
             return 1.0
         lengths = coder.lengths(part.values, scale, part.shapes)
-        taken = sum(bits / _EIGHTH if all else bits for bits, all in zip(lengths, whole, strict=True))
+        taken = sum(bits / _NINTH if narrow else bits for bits, narrow in zip(lengths, whole, strict=True))
         return max(taken, 1.0) / expected
 
     def miss(step: float) -> float:

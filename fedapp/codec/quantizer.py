@@ -47,7 +47,8 @@ class Quantizer:
         return code, levels, [max(-127, min(127, round(move))) for move in moves]
 
     def lengths(self, x: Floats, scale: float, shapes: context.Shapes) -> list[float]:
-        """Bits of each layer that holds something in what `encode` makes without a trellis."""
+        """Bits of each layer that holds something, in what `encode` makes without a trellis."""
+        assert not self.trellis
         return context.lengths(x, scale, edges(LAMBDA), shapes)
 
     def decode(self, code: bytes, shapes: context.Shapes) -> Levels:
@@ -68,14 +69,15 @@ _DEARER = np.maximum(np.log2((1 - _P) / _P) + np.array([[1.4], [0.6]]), 0)  # bi
 def edges(weight: float, least: float = 0.0, anywhere: bool = False) -> Floats:
     """How far above m - 1 level m begins, by ten bits of the odds of going on: m = 1, then m > 1.
 
-    Level 1 does not begin below `least`; with `anywhere` it begins there, however rare it is.
+    Level 1 does not begin below `least`; with `anywhere` it begins there, however rare it is. The last entry
+    is what a bit of a block's flag weighs.
 
     Rounding up pays where the squared distance it saves is above `weight` times the bits it costs more;
     with a weight of 0 it goes to the nearest level. Going no further costs about 0.6 bit, the sign 0.8.
     """
     begin: Floats = (0.5 + weight / 2 * _DEARER).astype(np.float32)
     begin[0] = least if anywhere else np.maximum(begin[0], least)
-    return begin.ravel()
+    return np.append(begin, np.float32(0 if anywhere else weight))
 
 
 @jit

@@ -7,8 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from fedapp.codec.model import CONTEXTS, MOST, Floats, Integers, Levels, Whole, low_bits
+from fedapp.codec.model import CONTEXTS, MOST, ONE, UPPER, Floats, Integers, Levels, Whole, low_bits
 from fedapp.jit import inlined
+
+_SELDOM = np.float32(0.02 * 2**ONE)  # empty blocks: then nobody asks whether one had better be empty
 
 Beyond = Integers  # how far values lie beyond levels of 1, and above, in 1/256 steps; how many each
 
@@ -31,7 +33,7 @@ def begin_levels(reached: Integers, edge: Floats, begins: Floats, mores: Floats)
 
 @inlined
 def magnitudes_of(x: Floats, scale: Any, begin: Any, magnitude: Floats) -> tuple[bool, bool]:
-    """Those of x * scale. Whether all are finite and below the largest level; whether any reaches `begin`."""
+    """Those of x * scale. Whether all are finite and within the largest level; if any reaches `begin`."""
     good, some = True, False
     for i in range(len(x)):
         a = abs(x[i] * scale)
@@ -78,6 +80,26 @@ def round_block(
         level[i] = m * np.int32(magnitude[i] >= begin[i])
         some |= level[i]
     return bool(some > 0)
+
+
+@inlined
+def worth_it(magnitude: Floats, level: Levels, begin: Floats, weight: Any, flags: Any) -> bool:
+    """Whether the levels of a block save more distance than they, and its flag, cost in bits.
+
+    `flags`: intervals of the flag of an empty block, and of any other. Most of what a level costs is in where it begins. What
+    the flag costs more than that of an empty block are odds, up to 4 bits: else what has become rare becomes
+    rarer still. Where that is much few levels are in a block, and the zeros beside a lone one cost log2(e).
+    """
+    none, some = np.float32(flags[0] >> UPPER), np.float32(flags[1] >> UPPER)
+    if weight == 0 or none < _SELDOM:
+        return True
+    saved = np.int64(0)  # in 1/256
+    for i in range(len(magnitude)):
+        a, q = min(magnitude[i], np.float32(1024)), np.float32(min(level[i], np.int32(1024)))
+        saved += np.int32((q * (a + a - q) - (begin[i] + begin[i] - np.float32(1))) * np.float32(256)) * (
+            q > 0
+        )
+    return bool(saved >= 256 * weight * (min(np.log2(none / some), 4.0) + 1.44))
 
 
 @inlined
