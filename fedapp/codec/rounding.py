@@ -86,9 +86,10 @@ def round_block(
 def worth_it(magnitude: Floats, level: Levels, begin: Floats, weight: Any, flags: Any) -> bool:
     """Whether the levels of a block save more distance than they, and its flag, cost in bits.
 
-    `flags`: intervals of the flag of an empty block, and of any other. Most of what a level costs is in where it begins. What
-    the flag costs more than that of an empty block are odds, up to 4 bits: else what has become rare becomes
-    rarer still. Where that is much few levels are in a block, and the zeros beside a lone one cost log2(e).
+    `flags`: intervals of the flag of an empty block, and of any other. Most of what a level costs is in where
+    it begins. What the flag costs more than that of an empty block are odds, up to 4 bits: else what has
+    become rare becomes rarer still. Where that is much few levels are in a block, and the zeros beside a lone
+    one cost log2(e).
     """
     none, some = np.float32(flags[0] >> UPPER), np.float32(flags[1] >> UPPER)
     if weight == 0 or none < _SELDOM:
