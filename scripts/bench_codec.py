@@ -1,11 +1,12 @@
 """Measures every codec on real updates: bits on the wire, error, and speed; reprints the README's tables.
 
-usage: .venv/bin/python scripts/bench_codec.py [--folder F] [--rounds 1 2 20] [--only rates|family|speed]
+usage: .venv/bin/python scripts/bench_codec.py [--folder F] [--plots F] [--rounds 1 2 20]
+       [--only rates|family|speed]
 
 A short federation makes the updates first, and keeps them in the folder: Fashion-MNIST pixels, ten clients,
 Dirichlet(0.5), a CNN of 44,426 parameters, one local epoch of plain SGD a round. rates also takes the first
 updates of clients with 60 examples each, of a CNN of 1.2 million parameters. Bits are of the whole packet.
-Needs the extra dev for the plot, rates.png in the folder. Pin a thread: OMP_NUM_THREADS=1.
+Needs the extra dev for the plot. Pin a thread: OMP_NUM_THREADS=1.
 """
 
 import argparse
@@ -18,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from results import save
 from scipy.special import gammaln
 from updates import Vector, large, of_few_examples, updates
 
@@ -27,6 +29,12 @@ from fedapp.codec.packet import decode_update, pack
 from fedapp.codec.rate_distortion import RateDistortion, default
 
 RATES = (0.1, 0.25, 0.5, 1.0, 2.0, 4.0)
+DRAWN = {  # beside the default
+    "EDEN (1, 2, 4 bits)": [f"codec=eden codec.stage.bits={bits}" for bits in (1, 2, 4)],
+    "QSGD": ["codec=qsgd"],
+    "STC (1 %)": ["codec=stc"],
+    "top-k (1 %, 10 %)": [f"codec=topk codec.keep={keep}" for keep in (0.01, 0.1)],
+}
 
 
 # --- the yardstick ----------------------------------------------------------------------------------------
@@ -111,19 +119,15 @@ def spread(values: list[float], digits: int = 4) -> str:
     return f"{min(values):.{digits}f} .. {max(values):.{digits}f}"
 
 
-def rates(layout: Layout, updates_of: dict[int, list[Vector]], folder: Path) -> None:
+def rates(layout: Layout, updates_of: dict[int, list[Vector]], picture: Path) -> None:
     """NMSE at equal rates, of the yardstick and with products; what these add, and a trellis to the default.
 
     The default, `codec.products=auto`, has products below 1 bit.
     """
     columns = "round | bits | yardstick (ideal length) | with products | bits at its error | products, dB"
     print(f"\n| {columns} | trellis, dB |\n{'|---' * 7}|")
-    curves: dict[str, list[list[float]]] = {
-        "yardstick, ideal length": [],
-        "with products": [],
-        "without products": [],
-        "Gaussian layers, R(D)": [],
-    }
+    lines = "yardstick, ideal length", "with products", "without products", "Gaussian layers, R(D)"
+    curves: dict[str, list[list[float]]] = {name: [] for name in (*lines, *DRAWN)}
     ratios: list[float] = []
     for r, cohort in updates_of.items():
         for rate in RATES:
@@ -141,11 +145,16 @@ def rates(layout: Layout, updates_of: dict[int, list[Vector]], folder: Path) -> 
                   f"| {spread(gains(usual, paths), 2)} |", flush=True)  # fmt: skip
             bound = [gaussian_bound(x, layout, rate) for x in cohort]
             errors = (ideal, *([e for _, e, _ in found] for found in (ours, plain)), bound)
-            for name, found in zip(curves, errors, strict=True):
+            for name, found in zip(lines, errors, strict=True):
                 curves[name].append([r, rate, statistics.mean(found)])
+        for name, chosen in DRAWN.items():
+            for overrides in chosen:
+                codec = config.job_of(f"task=digits privacy=none {overrides}").codec
+                points = [sent(codec, x, layout, client)[:2] for client, x in enumerate(cohort)]
+                curves[name].append([r, *map(statistics.mean, zip(*points, strict=True))])
     print(f"\nbits against the yardstick at equal error, 0.5 to 2 bits: {statistics.mean(ratios):.3f}, "
           f"worst {max(ratios):.3f}")  # fmt: skip
-    plot(curves, folder / "rates.png")
+    plot(curves, picture)
 
 
 def few() -> None:
@@ -182,17 +191,15 @@ def plot(curves: dict[str, list[list[float]]], path: Path) -> None:
     rounds = sorted({int(point[0]) for points in curves.values() for point in points})
     figure, axes = pyplot.subplots(1, len(rounds), figsize=(4.2 * len(rounds), 4), sharey=True, squeeze=False)
     for axis, r in zip(axes[0], rounds, strict=True):
-        for (name, points), mark in zip(curves.items(), ("s--", "o-", "^-", ":"), strict=True):
+        for (name, points), mark in zip(curves.items(), ("s--", "o-", "^-", ":", *("vDPX")), strict=True):
             axis.loglog(
                 *zip(*[p[1:] for p in points if p[0] == r], strict=True), mark, label=name, markersize=4
             )
         axis.set(title=f"round {r}", xlabel="bits per parameter")
         axis.grid(alpha=0.3, which="both")
     axes[0][0].set_ylabel("squared error / squared norm")
-    axes[0][-1].legend()
-    figure.tight_layout()
-    figure.savefig(path, dpi=130)
-    print(f"wrote {path}")
+    axes[0][-1].legend(fontsize=7)
+    save(figure, path)
 
 
 def family(layout: Layout, found: dict[int, list[Vector]]) -> None:
@@ -250,6 +257,7 @@ def speeds() -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("bench"))
+    parser.add_argument("--plots", type=Path, default=Path(__file__).parent / "plots")
     parser.add_argument("--rounds", type=int, nargs="+", default=[1, 2, 20])
     parser.add_argument("--only", choices=["rates", "family", "speed"])
     options = parser.parse_args()
@@ -258,7 +266,7 @@ def main() -> None:
     if options.only in (None, "rates", "family"):
         layout, found = updates(options.folder, options.rounds)
         if options.only != "family":
-            rates(layout, found, options.folder)
+            rates(layout, found, options.plots / "rates.png")
             few()
         if options.only != "rates":
             family(layout, found)
