@@ -103,6 +103,11 @@ def gaussian_bound(x: Vector, layout: Layout, rate: float) -> float:
 # --- measuring --------------------------------------------------------------------------------------------
 
 
+def codec_of(overrides: str) -> Codec:
+    """The codec that these choices make."""
+    return config.job_of(f"task=digits privacy=none {overrides}").codec
+
+
 def sent(codec: Codec, x: Vector, layout: Layout, client: int = 0) -> tuple[float, float, Vector]:
     """Bits per parameter, NMSE, and the decoded update; each client has randomness of its own."""
     data = pack(codec.encode(x, layout, {}, np.random.default_rng(client))[0], codec, layout)
@@ -149,7 +154,7 @@ def rates(layout: Layout, updates_of: dict[int, list[Vector]], picture: Path) ->
                 curves[name].append([r, rate, statistics.mean(found)])
         for name, chosen in DRAWN.items():
             for overrides in chosen:
-                codec = config.job_of(f"task=digits privacy=none {overrides}").codec
+                codec = codec_of(overrides)
                 points = [sent(codec, x, layout, client)[:2] for client, x in enumerate(cohort)]
                 curves[name].append([r, *map(statistics.mean, zip(*points, strict=True))])
     print(f"\nbits against the yardstick at equal error, 0.5 to 2 bits: {statistics.mean(ratios):.3f}, "
@@ -208,7 +213,7 @@ def family(layout: Layout, found: dict[int, list[Vector]]) -> None:
     print("\n| codec | bits per parameter | NMSE | NMSE of the cohort's mean | encode, M/s | decode, M/s |")
     print("|---|---|---|---|---|---|")
     for name in sorted(path.stem for path in (config.CONF / "codec").glob("*.yaml")):
-        codec = config.job_of(f"task=digits privacy=none codec={name}").codec
+        codec = codec_of(f"codec={name}")
         bits, errors, means = [], [], []
         for cohort in found.values():
             coded = [sent(codec, update, layout, client) for client, update in enumerate(cohort)]

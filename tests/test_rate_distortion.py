@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from fedapp.codec import Codec, Layout, Packet, State, context, encode_known
 from fedapp.codec import quantizer as module
 from fedapp.codec.model import (
+    BLOCK,
     CONTEXTS,
     FLAGS,
     FLAGS_FROM,
@@ -29,7 +30,7 @@ from fedapp.codec.model import (
 )
 from fedapp.codec.packet import decode_update, pack
 from fedapp.codec.per_layer import PerLayer
-from fedapp.codec.quantizer import Quantizer, edges
+from fedapp.codec.quantizer import LAMBDA, Quantizer, edges
 from fedapp.codec.range_coder import FULL, WORD, narrow
 from fedapp.codec.rate_distortion import RateDistortion, default
 from fedapp.codec.rounding import _half_octave
@@ -381,9 +382,7 @@ def test_signs_and_flags_always_have_a_context() -> None:
         new = {int(lean_after(lean, minus)) for lean in new for minus in (0, 1)} - leans
         leans |= new
     assert {int(sign_context(lean)) for lean in leans} == set(range(SIGNS))
-    found = [
-        int(flag_context(p, factor)) for p in (0, 2**9, 2**10, 2**12, 2**14, 2**30) for factor in (2**12,)
-    ]
+    found = [int(flag_context(promised, 2**12)) for promised in (0, 2**9, 2**10, 2**12, 2**14, 2**30)]
     assert found == [
         0,
         1,
@@ -409,8 +408,8 @@ def test_after_empty_blocks_a_row_expects_what_its_columns_promise_and_finds_not
 def test_lengths_of_layers_add_up_to_that_of_the_code() -> None:
     x, shapes = update(), [(), *SHAPES, (0, 4)]
     x = np.append(np.float32(2e-3), x)
-    lengths = context.lengths(x, 1e3, edges(0.09), shapes)
-    code, *_ = context.encode(x, 1e3, edges(0.09), shapes)
+    lengths = context.lengths(x, 1e3, edges(LAMBDA), shapes)
+    code, *_ = context.encode(x, 1e3, edges(LAMBDA), shapes)
     assert len(lengths) == len(SHAPES) + 1
     assert min(lengths) >= 0
     assert 0 <= 8 * len(code) - sum(lengths) <= 24
@@ -419,19 +418,20 @@ def test_lengths_of_layers_add_up_to_that_of_the_code() -> None:
 def test_a_lone_level_pays_for_the_flag_of_its_block() -> None:
     """In white noise, of which 1.92 % fit into 0.02 bits, fewer blocks have one than where flags are free."""
     x = np.random.default_rng(0).standard_normal(600_000).astype(np.float32)
-    low, high = 3.0, 6.0
+    low, high, coder, shape = 3.0, 6.0, Quantizer(trellis=False), (600, 1000)
     for _ in range(18):
         step = (low + high) / 2
-        code, levels, _ = context.encode(x, 1 / step, edges(0.09), [(600, 1000)])
+        code, levels, moves = coder.encode(x, 1 / step, [shape])
         low, high = (step, high) if 8 * len(code) > 0.02 * len(x) else (low, step)
-    y = Quantizer(trellis=False).encode(x, 1 / step, [(600, 1000)])
-    points = Quantizer(trellis=False).points(y[1], y[2]) * np.float32(step)
-    assert 1 - nmse(x, points) > 0.0185
-    free = edges(0.09)
+    free = edges(LAMBDA)
     free[-1] = 0.0
-    filled = np.count_nonzero(levels.reshape(600, 1000)[:, :896].reshape(-1, 128).any(axis=1))
-    other = context.encode(x, 1 / step, free, [(600, 1000)])[1].reshape(600, 1000)[:, :896]
-    assert filled < 0.9 * np.count_nonzero(other.reshape(-1, 128).any(axis=1))
+    others = context.encode(x, 1 / step, free, [shape])[1]
+    filled, freely = (
+        np.count_nonzero(found.reshape(shape)[:, :896].reshape(-1, BLOCK).any(axis=1))
+        for found in (levels, others)
+    )
+    assert filled < 0.9 * freely
+    assert 1 - nmse(x, coder.points(levels, moves) * np.float32(step)) > 0.0185
 
 
 def test_rounding_knows_the_contexts_about_as_they_are() -> None:

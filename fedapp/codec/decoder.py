@@ -43,7 +43,7 @@ from fedapp.jit import inlined, jit
 def _binary(
     context: Whole, intervals: NDArray[np.uint64], counts: NDArray[np.uint16], low: Whole, span: Whole
 ) -> tuple[Whole, Whole, Whole]:
-    """A symbol that is 0 or 1. Then `low` is within `span`, as the caller is to see, or neither was there."""
+    """A symbol that is 0 or 1. The caller is to see that `low` is within `span` then: else it is neither."""
     k = np.uint64(context * SYMBOLS)
     one = np.int64(low < np.int64(intervals[k] & LOW) * (span >> ONE))
     k += np.uint64(one)

@@ -96,9 +96,8 @@ def _initial() -> tuple[Integers, Integers]:
     flags = np.zeros((FLAGS, SYMBOLS), np.int64)
     for context, odds in enumerate(_FLAG_ODDS):
         flags[context, :2] = 1 << 30, round(2**30 / (1 + 2.0**-odds))
-    return np.concatenate([_reached(_ODDS), signs, flags]), np.concatenate(
-        [_reached(even), _reached(odd), signs]
-    )
+    plain, dependent = (_reached(_ODDS), signs, flags), (_reached(even), _reached(odd), signs)
+    return np.concatenate(plain), np.concatenate(dependent)
 
 
 _INITIAL = _initial()

@@ -10,11 +10,12 @@ from fedapp.codec import Layout
 from fedapp.codec.estimate import Like, Magnitudes
 from fedapp.codec.factors import Factors
 from fedapp.codec.layers import shapes
-from fedapp.codec.model import Floats
+from fedapp.codec.model import BLOCK, Floats
 from fedapp.codec.quantizer import Quantizer
 
 _EIGHTH = 8
-_BLOCKS, _FEWEST = (128, 64, 32, 16), 4  # columns taken in a row: the most of which there are so many blocks
+# Columns taken in a row, the coder's block or a part of it: the most of which there are so many.
+_TOGETHER, _FEWEST = (BLOCK, BLOCK // 2, BLOCK // 4, BLOCK // 8), 4
 _NINTH = 9  # of narrow layers: odd, as what repeats itself often does every so many even ones
 # Log of what it takes more than its share, of 2^20 values: rows learn from fewer columns; and the same where
 # products have said already what rows have in common.
@@ -88,7 +89,7 @@ def _grid(x: Floats, shape: tuple[int, ...]) -> Floats:
 def _columns(grid: Floats) -> Floats:
     """Some columns of each so many, if there are many of them; else all, the matrix itself."""
     rows, columns = grid.shape
-    block = next((size for size in _BLOCKS if columns >= _FEWEST * size * _EIGHTH), None)
+    block = next((size for size in _TOGETHER if columns >= _FEWEST * size * _EIGHTH), None)
     if block is None:
         return grid
     blocks, every, first = columns // (block * _EIGHTH), block * _EIGHTH, _EIGHTH // 2 * block

@@ -97,9 +97,8 @@ def worth_it(magnitude: Floats, level: Levels, begin: Floats, weight: Any, flags
     saved = np.int64(0)  # in 1/256
     for i in range(len(magnitude)):
         a, q = min(magnitude[i], np.float32(1024)), np.float32(min(level[i], np.int32(1024)))
-        saved += np.int32((q * (a + a - q) - (begin[i] + begin[i] - np.float32(1))) * np.float32(256)) * (
-            q > 0
-        )
+        gain = q * (a + a - q) - (begin[i] + begin[i] - np.float32(1))
+        saved += np.int32(gain * np.float32(256)) * (q > 0)
     return bool(saved >= 256 * weight * (min(np.log2(none / some), 4.0) + 1.44))
 
 
