@@ -15,6 +15,7 @@ from fedapp.errors import DecodeError
 from fedapp.jit import jit
 
 _LEAST = 4  # rows and columns of a layer that may have products
+_LONGEST = 2.0**28  # steps of a value that is fitted
 _TILE = 1024  # columns that are made together, for caches
 
 
@@ -82,13 +83,46 @@ class Products:
 
         One after the other in float32, so that the sum is the same on any machine.
         """
+        for place, left, right, factor in self._apart(vectors):
+            add(place.grid(x), left, right, sign * factor)
+
+    def fitted(self, x: Floats, values: Floats, vectors: Floats, right: bool) -> Floats:
+        """The values, but the right vectors, or the left ones, such that products come nearest to x.
+
+        That is with those of the other side as they are in `vectors`: what these lost by rounding is made up
+        for, as far as it can be. One sweep of Gauss-Seidel through the least squares, of little correlation.
+        """
+        fitted = values.copy()
+        sides = zip(self._apart(fitted), self._apart(vectors), strict=True)
+        for (place, *mine, factor), (_, *others, _) in sides:
+            grid = place.grid(x)
+            other = others[not right] * factor[:, None]
+            _fit(grid if right else np.ascontiguousarray(grid.T), other, mine[right])
+        return fitted
+
+    def _apart(self, vectors: Floats) -> Iterator[tuple[Place, Floats, Floats, Floats]]:
+        """Each layer's place, left (k, rows) and right vectors (k, columns), and the factors of products."""
         used = 0
         for place, exponent in zip(self.places, self.exponents, strict=True):
             k, sides = len(exponent), place.rows + place.columns
             left, right = np.split(vectors[used : used + k * sides], [k * place.rows])
-            scale = (sign / magnitude(exponent)).astype(np.float32)
-            add(place.grid(x), left.reshape(k, place.rows), right.reshape(k, place.columns), scale)
+            factor = (1 / magnitude(exponent)).astype(np.float32)
+            yield place, left.reshape(k, place.rows), right.reshape(k, place.columns), factor
             used += k * sides
+
+
+def _fit(x: Floats, other: Floats, mine: Floats) -> None:
+    """Change `mine` (k, columns), one vector after the other, such that other^T mine comes nearest to x."""
+    across, ones = np.ascontiguousarray(other.T), np.ones(max(x.shape[0], len(mine)), np.float32)
+    images, gram = np.zeros_like(mine), np.zeros((len(mine), len(mine)), np.float32)
+    add(images, across, x, ones)
+    add(gram, across, across, ones)
+    for i in range(len(mine)):
+        shared, own = gram[i].copy(), gram[i, i]
+        shared[i] = 0
+        add(images[i : i + 1], shared[:, None], mine, -ones)
+        if np.abs(images[i]).max() < own * _LONGEST:  # not of a vector that is lost
+            mine[i] = images[i] / own
 
 
 def magnitude(exponent: NDArray[np.uint8]) -> Wide:

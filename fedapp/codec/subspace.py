@@ -39,21 +39,27 @@ def basis(part: Floats) -> Floats:
     """Basis (columns, _BLOCK) of what most of the rows lie in."""
     start = np.random.default_rng(0).standard_normal((part.shape[1], _BLOCK)).astype(np.float32)
     for _ in range(_TURNS):
-        images = _transposed_times(part, _times(part, start))
-        turn, powers = _axes(images)  # of squares of singular values, once the basis is orthonormal
-        start = _times(images, (turn / np.sqrt(powers)).astype(np.float32))
+        start = _orthonormal(_transposed_times(part, _times(part, start)))
     return start
 
 
 def triplets(x: Floats, short: Floats) -> Triplets:
-    """Those of x projected on the basis of its short side."""
+    """Those of x projected on the image of a basis of its short side."""
     tall = x.shape[0] >= x.shape[1]
-    images = _times(x, short) if tall else _transposed_times(x, short)
+    there, back = (_times, _transposed_times) if tall else (_transposed_times, _times)
+    long = _orthonormal(there(x, short))
+    images = back(x, long)
     turn, powers = _axes(images)
     sizes = np.sqrt(powers[powers < np.inf])
     image = np.ascontiguousarray(_times(images, turn).T[: len(sizes)])
-    vectors = np.ascontiguousarray(_times(short, turn).T[: len(sizes)]) * sizes[:, None].astype(np.float32)
-    return (image, vectors, sizes) if tall else (vectors, image, sizes)
+    vectors = np.ascontiguousarray(_times(long, turn).T[: len(sizes)]) * sizes[:, None].astype(np.float32)
+    return (vectors, image, sizes) if tall else (image, vectors, sizes)
+
+
+def _orthonormal(images: Floats) -> Floats:
+    """An orthonormal basis (n, _BLOCK) of what columns span; what is lost in noise is 0."""
+    turn, powers = _axes(images)
+    return _times(images, (turn / np.sqrt(powers)).astype(np.float32))
 
 
 def _axes(images: Floats) -> tuple[Floats, Wide]:
