@@ -37,7 +37,6 @@ from fedapp.records import (
     round_of,
     store_state,
 )
-from fedapp.running_sum import Own
 from fedapp.scaffold import STEERED
 from fedapp.secagg import Client
 from fedapp.secagg.wire import answer, masked
@@ -45,7 +44,7 @@ from fedapp.stages import DECODE, ENCODE, EVALUATE, TRAIN
 from fedapp.tasks import EVALUATION_BATCH, Data, Score
 from fedapp.tasks.stream import Stream
 from fedapp.training import Sgd
-from fedapp.vector import record_of, record_with, values
+from fedapp.vector import array_of, held, record_with, values
 from fedapp.wire import compress
 
 FAILED = "the client failed; its own log says why"
@@ -53,10 +52,10 @@ Next = Callable[[Message, Context], Message]
 _log = logging.getLogger("fedapp.client")
 
 
-def client_app(job_of: Callable[[Context], Job], own: Own | None = None) -> ClientApp:
+def client_app(job_of: Callable[[Context], Job], here: bool = False) -> ClientApp:
     """The app of a run; `job_of` finds the job from the context (deployment) or knows it (local engine).
 
-    `own` is told what packets decode to, where the same process adds them up.
+    `here`: the same process adds up what packets hold.
     """
     app = ClientApp(mods=[])
 
@@ -81,7 +80,7 @@ def client_app(job_of: Callable[[Context], Job], own: Own | None = None) -> Clie
             return call_next(message, context)
         rng = job.public_rng(*at, Use.CODEC)
         part = _part(job, message)
-        mod = compress(job.wire_codec, rng, job.mechanism, secret, job.recall, part, own)
+        mod = compress(job.wire_codec, rng, job.mechanism, secret, job.recall, part, here)
         return mod(message, context, call_next)
 
     @app.train(mods=[guard, consent(job_of), downlink, uplink])
@@ -113,7 +112,12 @@ def client_app(job_of: Callable[[Context], Job], own: Own | None = None) -> Clie
         store_state(context, "trainer", state)
         if isinstance(job.task, Stream) and job.privacy.unit is None:
             metrics[DRIFT] = int(load_state(context, STREAM)[DRIFT][0])
-        trained = record_of({name: value.cpu().numpy() for name, value in job.model.state_dict().items()})
+        kept = (
+            array_of if job.wire_codec is None else held
+        )  # by the mod `uplink`, which makes an update of it
+        trained = record_with(
+            {name: kept(value.cpu().numpy()) for name, value in job.model.state_dict().items()}
+        )
         if job.assigns:
             metrics |= {SECONDS: time.perf_counter() - started}
         return Message(RecordDict({ARRAYS: trained, METRICS: MetricRecord({**metrics})}), reply_to=message)
@@ -180,7 +184,7 @@ def remote_app(settings: str) -> ClientApp:
 
 def local_app(job: Job) -> ClientApp:
     """The app of the local engine's workers: the clients', and the server's test (`ServerTest`)."""
-    app = client_app(lambda _: job, job.own if job.fold else None)
+    app = client_app(lambda _: job, here=job.fold is not None)
 
     @app.query("test", mods=[guard])
     @EVALUATE

@@ -38,7 +38,6 @@ from fedapp.privacy.none import NoPrivacy
 from fedapp.privacy.release import Release, Sampling, Spent
 from fedapp.privacy.secret import COHORT, Secret, source
 from fedapp.public_rng import Use, public_rng
-from fedapp.running_sum import Own
 from fedapp.scaffold import Control, Controls, Course, Scaffold
 from fedapp.secagg.run import SecureRun
 from fedapp.secagg.wire import Summed
@@ -267,12 +266,7 @@ class Job(Settings):
         some |= isinstance(self.selection, (BySize, PowerOfChoice))
         if wire.reader is None or not wire.streams or sums or some:
             return None
-        return partial(Fold, replace(wire.reader, own=self.own), self.initial)
-
-    @cached_property
-    def own(self) -> Own:
-        """What a worker knows of the packet that it has made, and is about to add."""
-        return Own()
+        return partial(Fold, wire.reader, self.initial)
 
     @cached_property
     def receive(self) -> Mod:

@@ -9,7 +9,7 @@ from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 from numpy.typing import NDArray
 
 from fedapp.errors import DecodeError
-from fedapp.vector import arrays_in, record_of, record_with
+from fedapp.vector import arrays_in, record_of, record_with, size_in
 
 STYPE = "fedapp.packet"
 ARRAYS, METRICS, CONFIG, UPDATE = "arrays", "metrics", "config", "update"
@@ -103,7 +103,7 @@ def size_of(content: RecordDict) -> int:
 
 
 def _form(array: Array) -> tuple[str, tuple[int, ...], str, int]:
-    return array.dtype, tuple(array.shape), array.stype, len(array.data)
+    return array.dtype, tuple(array.shape), array.stype, size_in(array)
 
 
 @lru_cache(maxsize=256)

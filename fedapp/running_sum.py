@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from flwr.app import ArrayRecord, Message, MessageType, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, Message, MessageType, MetricRecord, RecordDict
 from numpy.typing import NDArray
 
 from fedapp.codec import Codec, Layout
@@ -15,23 +15,7 @@ from fedapp.privacy.mechanism import Mechanism, Numbers
 from fedapp.records import ARRAYS, METRICS, UPDATE, WEIGHT, array_record
 from fedapp.replies import drifted, metrics_of, packet_in, side_of, values_of, weight_of
 from fedapp.stages import DECODE
-from fedapp.vector import buffers_of, layout_of, ravel, record_of, unravel, values
-
-
-class Own:
-    """The packet that this process made last, and what it decodes to: its maker need not decode it again."""
-
-    def __init__(self) -> None:
-        self._last: tuple[bytes, NDArray[np.float32]] | None = None
-
-    def keep(self, packet: bytes, update: NDArray[np.float32]) -> None:
-        """This packet decodes to this update."""
-        self._last = packet, update
-
-    def take(self, packet: bytes) -> NDArray[np.float32] | None:
-        """What this very object decodes to, if it is the last one; once."""
-        last, self._last = self._last, None
-        return last[1] if last is not None and last[0] is packet else None
+from fedapp.vector import Held, buffers_of, layout_of, ravel, record_of, unravel, values
 
 
 @dataclass(frozen=True)
@@ -39,17 +23,15 @@ class Reader:
     """What a reply that `wire.compress` made says, by public settings alone.
 
     `uniform` refuses replies that weigh anything but 1: no client then counts more. `least` is the
-    smallest weight of a client that has examples. `own` is what this process knows of a packet that it has
-    made itself. `bound` makes an update no longer than that (2-norm), and then all weigh the same, whatever
-    they say: what one client moves is bounded (Sun et al. 2019, "Can you really backdoor federated
-    learning?").
+    smallest weight of a client that has examples. `bound` makes an update no longer than that (2-norm), and
+    then all weigh the same, whatever they say: what one client moves is bounded (Sun et al. 2019, "Can you
+    really backdoor federated learning?").
     """
 
     codec: Codec
     mechanism: Mechanism | None = None
     uniform: bool = False
     least: int = 0
-    own: Own | None = None
     bound: float | None = None
 
     def weight(self, said: int) -> int:
@@ -61,16 +43,18 @@ class Reader:
         self, reply: Message, layout: Layout, terms: Numbers
     ) -> tuple[NDArray[np.float32], Numbers]:
         """The update in the packet, bounded by the mechanism, and the numbers beside it."""
-        data = packet_in(array_record(reply.content).pop(UPDATE))
+        update = self._decoded(array_record(reply.content).pop(UPDATE), layout)
         if self.mechanism is None:
-            return self._bounded(self._decoded(data, layout)), {}
-        if self.mechanism.packet_bytes:
-            data = unpadded(data, self.mechanism.packet_bytes)
-        return self.mechanism.on_reply(self._decoded(data, layout), side_of(reply), terms)
+            return self._bounded(update), {}
+        return self.mechanism.on_reply(update, side_of(reply), terms)
 
-    def _decoded(self, data: bytes, layout: Layout) -> NDArray[np.float32]:
-        known = None if self.own is None else self.own.take(data)
-        return decode_update(data, self.codec, layout) if known is None else known
+    def _decoded(self, array: Array, layout: Layout) -> NDArray[np.float32]:
+        if isinstance(array, Held):  # made by this process, which need not decode it
+            return array.value
+        data = packet_in(array)
+        if self.mechanism is not None and self.mechanism.packet_bytes:
+            data = unpadded(data, self.mechanism.packet_bytes)
+        return decode_update(data, self.codec, layout)
 
     def _bounded(self, update: NDArray[np.float32]) -> NDArray[np.float32]:
         """The update, shortened to the bound where it is longer."""

@@ -1,8 +1,8 @@
 """Weights as one flat vector, and what a Flower Array holds."""
 
 import io
-from collections.abc import Mapping
-from functools import lru_cache
+from collections.abc import Callable, Mapping
+from functools import cached_property, lru_cache
 from math import prod
 from typing import Any
 
@@ -14,6 +14,31 @@ from numpy.typing import NDArray
 from fedapp.codec import Layout, Slot
 from fedapp.codec.layers import size
 from fedapp.errors import DecodeError
+
+
+class Held(Array):
+    """An array of which this process has what its bytes say: they are made when somebody asks for them.
+
+    It never comes from outside: what was read from bytes is an `Array`, and so is this one once it was sent.
+    value: what they say, whose memory may be that of a model; size: how many they are.
+    """
+
+    def __init__(
+        self,
+        like: tuple[str, tuple[int, ...], str],
+        value: NDArray[Any],
+        size: int,
+        make: Callable[[], bytes],
+    ) -> None:
+        self.dtype, self.shape, self.stype = like
+        self.value, self.size, self._make = value, size, make
+
+    @cached_property
+    def data(self) -> bytes:  # type: ignore[override]
+        return self._make()
+
+    def __reduce__(self) -> tuple[type[Array], tuple[object, ...]]:
+        return Array, (self.dtype, self.shape, self.stype, self.data)
 
 
 def layout_of(arrays: ArrayRecord) -> Layout:
@@ -71,6 +96,8 @@ def values(array: Array) -> NDArray[Any]:
 
     A file of numpy's ends with the values, so its header need not be parsed again.
     """
+    if isinstance(array, Held):
+        return array.value
     dtype, count = np.dtype(array.dtype), prod(array.shape)
     if b"'fortran_order': False" not in array.data[:128]:
         return array.numpy()
@@ -109,6 +136,17 @@ def array_of(array: NDArray[Any]) -> Array:
     array = np.asarray(array, order="C")
     header = _header(array.dtype.str, array.shape)
     return Array(str(array.dtype), array.shape, SType.NUMPY, b"".join((header, array.data)))
+
+
+def held(array: NDArray[Any]) -> Held:
+    """The same, but nothing is copied unless somebody asks for the bytes; while the array stays as it is."""
+    size = len(_header(array.dtype.str, array.shape)) + array.nbytes
+    return Held((str(array.dtype), array.shape, SType.NUMPY), array, size, lambda: array_of(array).data)
+
+
+def size_in(array: Array) -> int:
+    """How many bytes an array has."""
+    return array.size if isinstance(array, Held) else len(array.data)
 
 
 @lru_cache(maxsize=1024)

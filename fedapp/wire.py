@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from fedapp.assignment import WHOLE, Part, Workloads
 from fedapp.codec import Codec, encode_known
 from fedapp.codec.layers import require_finite
-from fedapp.codec.packet import pack, padded
+from fedapp.codec.packet import pack, packed_size, padded
 from fedapp.fold import Collect, Folded
 from fedapp.privacy.mechanism import Mechanism, Numbers
 from fedapp.privacy.secret import SERVER, Secret, source
@@ -45,10 +45,11 @@ from fedapp.records import (
     store_state,
 )
 from fedapp.replies import metrics_of, refuse, values_of, weight_of
-from fedapp.running_sum import Own, Reader, RunningSum, Tally, terms_in
+from fedapp.running_sum import Reader, RunningSum, Tally, terms_in
 from fedapp.scaffold import Control, Controls, ForgottenError
 from fedapp.strategies import STREAMED, finite, in_dtypes_of, kept_by, restore
 from fedapp.vector import (
+    Held,
     Reply,
     array_of,
     buffers_of,
@@ -57,6 +58,7 @@ from fedapp.vector import (
     record_with,
     unravel,
     update_of,
+    values,
 )
 
 Recall = Callable[[Message, Context], Control]
@@ -71,7 +73,7 @@ def compress(
     secret: Secret = os.urandom,
     recall: Recall | None = None,
     part: Part = WHOLE,
-    own: Own | None = None,
+    here: bool = False,
 ) -> Mod:
     """The client mod: replaces the trained weights in a train reply by the encoded update.
 
@@ -79,7 +81,7 @@ def compress(
     client. What codec and mechanism keep stays in `context.state`. Integer buffers go beside the packet,
     unchanged, but never under a mechanism: they count batches. `recall` brings the client's control variate,
     where clients are steered: then news of an update is encoded, not all of it. `part` may ask for less.
-    `own` is told what the packet decodes to, where the same process reads it.
+    `here`: the same process reads the packet, which then need not be made if the codec knows what it says.
     """
 
     def mod(message: Message, context: Context, call_next: Callable[[Message, Context], Message]) -> Message:
@@ -103,24 +105,36 @@ def compress(
             update = control.news(update) if control else update
         state = load_state(context, "codec")
         asked = part.thinned(codec)
-        encode = asked.encode if own is None else partial(encode_known, asked)
+        encode = partial(encode_known, asked) if here else asked.encode
         packet, state = encode(update, layout, state, rng)
         store_state(context, "codec", state)
-        data = pack(packet, codec, layout)
-        if own is not None and packet.known is not None:
-            own.keep(data, packet.known)
+        make = partial(pack, packet, codec, layout)
         if mechanism is not None and mechanism.packet_bytes:
             nothing, _ = codec.encode(np.zeros_like(update), layout, {}, rng)
-            data = padded(data, pack(nothing, codec, layout), mechanism.packet_bytes)
+            array = _packed(padded(make(), pack(nothing, codec, layout), mechanism.packet_bytes))
+        elif here and packet.known is not None:
+            size = packed_size(packet)
+            array = Held(_like(size), packet.known, size, make)
+        else:
+            array = _packed(make())
         if control:
-            control.keep(context, data)
-        sent = {UPDATE: Array("uint8", (len(data),), STYPE, data)}
+            control.keep(context, array.data)
+        sent = {UPDATE: array}
         if mechanism is None:
-            sent |= buffers_of(trained, layout)
+            sent |= {name: array_of(values(one)) for name, one in buffers_of(trained, layout).items()}
         reply.content[ARRAYS] = record_with(sent)
         return reply
 
     return mod
+
+
+def _packed(data: bytes) -> Array:
+    """A packet as an array of a message."""
+    return Array(*_like(len(data)), data)
+
+
+def _like(size: int) -> tuple[str, tuple[int, ...], str]:
+    return "uint8", (size,), STYPE
 
 
 # --- the server's end --------------------------------------------------------------------------------

@@ -3,10 +3,12 @@
 import gc
 import itertools
 import math
+import pickle
 import struct
 import tracemalloc
 import zlib
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -32,6 +34,7 @@ from fedapp.codec.packet import decode_update, pack
 from fedapp.codec.per_layer import PerLayer
 from fedapp.codec.prune import RandomMask, TopK
 from fedapp.codec.quantize import DeadZone
+from fedapp.codec.rate_distortion import RateDistortion
 from fedapp.codec.rotate import Eden
 from fedapp.codec.sign import Sign
 from fedapp.codec.ternary import Ternary
@@ -44,7 +47,8 @@ from fedapp.errors import DecodeError
 from fedapp.exact_sum import ExactSum
 from fedapp.privacy.central import CentralGaussian
 from fedapp.privacy.mechanism import Plan
-from fedapp.records import ARRAYS, METRICS, STYPE, UPDATE, WEIGHT
+from fedapp.records import ARRAYS, METRICS, STYPE, UPDATE, WEIGHT, as_bytes
+from fedapp.running_sum import Reader, terms_in
 from fedapp.vector import Reply, arrays_in, record_of
 from fedapp.wire import Wire, compress
 
@@ -921,6 +925,47 @@ def test_the_mod_sends_one_array_and_the_buffers() -> None:
     assert arrays[UPDATE].stype == STYPE
     assert arrays["counter"].numpy() == 103
     assert reply.content.metric_records[METRICS][WEIGHT] == 10
+
+
+@pytest.mark.parametrize(
+    ("codec", "knows"),
+    [(Identity(), True), (RateDistortion(), True), (ErrorFeedback(TopK(0.1)), True), (Eden(1), False)],
+)
+def test_a_packet_that_its_reader_has_made_itself_is_counted_and_not_made(codec: Codec, knows: bool) -> None:
+    weights, message = model(buffers=True), asked(Wire(built("fedavg"), Identity()), model(buffers=True))[0]
+    trained = trained_from(weights, 3)
+    there, here = (
+        compress(codec, np.random.default_rng(0), here=own)(
+            message,
+            Context(1, 2, {}, RecordDict(), {}),
+            replying(RecordDict({ARRAYS: ArrayRecord({**kept}), METRICS: MetricRecord({WEIGHT: 1})})),
+        )
+        for own, kept in ((False, trained), (True, {n: vector.held(a.numpy()) for n, a in trained.items()}))
+    )
+    made, unmade = _arrays(there)[UPDATE], _arrays(here)[UPDATE]
+    assert isinstance(unmade, vector.Held) == knows
+    assert records.size_of(here.content) == records.size_of(there.content) == len(as_bytes(there.content))
+    layout = vector.layout_of(weights)
+    there_read, here_read = (Reader(codec).update_in(reply, layout, {})[0] for reply in (there, here))
+    assert there_read.tobytes() == here_read.tobytes()
+    assert ("data" in vars(unmade)) != knows
+    assert unmade.data == made.data
+    assert pickle.loads(pickle.dumps(unmade)) == made
+
+
+def test_a_private_packet_that_does_not_fit_is_read_as_what_stands_instead() -> None:
+    """Where a client's packet is padded, what it knows of another one says nothing."""
+    private, codec = replace(CENTRAL, packet_bytes=128), RateDistortion(step=1e-6)
+    strategy, weights = Wire(built("fedavg"), codec, private), model()
+    message, trained = asked(strategy, weights)[0], trained_from(weights, 3)
+    reply = compress(codec, np.random.default_rng(0), private, here=True)(
+        message, Context(1, 2, {}, RecordDict(), {}), replying(RecordDict({ARRAYS: trained}))
+    )
+    assert len(_arrays(reply)[UPDATE].data) == 128
+    assert strategy.reader is not None
+    terms = terms_in(records.config_record(message.content))
+    update, _ = strategy.reader.update_in(reply, vector.layout_of(weights), terms)
+    assert not update.any()
 
 
 CENTRAL = CentralGaussian(

@@ -27,6 +27,12 @@ def pack(packet: Packet, codec: Codec, layout: Layout) -> bytes:
     return b"".join((_PREFIX.pack(_VERSION, kind, crc), head, body))
 
 
+def packed_size(packet: Packet) -> int:
+    """How many bytes `pack` makes."""
+    _, head, body = _parts(packet)
+    return _PREFIX.size + len(head) + body.nbytes
+
+
 def unpack(data: bytes, codec: Codec, layout: Layout) -> Packet:
     """Undo `pack`; raises DecodeError on anything else. Allocates no more than the bytes received."""
     version, kind, crc = _PREFIX.unpack(Reader(data).take(_PREFIX.size))
