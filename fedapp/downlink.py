@@ -18,7 +18,6 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
 from threading import Lock
 from typing import Any, NamedTuple
 
@@ -71,7 +70,7 @@ class Downlink:
         self._rate = coded.rate
         self._layout = layout_of(initial)
         self._initial = ravel(initial, self._layout)
-        self._now = first(self._layout)
+        self._go_on(first(self._layout))
         # Versions that some node may hold, as ways from the initial model: exponent and levels of the latest,
         # exponent and code of others, and of those whose code was asked for.
         self._ready = dict[int, tuple[int, NDArray[np.int16 | np.int32]]]()
@@ -83,9 +82,8 @@ class Downlink:
         self._held: dict[int, int] = {}  # by node; at first each holds version 0
         self._sent: dict[int, int] = {}  # by node, the version that it was sent and has not answered
         self._weights = initial
-        # Of the version now: its CRC, the code of the way to it from the one before, by the exponent, and
-        # what nodes that hold another one are sent, by that.
-        self._crc: int | None = None
+        # Of the version now: the code of the way to it from the one before, by the exponent, and what nodes
+        # that hold another one are sent, by that.
         self._step = dict[int, bytes]()
         self._made = dict[int, ArrayRecord]()
 
@@ -119,15 +117,13 @@ class Downlink:
 
     def _make(self, bases: Collection[int]) -> Iterator[tuple[int, ArrayRecord]]:
         """What nodes that hold these versions are sent, in this order: one for all that hold the same."""
-        if self._crc is None:
-            self._crc = crc_of(self._now.weights(self._initial))
-        make, values = partial(self._arrays, crc=self._crc), max(1, self._layout.size)
+        values = max(1, self._layout.size)
         threads = min(len(os.sched_getaffinity(0)), len(bases), _AT_ONCE // values) or 1
         if threads == 1 or len(bases) * values < _ALONE:
-            yield from zip(bases, map(make, bases), strict=True)
+            yield from zip(bases, map(self._arrays, bases), strict=True)
             return
         with ThreadPoolExecutor(threads) as pool:  # the coder runs without Python's lock
-            yield from zip(bases, pool.map(make, bases), strict=True)
+            yield from zip(bases, pool.map(self._arrays, bases), strict=True)
 
     def again(self, reply: Message) -> bool:
         """Note what the node holds; whether it could make nothing of its message, and another may help."""
@@ -168,7 +164,7 @@ class Downlink:
 
         A node that is not among them holds nothing yet.
         """
-        self._now = Version(*state["now"])
+        self._go_on(Version(*state["now"]))
         self._codes = {v: (exponent, code.tobytes()) for v, exponent, code in state["versions"]}
         self._ready.clear()
         self._exponent, self._share = state["exponent"], state["share"]
@@ -177,25 +173,32 @@ class Downlink:
         self._sent = {nodes[partition]: v for partition, v in sent if partition in nodes}
         self._weights = weights if state["published"] else ArrayRecord()
 
+    def _go_on(self, version: Version) -> None:
+        """This is the version now; its weights are known to nodes by their CRC."""
+        self._now, self._reached = version, version.weights(self._initial)
+        self._crc = crc_of(self._reached)
+
     def _publish(self, record: ArrayRecord) -> None:
         """Make the next version: as much of what this one lacks as the rate allows."""
-        self._weights, self._crc = record, None
+        self._weights = record
         self._made.clear()
         self._step = {}
         weights = ravel(record, self._layout)
-        lacks, way = weights - self._now.weights(self._initial), weights - self._initial
+        lacks = weights - self._reached
         if not lacks.any():
             return
+        way = weights - self._initial
         finest = max(peak_exponent(way) - _DEPTH, FINEST)
         begin = self._now.exponent if self._exponent is None else self._exponent
         number, terms = self._now.number + 1, (self._layout, self._rate, begin, finest)
         try:
             exponent, levels, code, self._share = quantized(lacks, *terms, self._share)
-            self._now = self._now.plus(number, exponent, levels)
+            self._go_on(self._now.plus(number, exponent, levels))
             self._exponent, self._step = exponent, {exponent: code}
         except OverflowError:  # after ever finer steps a long way: all nodes start anew
             exponent, levels, *_ = quantized(way, *terms)
-            self._now, self._exponent = first(self._layout).plus(number, exponent, levels), exponent
+            self._go_on(first(self._layout).plus(number, exponent, levels))
+            self._exponent = exponent
             self._held.clear()
             self._sent.clear()
         kept = {0, *self._held.values(), *self._sent.values()}
@@ -228,8 +231,8 @@ class Downlink:
         exponent, code = self._codes[number]
         return Version(number, exponent, levels_of(code, self._layout))
 
-    def _arrays(self, held: int, crc: int) -> ArrayRecord:
-        """What a message to a node that holds this version says for weights, which have this CRC."""
+    def _arrays(self, held: int) -> ArrayRecord:
+        """What a message to a node that holds this version says."""
         based_on = 0
         if held > 0:
             with suppress(OverflowError):  # too far apart for one step: from the initial model it is not
@@ -238,7 +241,7 @@ class Downlink:
                 based_on, code = held, known or code_of(levels, self._layout)
         if not based_on:
             exponent, code = self._coded(self._now.number)
-        packet = VersionPacket(crc, exponent, based_on, self._now.number, code)
+        packet = VersionPacket(self._crc, exponent, based_on, self._now.number, code)
         arrays = {VERSION: packet.to_array()}
         arrays |= {INITIAL: Array(self._initial)} if held == NOTHING else {}
         arrays |= buffers_of(self._weights, self._layout)

@@ -15,7 +15,7 @@ from fedapp.privacy.mechanism import Mechanism, Numbers
 from fedapp.records import ARRAYS, METRICS, UPDATE, WEIGHT, array_record
 from fedapp.replies import drifted, metrics_of, packet_in, side_of, values_of, weight_of
 from fedapp.stages import DECODE
-from fedapp.vector import Held, buffers_of, layout_of, ravel, record_of, unravel, values
+from fedapp.vector import Held, buffers_of, held, layout_of, ravel, record_with, unravel, values
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,8 @@ class RunningSum:
             made[name] = values(weights[name]) + mean[offset : offset + size].reshape(like.shape)
             offset += size
         metrics = MetricRecord({WEIGHT: max(1, self.exact.weight)})
-        content = RecordDict({ARRAYS: record_of({name: made[name] for name in weights}), METRICS: metrics})
+        arrays = record_with({name: held(made[name]) for name in weights})
+        content = RecordDict({ARRAYS: arrays, METRICS: metrics})
         return Message(content, dst_node_id=0, message_type=MessageType.TRAIN)
 
 

@@ -37,6 +37,9 @@ class Held(Array):
     def data(self) -> bytes:  # type: ignore[override]
         return self._make()
 
+    def numpy(self) -> NDArray[Any]:
+        return self.value
+
     def __reduce__(self) -> tuple[type[Array], tuple[object, ...]]:
         return Array, (self.dtype, self.shape, self.stype, self.data)
 
