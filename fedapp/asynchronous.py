@@ -17,7 +17,7 @@ import time
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
@@ -38,6 +38,7 @@ from fedapp.replies import refuse
 from fedapp.report.progress import Progress
 from fedapp.running_sum import RunningSum, terms_in
 from fedapp.stages import AGGREGATE
+from fedapp.synchronous import Stepped
 from fedapp.wire import Wire
 
 
@@ -49,14 +50,6 @@ class Flight:
     round: int
     sent: float
     tries: int
-
-
-class Stepped(NamedTuple):
-    """What a round came to: the next weights, and how many clients took part and failed."""
-
-    arrays: ArrayRecord
-    accepted: int
-    failed: int
 
 
 @dataclass
@@ -124,7 +117,7 @@ class Asynchronous:
             return 0
         view = cast(Grid, Cohort([self.places.nodes[partition] for partition in partitions]))
         asked = self.wire.configure_train(number, arrays, ConfigRecord(), view)
-        messages = sorted(asked, key=lambda message: self.places.partitions[message.metadata.dst_node_id])
+        messages = sorted(asked, key=self.places.of)
         coded = self.exchange.coded(arrays, messages)
         return self._push(list(self.exchange.traffic.sent(coded)), number, tries)
 

@@ -1,24 +1,30 @@
 """How well a model does: on the server's test set, or on what clients held out, and how that spreads."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 from torch import nn
 
+from fedapp.cohorts import Cohort
 from fedapp.engine.local import LocalGrid
 from fedapp.errors import DataError, FedappError
+from fedapp.exchange import Exchange
 from fedapp.fedbuff import FedBuff
 from fedapp.job import Job
 from fedapp.models import load
+from fedapp.places import Places
 from fedapp.records import ARRAYS, CONFIG, config_record, metric_record
+from fedapp.stages import EVALUATE
 from fedapp.tasks import EVALUATION_BATCH, Score, means
+from fedapp.wire import Wire
 
 
 class Evaluated(NamedTuple):
@@ -38,6 +44,29 @@ def over_clients(means: Mapping[str, Any]) -> Evaluated:
     return Evaluated(
         means["accuracy"], means["loss"], float(np.mean(accuracies)), float(worst.mean()), len(accuracies)
     )
+
+
+@dataclass(frozen=True)
+class ClientTest:
+    """The test by clients, each on its own data."""
+
+    wire: Wire
+    exchange: Exchange
+    places: Places
+
+    @EVALUATE
+    def told(self, number: int, arrays: ArrayRecord, nodes: Collection[int]) -> list[Message]:
+        """What these nodes say of the weights, in order of their partitions."""
+        messages = list(
+            self.wire.configure_evaluate(number, arrays, ConfigRecord(), cast(Grid, Cohort(nodes)))
+        )
+        return sorted(self.exchange.send(arrays, messages), key=self.places.of)
+
+    @EVALUATE
+    def of_all(self, number: int, arrays: ArrayRecord) -> Evaluated:
+        """What a test by all of them comes to."""
+        means = self.wire.aggregate_evaluate(number, self.told(number, arrays, self.places.nodes.values()))
+        return over_clients(means) if means else Evaluated()
 
 
 class ServerTest:

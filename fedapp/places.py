@@ -80,6 +80,11 @@ class Places:
         """The partition of each node that holds one now."""
         return {node: partition for partition, node in self.nodes.items()}
 
+    def of(self, message: Message) -> int:
+        """The partition that a message goes to or comes from."""
+        ends = message.metadata.dst_node_id, message.metadata.src_node_id
+        return next(self.partitions[node] for node in ends if node in self.partitions)
+
     def look(self, number: int) -> list[Taken]:
         """Seat the nodes that have come: one request where all are there, two or three where some are not."""
         if isinstance(self._grid, LocalGrid):

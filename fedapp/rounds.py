@@ -1,41 +1,34 @@
-"""The rounds: draw a cohort, send the weights, take the updates, step, test. Works on any Flower Grid."""
+"""The rounds, one after the other: who has come, train, test, what each came to. Works on any Flower Grid."""
 
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from logging import WARNING
-from typing import Any, cast
+from typing import Any
 
-from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
+from flwr.app import ArrayRecord
 from flwr.serverapp import Grid
 from flwr.supercore import log
 
-from fedapp.assignment import Workloads
 from fedapp.asynchronous import Asynchronous
 from fedapp.budget import Budget
-from fedapp.ckks import Ckks, CkksSum
-from fedapp.cohorts import Cohort
 from fedapp.downlink import Coded, Downlink
-from fedapp.engine.grid import now
 from fedapp.engine.local import LocalGrid
-from fedapp.errors import FedappError, RoundLost
-from fedapp.evaluation import Evaluated, ServerTest, over_clients
+from fedapp.errors import FedappError
+from fedapp.evaluation import ClientTest, Evaluated, ServerTest
 from fedapp.exchange import Exchange, Traffic
 from fedapp.fedbuff import FedBuff
 from fedapp.job import Job
 from fedapp.places import Places
 from fedapp.privacy.begun import Begun
-from fedapp.public_rng import Use
 from fedapp.report.folder import Round
 from fedapp.report.progress import Progress
-from fedapp.secagg.wire import SecureSum
-from fedapp.selection import PowerOfChoice
-from fedapp.stages import AGGREGATE, CLOCK, EVALUATE
+from fedapp.stages import CLOCK, EVALUATE
+from fedapp.synchronous import Synchronous
 from fedapp.tasks.stream import Stream
 from fedapp.vector import arrays_in, layout_of, record_of
 
 LOST = 3  # rounds in a row that end a run if all fail: one may be an accident, three are not, and cost hours
-_NAMED = 8  # nodes that a line of the log names
 
 
 @dataclass
@@ -62,12 +55,12 @@ class Federation:
         self._exchange = Exchange(self.grid, self._downlink, self.job.round_timeout)
         self.places = Places(self.job, self.grid, self.finished + 1)
         self._weigh()
-        self._late, self._lost = 0, False
         self._failed = 0  # rounds in a row in which all failed
         self._streamed = isinstance(self.job.task, Stream) and self.job.privacy.unit is None
-        self._asynchronous: Asynchronous | None = None
-        if isinstance(self.job.strategy, FedBuff):
-            self._asynchronous = Asynchronous(self.job, self._wire, self._exchange, self.places, self.begun)
+        self._by_clients = ClientTest(self._wire, self._exchange, self.places)
+        ends = self.job, self._wire, self._exchange, self.places, self.begun
+        self._asynchronous = Asynchronous(*ends) if isinstance(self.job.strategy, FedBuff) else None
+        self._way = self._asynchronous or Synchronous(*ends, self._by_clients)
         self._test = ServerTest(self.job, self.grid) if self.job.evaluate == "server" else None
         self._untested: Round | None = None  # the record of a round whose test goes on
 
@@ -140,8 +133,9 @@ class Federation:
                 yield self._tested()
                 return
             CLOCK.begin_round(number)
-            started, before, accepted = time.perf_counter(), replace(self.traffic), self.accepted
-            answers = self._train(number, progress)
+            started, before = time.perf_counter(), replace(self.traffic)
+            step = self._way.round(number, self.arrays, progress)
+            self.arrays, self.accepted = step.arrays, self.accepted + step.accepted
             records, evaluated = self._tested(), Evaluated()
             beside = self._test if number < self.job.rounds and self._test and self._test.beside else None
             if beside:
@@ -149,11 +143,10 @@ class Federation:
             else:
                 evaluated = self._evaluate(number)
             spent, self.finished = self.budget.spent, number
-            replies = self.accepted - accepted
-            failed = answers > 0 and not replies and not self._lost
+            failed = step.failed > 0 and not step.accepted and not step.lost
             self._failed = self._failed + 1 if failed else 0
             if failed:
-                log(WARNING, "round %s is skipped: %s", number, self._why(answers))
+                log(WARNING, "round %s is skipped: %s", number, self._why(step.failed))
             record = Round(
                 round=number,
                 **evaluated._asdict(),
@@ -161,8 +154,8 @@ class Federation:
                 downlink_bytes=self.traffic.downlink - before.downlink,
                 epsilon=None if spent is None else spent.epsilon,
                 seconds=time.perf_counter() - started,
-                replies=replies,
-                failures=answers - replies,
+                replies=step.accepted,
+                failures=step.failed,
                 stages=CLOCK.end_round(self.grid.workers if isinstance(self.grid, LocalGrid) else None),
                 clock=self.clock if self.job.timed else None,
                 drift=self.traffic.drifted - before.drifted if self._streamed else None,
@@ -171,7 +164,7 @@ class Federation:
             yield records if beside else [*records, record]
             if self._failed >= min(LOST, self.job.rounds):
                 ends = f"the run ends after {self._failed} such rounds in a row: mend that, and resume it"
-                raise FedappError(f"round {number}: {self._why(answers)}, and {ends}")
+                raise FedappError(f"round {number}: {self._why(step.failed)}, and {ends}")
 
     def _tested(self) -> list[Round]:
         """The record that waits for its test, if one does."""
@@ -193,10 +186,10 @@ class Federation:
         """The last round whose record is whole."""
         return self.finished - (self._untested is not None)
 
-    def _why(self, answers: int) -> str:
-        """What is known of a round in which all failed."""
+    def _why(self, clients: int) -> str:
+        """What is known of a round in which all of so many failed."""
         early = "" if self.job.deadline is None else f", or deadline={self.job.deadline:g} is early"
-        return f"none of {answers} clients returned an update; the log says why{early}"
+        return f"none of {clients} clients returned an update; the log says why{early}"
 
     @property
     def clock(self) -> float | None:
@@ -221,138 +214,10 @@ class Federation:
         least = self.job.selection.least_weight(self.places.facts, self.job.at_once)
         self._wire.weigh_at_least(least)
 
-    def _train(self, number: int, progress: Progress) -> int:
-        """One round of training; returns how many answers were due, those that failed among them."""
-        if self._asynchronous is not None:
-            step = self._asynchronous.round(number, self.arrays, progress)
-            self.arrays = step.arrays
-            self.accepted += step.accepted
-            return step.accepted + step.failed
-        cohort = self._drawn(number)
-        present = cohort or self.places.nodes.values()  # strategies wait for nodes, and keep these
-        view = cast(Grid, Cohort(present))
-        asked = self._wire.configure_train(number, self.arrays, ConfigRecord(), view)
-        messages = sorted(asked, key=self._partition) if cohort else []
-        self.begun.add(number, [self.places.partitions[node] for node in cohort])  # before anything is sent
-        summed = self._summed(number, [message.metadata.dst_node_id for message in messages])
-        if summed is not None:
-            try:
-                self._train_on_sums(number, messages, summed, progress)
-                self._lost = False
-            except RoundLost as error:
-                self._lost = True
-                log(WARNING, "round %s: %s", number, error)
-            return len(messages)
-        before = self.accepted
-        until = now(self.grid) + (float("inf") if self.job.deadline is None else self.job.deadline)
-        in_time = self._in_time(number, messages, until)
-        if self._wire.workloads:
-            in_time = self._timed(in_time, self._wire.workloads)
-        replies = self._watched(number, in_time, progress, len(messages))
-        if not self._wire.streams:  # then the order of summation is the order of arrival
-            replies = iter(sorted(replies, key=self._partition))
-        collect = self.grid.collect if isinstance(self.grid, LocalGrid) else None
-        with AGGREGATE:
-            arrays, _ = self._wire.aggregate_train(number, replies, collect)
-        self.accepted = before if self._wire.dropped else self.accepted - self._wire.failures
-        self.arrays = self.arrays if arrays is None else arrays
-        return len(messages) - self._late
-
-    def _drawn(self, number: int) -> list[int]:
-        """The nodes that train in a round; where their losses decide, of those drawn the worst."""
-        job, nodes = self.job, self.places.nodes
-        drawn = [nodes[i] for i in job.cohorts.draw(number, job.clients, self.places.facts) if i in nodes]
-        if not isinstance(job.selection, PowerOfChoice):
-            return drawn
-        losses = self._wire.losses(self._tests(number, drawn))
-        if not losses:
-            raise FedappError(
-                f"round {number}: none of {len(drawn)} candidates told its loss; the log says why"
-            )
-        places = {self.places.partitions[node]: loss for node, loss in losses.items()}
-        worst = set(job.selection.worst(places, job.at_once))
-        return [node for node in drawn if self.places.partitions[node] in worst]
-
-    def _timed(self, replies: Iterator[Message], workloads: Workloads) -> Iterator[Message]:
-        """The replies; how long each took tells what to ask of its node next."""
-        started = now(self.grid)
-        for reply in replies:
-            workloads.hear(reply, now(self.grid) - started)
-            yield reply
-        workloads.end(now(self.grid) - started)
-
-    def _summed(self, number: int, nodes: list[int]) -> SecureSum | CkksSum | None:
-        """How the server comes by the sum of a round where it is to see nothing else."""
-        job = self.job
-        if job.secure is not None:
-            server, rng = job.secure.server(nodes, number), job.public_rng(number, 0, Use.SUM)
-            return SecureSum(server, job.secure.terms, rng, self._exchange.ask)
-        if not isinstance(job.aggregation, Ckks):
-            return None
-        holder = self.places.nodes[job.aggregation.key_holder]
-        return CkksSum(holder, nodes, self.parameters, job.privacy.unit is not None, self._exchange.ask)
-
-    @AGGREGATE
-    def _train_on_sums(
-        self, number: int, messages: list[Message], summed: SecureSum | CkksSum, progress: Progress
-    ) -> None:
-        """One round of training on the sum alone; raises RoundLost, or FedappError where nobody was left."""
-        told = summed.begin()
-        messages = [message for message in messages if message.metadata.dst_node_id in told]
-        for message in messages:
-            message.content = RecordDict({**message.content, **told[message.metadata.dst_node_id]})
-        before, replies = self.accepted, self._exchange.send(self.arrays, messages)
-        for reply in self._watched(number, replies, progress, len(messages)):
-            summed.take(reply)
-        self.accepted = before  # what came counts only in a sum that was opened
-        mean, count = summed.mean()
-        self.arrays = self._wire.step(number, mean, self.arrays) or self.arrays
-        self.accepted += 0 if self._wire.dropped else count
-
-    def _in_time(self, number: int, messages: list[Message], until: float) -> Iterator[Message]:
-        """The replies that the round waits for: of an over-selected cohort those that come first."""
-        trained, self._late = 0, 0
-        silent = {message.metadata.dst_node_id for message in messages}
-        for came, reply in enumerate(self._exchange.send(self.arrays, messages, until), 1):
-            silent.discard(reply.metadata.src_node_id)
-            yield reply
-            trained += reply.has_content()
-            if self.job.over_selection > 1 and trained == self.job.in_round:
-                self._late = len(messages) - came
-                return
-        if silent and not isinstance(self.grid, LocalGrid):
-            said = "round %s: %s of %s nodes did not answer in time; what they still send is dropped: %s"
-            named = ", ".join(map(str, sorted(silent)[:_NAMED]))
-            log(WARNING, said, number, len(silent), len(messages), named)
-
-    def _watched(
-        self, number: int, replies: Iterator[Message], progress: Progress, total: int
-    ) -> Iterator[Message]:
-        progress.reply(number, 0, total)
-        for done, reply in enumerate(replies, 1):
-            self.accepted += 1
-            progress.reply(number, done, total)
-            yield reply
-
-    def _partition(self, message: Message) -> int:
-        """The partition that a message goes to or comes from."""
-        ends = message.metadata.dst_node_id, message.metadata.src_node_id
-        return next(self.places.partitions[node] for node in ends if node in self.places.partitions)
-
-    @EVALUATE
     def _evaluate(self, number: int) -> Evaluated:
         """How well the weights do, on the server's test set or on what clients held out."""
         if self._test is not None:
-            self._test.begin(self.arrays)
-            return self._test.end()
-        if self.job.evaluate == "none":
-            return Evaluated()
-        means = self._wire.aggregate_evaluate(number, self._tests(number, self.places.nodes.values()))
-        return over_clients(means) if means else Evaluated()
-
-    @EVALUATE
-    def _tests(self, number: int, nodes: Collection[int]) -> list[Message]:
-        """What these nodes say of the weights, each on its own data, in order of their partitions."""
-        view = cast(Grid, Cohort(nodes))
-        messages = list(self._wire.configure_evaluate(number, self.arrays, ConfigRecord(), view))
-        return sorted(self._exchange.send(self.arrays, messages), key=self._partition)
+            with EVALUATE:
+                self._test.begin(self.arrays)
+                return self._test.end()
+        return Evaluated() if self.job.evaluate == "none" else self._by_clients.of_all(number, self.arrays)

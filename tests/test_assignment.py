@@ -25,8 +25,8 @@ from fedapp.engine.timeline import Timeline
 from fedapp.errors import ConfigError
 from fedapp.job import Job
 from fedapp.records import ARRAYS, CONFIG, METRICS
-from fedapp.rounds import Federation
 from fedapp.speeds import Stragglers
+from fedapp.synchronous import Stepped, Synchronous
 from fedapp.tasks import Data
 from fedapp.training import Sgd
 from fedapp.vector import layout_of, ravel
@@ -351,16 +351,16 @@ def test_stopped_and_resumed_is_the_same_run(
 
     given = f"{FAST} {setting} codec.rate=0.5 codec.feedback=true"
     whole = simulate(tmp_path / "whole", f"{given} run_dir={tmp_path / 'whole'}")
-    rounds = Federation._train
+    rounds = Synchronous.round
 
-    def stops(self: Federation, number: int, *rest: Any) -> int:
+    def stops(self: Synchronous, number: int, *rest: Any) -> Stepped:
         if number == 3:
             raise KeyboardInterrupt
         return rounds(self, number, *rest)
 
     folder = tmp_path / "stopped"
     with monkeypatch.context() as patch:
-        patch.setattr(Federation, "_train", stops)
+        patch.setattr(Synchronous, "round", stops)
         with pytest.raises(KeyboardInterrupt):
             simulate(folder, f"{given} checkpoint=0 run_dir={folder}")
     assert simulate(folder, f"resume={folder}") == whole

@@ -32,6 +32,7 @@ from fedapp.job import Job
 from fedapp.models import load
 from fedapp.report.progress import Progress
 from fedapp.rounds import Federation
+from fedapp.synchronous import Stepped, Synchronous
 from fedapp.tasks import Data, Score, means
 from fedapp.tasks.images import Digits
 from fedapp.training import Sgd
@@ -279,15 +280,15 @@ def test_a_test_beside_the_next_round_is_of_the_weights_before_it(elsewhere: boo
     job = many(2, "rounds=3")
     job.prepare()
     models, wanted = list[ArrayRecord](), list[tuple[float, float]]()
-    aggregate = Federation._train
+    step = Synchronous.round
 
-    def trained(self: Federation, number: int, progress: Progress) -> int:
-        due = aggregate(self, number, progress)
-        models.append(self.arrays)
-        return due
+    def stepped(self: Synchronous, *given: Any) -> Stepped:
+        found = step(self, *given)
+        models.append(found.arrays)
+        return found
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Federation, "_train", trained)
+        patch.setattr(Synchronous, "round", stepped)
         if elsewhere:
             _, records = rounds_on(job, Elsewhere(client_app(lambda _: job), [9, 7, 5, 3]))
         else:

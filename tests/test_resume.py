@@ -43,6 +43,7 @@ from fedapp.report.progress import Progress
 from fedapp.report.summary import Summary, read_summary
 from fedapp.resume import Start
 from fedapp.rounds import Federation
+from fedapp.synchronous import Synchronous
 from fedapp.tasks import classification
 from fedapp.training import DpSgd
 
@@ -199,7 +200,7 @@ def test_interrupted_while_a_test_goes_on(
 
     simulate(tmp_path / "whole", f"{shared} checkpoint=null")
     with monkeypatch.context() as patch:
-        patch.setattr(Federation, "_train", at_call(4, Federation._train, interrupt))
+        patch.setattr(Federation, "_welcome", at_call(4, Federation._welcome, interrupt))
         with pytest.raises(KeyboardInterrupt):
             simulate(tmp_path / "run", shared)
     summary = read_summary(tmp_path / "run" / "summary.json")
@@ -234,7 +235,7 @@ def test_rounds_in_which_all_failed_are_counted_on(tmp_path: Path, monkeypatch: 
         raise ValueError("no")
 
     def run() -> None:
-        Federation._train = at_call(3, Federation._train)  # type: ignore[method-assign]
+        Federation._welcome = at_call(3, Federation._welcome)  # type: ignore[method-assign]
         simulate(tmp_path, SETTINGS["feedback"])
 
     with monkeypatch.context() as patch:
@@ -257,7 +258,7 @@ MOMENTS: dict[str, tuple[Any, str, int]] = {  # who calls what, at which call th
     "with a file half written": (os, "replace", 7),  # 3 before the rounds
     "before the older file is removed": (Path, "unlink", 2),
     "before a round is written down": (Begun, "add", 4),
-    "before what a round begins is sent": (Federation, "_summed", 4),
+    "before what a round begins is sent": (Synchronous, "_summed", 4),
 }
 
 
@@ -381,7 +382,7 @@ def stopped(folder: Path, overrides: str, rounds: int = 3) -> None:
     """A run that was killed after so many rounds."""
 
     def run() -> None:
-        Federation._train = at_call(rounds + 1, Federation._train)  # type: ignore[method-assign]
+        Federation._welcome = at_call(rounds + 1, Federation._welcome)  # type: ignore[method-assign]
         simulate(folder, overrides)
 
     assert killed(run, never) == -9
@@ -467,7 +468,7 @@ def test_a_deployed_run_goes_on_with_nodes_that_remember_nothing(
     deployed(f"{settings} run_dir={tmp_path / 'whole'}", [5, 6, 7, 8, 9])
 
     def run() -> None:
-        Federation._train = at_call(4, Federation._train)  # type: ignore[method-assign]
+        Federation._welcome = at_call(4, Federation._welcome)  # type: ignore[method-assign]
         deployed(f"{settings} run_dir={tmp_path / 'run'}", [5, 6, 7, 8, 9])
 
     assert killed(run, never) == -9
@@ -577,7 +578,7 @@ def test_a_full_disk_is_one_error_and_loses_nothing(
 
     with monkeypatch.context() as patch:
         patch.setattr(place, what, failing)
-        patch.setattr(Federation, "_train", at_call(4, Federation._train, lambda: full.append(True)))
+        patch.setattr(Federation, "_welcome", at_call(4, Federation._welcome, lambda: full.append(True)))
         with pytest.raises(ConfigError, match=r"cannot write .* \(.*No space left"):
             simulate(tmp_path, SETTINGS["feedback"])
     assert not [path.name for path in tmp_path.rglob(".*")]
@@ -655,7 +656,7 @@ def test_nodes_that_may_hold_other_data_than_before_do_not_pass_the_budget(
     settings = f"{FAST} {private} run_dir={tmp_path / 'run'}"
 
     def run() -> None:
-        Federation._train = at_call(6, Federation._train)  # type: ignore[method-assign]
+        Federation._welcome = at_call(6, Federation._welcome)  # type: ignore[method-assign]
         deployed(settings, [5, 6, 7, 8, 9])
 
     assert killed(run, never) == -9

@@ -32,6 +32,7 @@ from fedapp.rounds import Federation
 from fedapp.secagg import Client, wire
 from fedapp.secagg.residues import unpack
 from fedapp.server_app import simulate
+from fedapp.synchronous import Synchronous
 from fedapp.training import Sgd
 from fedapp.vector import layout_of, ravel
 
@@ -129,7 +130,8 @@ def test_a_server_gets_one_sum_a_round_and_of_no_others(told: int, session: int,
     """Whatever it says: a session is a round of the plan, which the noise was set for, and comes once."""
     job = job_of(f"{SHARP} rounds=2 {SIGNED}")
     federation = Federation(job, Watched(job))
-    summed = federation._summed(session, list(federation.places.nodes.values()))
+    assert isinstance(federation._way, Synchronous)
+    summed = federation._way._summed(session, list(federation.places.nodes.values()))
     assert isinstance(summed, wire.SecureSum)
     beside = RecordDict({ARRAYS: job.initial, CONFIG: ConfigRecord({"server-round": told})})
     messages = [
@@ -154,7 +156,8 @@ def test_a_message_that_comes_twice_is_not_trained_on_again(monkeypatch: pytest.
 
     monkeypatch.setattr(Sgd, "fit", counted)
     federation = Federation(job, Watched(job))
-    summed = federation._summed(1, list(federation.places.nodes.values()))
+    assert isinstance(federation._way, Synchronous)
+    summed = federation._way._summed(1, list(federation.places.nodes.values()))
     assert isinstance(summed, wire.SecureSum)
     beside = RecordDict({ARRAYS: job.initial, CONFIG: ConfigRecord({"server-round": 1})})
     contents = summed.begin()

@@ -26,8 +26,8 @@ from fedapp.nodes import facts
 from fedapp.privacy import consent
 from fedapp.privacy.ledger import Ledger
 from fedapp.records import CONFIG
-from fedapp.rounds import Federation
 from fedapp.selection import BySize, Poisson, PowerOfChoice, Selection, Tags, Uniform, probabilities
+from fedapp.synchronous import Synchronous
 
 FAST = "task=digits privacy=none model=logistic clients=8 rounds=4 cohort=3 engine.workers=1"
 
@@ -174,14 +174,14 @@ def test_tags_and_resources_are_all_asked_for() -> None:
 def trained(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
     """The cohort of each round, as the run drew it."""
     cohorts: list[list[int]] = []
-    draw = Federation._drawn
+    draw = Synchronous._drawn
 
-    def noted(self: Federation, number: int) -> list[int]:
-        nodes = draw(self, number)
+    def noted(self: Synchronous, *given: Any) -> list[int]:
+        nodes = draw(self, *given)
         cohorts.append([self.places.partitions[node] for node in nodes])
         return nodes
 
-    monkeypatch.setattr(Federation, "_drawn", noted)
+    monkeypatch.setattr(Synchronous, "_drawn", noted)
     return cohorts
 
 

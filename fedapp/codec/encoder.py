@@ -15,6 +15,7 @@ from fedapp.codec.model import (
     CONTEXTS,
     ESCAPE,
     FLAGS_FROM,
+    PLAIN,
     SIGNS_FROM,
     SYMBOLS,
     Floats,
@@ -33,6 +34,7 @@ from fedapp.codec.model import (
     low_bits,
     most_nearby,
     paces,
+    plain_context_of,
     promise,
     row_factor,
     sign_context,
@@ -130,6 +132,14 @@ def _place(numbers: Levels, odd: Levels, e: Levels, dependent: bool, places: Pla
     Those that are not zero leave low bits, so many; 32 is added for those that escape, which may leave none.
     """
     large = np.int32(0)
+    if not dependent:
+        for i in range(len(numbers)):
+            large |= numbers[i] | (e[i] >> np.int32(PLAIN)) << np.int32(4)
+        if large < np.int32(ESCAPE):  # as in most blocks: symbols are the numbers
+            for i in range(len(numbers)):
+                places[i] = plain_context_of(e[i]) * np.int32(SYMBOLS) + numbers[i]
+            return False
+        large = np.int32(0)
     for i in range(len(numbers)):
         context = context_of(e[i])
         raw = low_bits(context, dependent)
