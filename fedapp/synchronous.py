@@ -108,20 +108,18 @@ class Synchronous:
         """The step on updates, each of which is added as it comes, where the strategy takes a sum."""
         deadline = self.job.deadline
         until = float("inf") if deadline is None else now(self._grid) + deadline
-        replies = self._watched(
-            number, self._in_time(number, arrays, messages, until), progress, len(messages)
-        )
+        replies = self._in_time(number, arrays, messages, until)
         if self.wire.workloads:
             replies = self._timed(replies, self.wire.workloads)
+        replies = self._watched(number, replies, progress, len(messages))
         if not self.wire.streams:  # then the order of summation is the order of arrival
             replies = iter(sorted(replies, key=self.places.of))
         collect = self._grid.collect if isinstance(self._grid, LocalGrid) else None
         with AGGREGATE:
             stepped, _ = self.wire.aggregate_train(number, replies, collect)
         accepted = 0 if self.wire.dropped else self._came - self.wire.failures
-        return Stepped(
-            arrays if stepped is None else stepped, accepted, len(messages) - self._late - accepted
-        )
+        due = len(messages) - self._late
+        return Stepped(arrays if stepped is None else stepped, accepted, due - accepted)
 
     @AGGREGATE
     def _on_sum(
