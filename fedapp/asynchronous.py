@@ -54,7 +54,7 @@ class Flight:
 
 @dataclass
 class Asynchronous:
-    """The clients at work, from round to round."""
+    """The clients at work, from round to round. `came`: updates in the round that is under way."""
 
     job: Job
     wire: Wire
@@ -67,15 +67,16 @@ class Asynchronous:
 
     def __post_init__(self) -> None:
         self._strategy, self._grid = cast(FedBuff, self.job.strategy), self.exchange.grid
+        self.came = 0
 
     def round(self, number: int, arrays: ArrayRecord, progress: Progress) -> Stepped:
         """Take answers until the buffer is full, and step."""
         buffer, size = RunningSum(arrays), self._strategy.buffer
-        asked, accepted, failed = set[int](), 0, 0
+        asked, failed, self.came = set[int](), 0, 0
         drawn = self._drawn(number, asked)
         self.begun.add(number, drawn)  # before anything is sent
         progress.reply(number, 0, size)
-        while accepted < size:
+        while self.came < size:
             failed += self._send(number, arrays, drawn)
             asked.update(drawn)
             if self._flights:
@@ -83,23 +84,22 @@ class Asynchronous:
                 if reply is not None and self.exchange.undecoded(reply) and flight.tries < TRIES:
                     failed += self._send(number, arrays, [self._partition(flight)], flight.tries + 1)
                 elif reply is not None and self._taken(buffer, number, flight, reply):
-                    accepted += 1
+                    self.came += 1
                 else:
                     failed += 1
             elif not drawn:  # all were asked on these weights
                 break
-            progress.reply(number, accepted, size)
-            drawn = [] if accepted == size else self._drawn(number, asked)  # the next ones get new weights
+            progress.reply(number, self.came, size)
+            drawn = [] if self.came == size else self._drawn(number, asked)  # the next ones get new weights
             if drawn:
                 self.begun.more(drawn)
         if buffer.exact.weight:
             with AGGREGATE:
                 mean = self._strategy.server_learning_rate * buffer.exact.total() / buffer.exact.weight
                 arrays = self.wire.step(number, mean, arrays) or arrays
-            if self.wire.dropped:
-                accepted, failed = 0, failed + accepted
         self.exchange.messages += len(asked)
-        return Stepped(arrays, accepted, failed)
+        accepted = 0 if self.wire.dropped else self.came
+        return Stepped(arrays, accepted, failed + self.came - accepted)
 
     def _drawn(self, number: int, asked: set[int]) -> list[int]:
         """Partitions to be asked next, by the seed: as many as may train, of those free and not yet asked."""

@@ -112,12 +112,10 @@ def client_app(job_of: Callable[[Context], Job], here: bool = False) -> ClientAp
         store_state(context, "trainer", state)
         if isinstance(job.task, Stream) and job.privacy.unit is None:
             metrics[DRIFT] = int(load_state(context, STREAM)[DRIFT][0])
-        kept = (
-            array_of if job.wire_codec is None else held
-        )  # by the mod `uplink`, which makes an update of it
-        trained = record_with(
-            {name: kept(value.cpu().numpy()) for name, value in job.model.state_dict().items()}
-        )
+        of = array_of if job.wire_codec is None else held
+        # The memory is the model's, which the mod `uplink` is done with before another client trains it.
+        weights = job.model.state_dict()
+        trained = record_with({name: of(value.cpu().numpy()) for name, value in weights.items()})
         if job.assigns:
             metrics |= {SECONDS: time.perf_counter() - started}
         return Message(RecordDict({ARRAYS: trained, METRICS: MetricRecord({**metrics})}), reply_to=message)

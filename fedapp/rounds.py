@@ -134,7 +134,11 @@ class Federation:
                 return
             CLOCK.begin_round(number)
             started, before = time.perf_counter(), replace(self.traffic)
-            step = self._way.round(number, self.arrays, progress)
+            try:
+                step = self._way.round(number, self.arrays, progress)
+            except BaseException:
+                self.accepted += self._way.came  # as their bytes are counted
+                raise
             self.arrays, self.accepted = step.arrays, self.accepted + step.accepted
             records, evaluated = self._tested(), Evaluated()
             beside = self._test if number < self.job.rounds and self._test and self._test.beside else None

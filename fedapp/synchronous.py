@@ -45,7 +45,7 @@ class Stepped(NamedTuple):
 
 @dataclass
 class Synchronous:
-    """Rounds that wait for their cohorts."""
+    """Rounds that wait for their cohorts. `came`: replies in the round that is under way."""
 
     job: Job
     wire: Wire
@@ -57,10 +57,11 @@ class Synchronous:
     def __post_init__(self) -> None:
         self._grid = self.exchange.grid
         self._parameters = layout_of(self.job.initial).size
-        self._came = self._late = 0  # replies in this round; of an over-selected cohort, those not waited for
+        self.came = self._late = 0  # replies in this round; of an over-selected cohort, those not waited for
 
     def round(self, number: int, arrays: ArrayRecord, progress: Progress) -> Stepped:
         """Train on these weights; raises FedappError where nobody is left that may sum, or may be drawn."""
+        self.came = self._late = 0
         cohort = self._drawn(number, arrays)
         present = cohort or self.places.nodes.values()  # strategies wait for nodes, and keep these
         view = cast(Grid, Cohort(present))
@@ -117,7 +118,7 @@ class Synchronous:
         collect = self._grid.collect if isinstance(self._grid, LocalGrid) else None
         with AGGREGATE:
             stepped, _ = self.wire.aggregate_train(number, replies, collect)
-        accepted = 0 if self.wire.dropped else self._came - self.wire.failures
+        accepted = 0 if self.wire.dropped else self.came - self.wire.failures
         due = len(messages) - self._late
         return Stepped(arrays if stepped is None else stepped, accepted, due - accepted)
 
@@ -146,7 +147,7 @@ class Synchronous:
         self, number: int, arrays: ArrayRecord, messages: list[Message], until: float
     ) -> Iterator[Message]:
         """The replies that the round waits for: of an over-selected cohort those that come first."""
-        trained, self._late = 0, 0
+        trained = 0
         silent = {message.metadata.dst_node_id for message in messages}
         for came, reply in enumerate(self.exchange.send(arrays, messages, until), 1):
             silent.discard(reply.metadata.src_node_id)
@@ -164,10 +165,9 @@ class Synchronous:
         self, number: int, replies: Iterator[Message], progress: Progress, total: int
     ) -> Iterator[Message]:
         """The replies, which are counted, and shown."""
-        self._came = 0
         progress.reply(number, 0, total)
-        for self._came, reply in enumerate(replies, 1):
-            progress.reply(number, self._came, total)
+        for self.came, reply in enumerate(replies, 1):
+            progress.reply(number, self.came, total)
             yield reply
 
     def _timed(self, replies: Iterator[Message], workloads: Workloads) -> Iterator[Message]:

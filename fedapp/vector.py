@@ -2,7 +2,7 @@
 
 import io
 from collections.abc import Callable, Mapping
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from math import prod
 from typing import Any
 
@@ -19,8 +19,8 @@ from fedapp.errors import DecodeError
 class Held(Array):
     """An array of which this process has what its bytes say: they are made when somebody asks for them.
 
-    It never comes from outside: what was read from bytes is an `Array`, and so is this one once it was sent.
-    value: what they say, whose memory may be that of a model; size: how many they are.
+    It never comes from outside: what was read from bytes is an `Array`, as this one is once it was pickled.
+    value: what they say; size: how many they are.
     """
 
     def __init__(
@@ -32,10 +32,13 @@ class Held(Array):
     ) -> None:
         self.dtype, self.shape, self.stype = like
         self.value, self.size, self._make = value, size, make
+        self._made: bytes | None = None
 
-    @cached_property
+    @property
     def data(self) -> bytes:  # type: ignore[override]
-        return self._make()
+        if self._made is None:
+            self._made = self._make()
+        return self._made
 
     def numpy(self) -> NDArray[Any]:
         return self.value
@@ -142,9 +145,11 @@ def array_of(array: NDArray[Any]) -> Array:
 
 
 def held(array: NDArray[Any]) -> Held:
-    """The same, but nothing is copied unless somebody asks for the bytes; while the array stays as it is."""
-    size = len(_header(array.dtype.str, array.shape)) + array.nbytes
-    return Held((str(array.dtype), array.shape, SType.NUMPY), array, size, lambda: array_of(array).data)
+    """The same while the array stays as it is, and nothing is copied unless somebody asks for the bytes."""
+    value = np.asarray(array).view()
+    value.flags.writeable = False
+    size = len(_header(value.dtype.str, value.shape)) + value.nbytes
+    return Held((str(value.dtype), value.shape, SType.NUMPY), value, size, lambda: array_of(value).data)
 
 
 def size_in(array: Array) -> int:

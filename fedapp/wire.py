@@ -134,6 +134,7 @@ def _packed(data: bytes) -> Array:
 
 
 def _like(size: int) -> tuple[str, tuple[int, ...], str]:
+    """Dtype, shape and serialization type of a packet of so many bytes."""
     return "uint8", (size,), STYPE
 
 

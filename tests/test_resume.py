@@ -209,6 +209,26 @@ def test_interrupted_while_a_test_goes_on(
     assert left(tmp_path / "run") == left(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("setting", ["codec.rate=2", SETTINGS["fedbuff"]])
+def test_bytes_of_a_round_that_is_broken_off_count_with_their_replies(
+    setting: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown = Progress.reply
+
+    def interrupted(self: Progress, number: int, done: int, total: int) -> None:
+        shown(self, number, done, total)
+        if number == 2 and done == total - 1:
+            raise KeyboardInterrupt
+
+    whole = simulate(tmp_path / "whole", setting)
+    monkeypatch.setattr(Progress, "reply", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        simulate(tmp_path / "run", setting)
+    summary = read_summary(tmp_path / "run" / "summary.json")
+    assert summary.rounds == 1
+    assert summary.uplink_ratio == pytest.approx(whole.uplink_ratio, rel=0.2)
+
+
 def test_private_asynchronous_rounds_go_on_within_their_budget(tmp_path: Path) -> None:
     """Who was at work is not asked again, but others are, and all that were asked are charged."""
 

@@ -14,8 +14,8 @@ from fedapp.codec.model import (
     BLOCK,
     CONTEXTS,
     ESCAPE,
+    FIRST_RAW,
     FLAGS_FROM,
-    PLAIN,
     SIGNS_FROM,
     SYMBOLS,
     Floats,
@@ -34,10 +34,10 @@ from fedapp.codec.model import (
     low_bits,
     most_nearby,
     paces,
-    plain_context_of,
     promise,
     row_factor,
     sign_context,
+    small_context_of,
 )
 from fedapp.codec.range_coder import WORD, narrow, raw_bits, shift
 from fedapp.codec.rounding import Beyond, add_beyond, begin_levels, magnitudes_of, round_block, worth_it
@@ -131,15 +131,15 @@ def _place(numbers: Levels, odd: Levels, e: Levels, dependent: bool, places: Pla
 
     Those that are not zero leave low bits, so many; 32 is added for those that escape, which may leave none.
     """
-    large = np.int32(0)
     if not dependent:
+        many = np.int32(0)  # at least the largest, and 16 where any may have raw bits
         for i in range(len(numbers)):
-            large |= numbers[i] | (e[i] >> np.int32(PLAIN)) << np.int32(4)
-        if large < np.int32(ESCAPE):  # as in most blocks: symbols are the numbers
+            many |= numbers[i] | (e[i] >> np.int32(FIRST_RAW)) << np.int32(4)
+        if many < np.int32(ESCAPE):  # as in most blocks
             for i in range(len(numbers)):
-                places[i] = plain_context_of(e[i]) * np.int32(SYMBOLS) + numbers[i]
+                places[i] = small_context_of(e[i]) * np.int32(SYMBOLS) + numbers[i]
             return False
-        large = np.int32(0)
+    large = np.int32(0)
     for i in range(len(numbers)):
         context = context_of(e[i])
         raw = low_bits(context, dependent)

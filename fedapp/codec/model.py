@@ -21,7 +21,7 @@ Integers = NDArray[np.int64]
 
 CONTEXTS, SYMBOLS = 46, 16  # half octaves of expected magnitude from 2^-9; 0, 1, ..., 14, and more: an escape
 ESCAPE = SYMBOLS - 1
-PLAIN = 10  # log2 of the least expectation whose context leaves low bits as they are, in 1/256 (`low_bits`)
+FIRST_RAW = 10  # log2 of the least expectation, in 1/256, whose context has raw bits (`low_bits`)
 MOST = 2**30  # the largest magnitude of a level
 ONE = 20  # intervals are in 2^-20
 LOW, UPPER = np.uint64((1 << 32) - 1), np.uint64(32)  # the halves of an interval
@@ -264,12 +264,12 @@ def context_in(e: Whole) -> Whole:
 def context_of(e: Whole) -> Whole:
     """`context_in` of an int32, for many at once: by the exponent of a square, which float32 rounds alike."""
     e = min(e, np.int32((4096 << 10) - 1))
-    return plain_context_of(e if e < np.int32(4096) else (e | np.int32(1023)) - np.int32(511))
+    return small_context_of(e if e < np.int32(4096) else (e | np.int32(1023)) - np.int32(511))
 
 
 @inlined
-def plain_context_of(e: Whole) -> Whole:
-    """The same below 4096."""
+def small_context_of(e: Whole) -> Whole:
+    """`context_of` an expectation below 4096."""
     root = np.float32(np.int32(2) * e + np.int32(1))
     return (np.float32(root * root).view(np.int32) >> np.int32(23)) - np.int32(127)
 

@@ -15,7 +15,7 @@ from fedapp.errors import DecodeError
 from fedapp.jit import jit
 
 _LEAST = 4  # rows and columns of a layer that may have products
-_LONGEST = 2.0**28  # steps of a value that is fitted
+_LONGEST = 2.0**28  # steps of a value that is fitted: the coder takes 2^30 half ones
 _TILE = 1024  # columns that are made together, for caches
 
 
@@ -87,17 +87,20 @@ class Products:
             add(place.grid(x), left, right, sign * factor)
 
     def fitted(self, x: Floats, values: Floats, vectors: Floats, right: bool) -> Floats:
-        """The values, but the right vectors, or the left ones, such that products come nearest to x.
+        """Values whose right vectors, or left ones, are such that products come nearest to x.
 
         That is with those of the other side as they are in `vectors`: what these lost by rounding is made up
-        for, as far as it can be. One sweep of Gauss-Seidel through the least squares, of little correlation.
+        for, as far as it can be. It does not always pay: the bits change too. One sweep of Gauss-Seidel
+        through the least squares, since vectors of one side are nearly orthogonal.
         """
         fitted = values.copy()
-        sides = zip(self._apart(fitted), self._apart(vectors), strict=True)
-        for (place, *mine, factor), (_, *others, _) in sides:
-            grid = place.grid(x)
-            other = others[not right] * factor[:, None]
-            _fit(grid if right else np.ascontiguousarray(grid.T), other, mine[right])
+        both = zip(self._apart(fitted), self._apart(vectors), strict=True)
+        for (place, left, right_ones, factor), (_, lefts, rights, _) in both:
+            grid, factors = place.grid(x), factor[:, None]
+            if right:
+                _fit(grid, lefts * factors, right_ones)
+            else:
+                _fit(np.ascontiguousarray(grid.T), rights * factors, left)
         return fitted
 
     def _apart(self, vectors: Floats) -> Iterator[tuple[Place, Floats, Floats, Floats]]:
@@ -121,7 +124,9 @@ def _fit(x: Floats, other: Floats, mine: Floats) -> None:
         shared, own = gram[i].copy(), gram[i, i]
         shared[i] = 0
         add(images[i : i + 1], shared[:, None], mine, -ones)
-        if np.abs(images[i]).max() < own * _LONGEST:  # not of a vector that is lost
+        if not own:
+            mine[i] = 0  # what it is multiplied by is 0
+        elif np.abs(images[i]).max() < own * _LONGEST:
             mine[i] = images[i] / own
 
 

@@ -44,7 +44,7 @@ def basis(part: Floats) -> Floats:
 
 
 def triplets(x: Floats, short: Floats) -> Triplets:
-    """Those of x projected on the image of a basis of its short side."""
+    """Those of x projected on what it makes of a basis of its short side: half a turn more, over all of x."""
     tall = x.shape[0] >= x.shape[1]
     there, back = (_times, _transposed_times) if tall else (_transposed_times, _times)
     long = _orthonormal(there(x, short))
