@@ -149,7 +149,7 @@ class _Layer:
                 self._seen = _Found(*triplets(part, short), rows, columns, stride), short
             if not self._seen[0].paying(water, most, worth):
                 return 0
-            self._found = _Found(*triplets(grid, self._seen[1]), *_powers(grid))
+            self._found = _Found(*triplets(grid, self._seen[1], more=True), *_powers(grid))
         return self._found.paying(water, most, worth)
 
     def take(self, x: Floats, k: int) -> bool:

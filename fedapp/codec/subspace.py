@@ -43,17 +43,22 @@ def basis(part: Floats) -> Floats:
     return start
 
 
-def triplets(x: Floats, short: Floats) -> Triplets:
-    """Those of x projected on what it makes of a basis of its short side: half a turn more, over all of x."""
+def triplets(x: Floats, short: Floats, more: bool = False) -> Triplets:
+    """Those of x projected on the basis of its short side.
+
+    With `more` half a turn of the iteration comes first, over all of x: the basis is of a sample.
+    """
     tall = x.shape[0] >= x.shape[1]
     there, back = (_times, _transposed_times) if tall else (_transposed_times, _times)
-    long = _orthonormal(there(x, short))
-    images = back(x, long)
+    base, images = short, there(x, short)
+    if more:
+        base = _orthonormal(images)
+        images = back(x, base)
     turn, powers = _axes(images)
     sizes = np.sqrt(powers[powers < np.inf])
     image = np.ascontiguousarray(_times(images, turn).T[: len(sizes)])
-    vectors = np.ascontiguousarray(_times(long, turn).T[: len(sizes)]) * sizes[:, None].astype(np.float32)
-    return (vectors, image, sizes) if tall else (image, vectors, sizes)
+    vectors = np.ascontiguousarray(_times(base, turn).T[: len(sizes)]) * sizes[:, None].astype(np.float32)
+    return (image, vectors, sizes) if tall != more else (vectors, image, sizes)
 
 
 def _orthonormal(images: Floats) -> Floats:
