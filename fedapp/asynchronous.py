@@ -98,7 +98,7 @@ class Asynchronous:
                 mean = self._strategy.server_learning_rate * buffer.exact.total() / buffer.exact.weight
                 arrays = self.wire.step(number, mean, arrays) or arrays
         self.exchange.messages += len(asked)
-        accepted = 0 if self.wire.dropped else self.came
+        accepted = 0 if buffer.exact.weight and self.wire.dropped else self.came
         return Stepped(arrays, accepted, failed + self.came - accepted)
 
     def _drawn(self, number: int, asked: set[int]) -> list[int]:
