@@ -22,7 +22,7 @@ from fedapp.client_app import local_app, remote_app
 from fedapp.codec.chain import ErrorFeedback
 from fedapp.engine.flower import Flower
 from fedapp.engine.local import Local, LocalGrid
-from fedapp.errors import ConfigError, FedappError
+from fedapp.errors import ConfigError
 from fedapp.job import Job
 from fedapp.outcome import Took, charged, summary_of
 from fedapp.privacy.begun import Begun
@@ -144,7 +144,7 @@ def run(
     started: float,
     begin: Start | None = None,
 ) -> Summary:
-    """Run all rounds, leave the run folder, print the summary. Ctrl-C keeps what was measured.
+    """Run all rounds, leave the run folder, print the summary. Whatever ends it, what was measured is kept.
 
     `started` is when the program started, by `time.perf_counter`; `begin`, where a stopped one goes on.
     """
@@ -179,7 +179,7 @@ def _run(
                     state = {"config": settings, "took": took, "federation": federation.state()}
                     checkpoints.save(federation.finished, state, grid)
         federation.places.hear_checks()
-    except (KeyboardInterrupt, FedappError) as error:
+    except BaseException as error:  # by which Flower ends a run that is stopped depends on who hears it first
         failure = error
         for record in federation.rest():
             folder.append(record)
