@@ -82,7 +82,7 @@ class Asynchronous:
             if self._flights:
                 flight, reply = self._next()
                 if reply is not None and self.exchange.undecoded(reply) and flight.tries < TRIES:
-                    failed += self._send(number, arrays, [self._partition(flight)], flight.tries + 1)
+                    failed += self._send(number, arrays, [self.places.of(flight.asked)], flight.tries + 1)
                 elif reply is not None and self._taken(buffer, number, flight, reply):
                     self.came += 1
                 else:
@@ -166,9 +166,6 @@ class Asynchronous:
             refuse(reply, error)
             return False
 
-    def _partition(self, flight: Flight) -> int:
-        return self.places.partitions[flight.asked.metadata.dst_node_id]
-
     def state(self) -> dict[str, Any]:
         """Who trains at the end of a round, and on what: that will be computed again, to the same bits."""
         records = {id(f.asked.content[ARRAYS]): f.asked.content[ARRAYS] for f in self._flights.values()}
@@ -179,7 +176,7 @@ class Asynchronous:
             ],
             "flights": [
                 {
-                    "partition": self._partition(flight),
+                    "partition": self.places.of(flight.asked),
                     "round": flight.round,
                     "sent": flight.sent,
                     "tries": flight.tries,

@@ -56,7 +56,6 @@ class Synchronous:
 
     def __post_init__(self) -> None:
         self._grid = self.exchange.grid
-        self._parameters = layout_of(self.job.initial).size
         self.came = self._late = 0  # replies in this round; of an over-selected cohort, those not waited for
 
     def round(self, number: int, arrays: ArrayRecord, progress: Progress) -> Stepped:
@@ -101,7 +100,8 @@ class Synchronous:
         if not isinstance(job.aggregation, Ckks):
             return None
         holder = self.places.nodes[job.aggregation.key_holder]
-        return CkksSum(holder, nodes, self._parameters, job.privacy.unit is not None, self.exchange.ask)
+        size = layout_of(job.initial).size
+        return CkksSum(holder, nodes, size, job.privacy.unit is not None, self.exchange.ask)
 
     def _on_updates(
         self, number: int, arrays: ArrayRecord, messages: list[Message], progress: Progress

@@ -58,7 +58,8 @@ def triplets(x: Floats, short: Floats, more: bool = False) -> Triplets:
     sizes = np.sqrt(powers[powers < np.inf])
     image = np.ascontiguousarray(_times(images, turn).T[: len(sizes)])
     vectors = np.ascontiguousarray(_times(base, turn).T[: len(sizes)]) * sizes[:, None].astype(np.float32)
-    return (image, vectors, sizes) if tall != more else (vectors, image, sizes)
+    left = tall != more  # images are of the long side, with `more` of the short one
+    return (image, vectors, sizes) if left else (vectors, image, sizes)
 
 
 def _orthonormal(images: Floats) -> Floats:
