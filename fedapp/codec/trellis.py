@@ -8,7 +8,8 @@ odd places and zero. Which of them a level k belongs to follows from the paritie
 Places half a step apart are thus coded at about the price of whole steps: cells are those of a dense packing
 in many dimensions. The encoder finds the best path through the states by dynamic programming (Viterbi). Each
 survivor expects magnitudes from its own past, as the coder will; bits cost what the coder has learned where a
-stretch of values begins, and the column means of rows yet to be decided are the best survivor's.
+stretch of values begins, and the column means of rows yet to be decided are the best survivor's. Loops do one
+thing for all states, as compilers turn these into vector instructions.
 
 Sources: Marcellin and Fischer 1990, "Trellis coded quantization of memoryless and Gauss-Markov sources";
 Ungerboeck 1982, "Channel coding with multilevel/phase signals" (the code of 32 states); Schwarz et al. 2021,
@@ -21,22 +22,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fedapp.codec.lanes import permutation, select
 from fedapp.codec.model import (
     CONTEXTS,
-    ESCAPE,
     MOST_FACTOR,
-    ONE,
-    SIGNS,
-    SIGNS_FROM,
     SYMBOLS,
-    UPPER,
     Floats,
     Levels,
     Whole,
     end_row,
-    low_bits,
     paces,
 )
+from fedapp.codec.prices import LEAN, ROWS, price, price_signs, price_symbols
 from fedapp.jit import jit
 
 HALF = 16  # states of each quantizer: those from HALF on are the odd one's
@@ -45,13 +42,8 @@ _, _DECAY, _NUDGE = paces(dependent=True)  # the row factor changes at each colu
 _STATES = 2 * HALF
 _CHECKS = 0o45, 0o10  # the code's parity checks, of the low and of the high bit of a place modulo 4
 _STRETCH, _AHEAD = 512, 48  # values decided at once, and values seen beyond them
-_ROWS = 32  # magnitudes whose prices are in the table
-_ZERO = 64  # marks a branch that goes to zero, wherever its even level lies
+_WAS_ODD, _ZERO = 32, 64  # marks of branches: to an odd level; to zero, wherever the even level lies
 _NEVER = np.float32(1e30)
-_FIRST_SIGN = SIGNS_FROM[True]
-_BITS = -np.log2(np.maximum(np.arange(4096) + 0.5, 1) / 4096).astype(
-    np.float32
-)  # by twelve bits of a probability
 
 
 def _automaton() -> NDArray[np.int64]:
@@ -71,39 +63,24 @@ def _automaton() -> NDArray[np.int64]:
 
 
 NEXT = _automaton()
-# The two branches into each state; branch = state it comes from + _STATES * parity.
-_INTO = np.argsort(NEXT.T.ravel(), kind="stable").reshape(_STATES, 2)
+# Where each state may come from, by the parity of the level before.
+_BY_EVEN, _BY_ODD = (np.argsort(NEXT[:, parity]).astype(np.uint8) for parity in (0, 1))
+_even, _odd = permutation(_BY_EVEN), permutation(_BY_ODD)
+
+# Where the search has a number for each state. Of survivors: their cost, last place, sum of places in the
+# row (decayed, in 1/4096), balance of signs. Of the value: its context, and what zero and the levels around
+# it cost, by parity. Of branches that leave, by parity: cost and place. Of those that arrive, by parity:
+# cost, place, and the sum and balance of where they come from.
+_COST, _LEFT, _SUM, _LEAN, _CONTEXT, _NOTHING, _EVEN, _ODD, _BRANCH, _PLACE, _BRANCH_ODD, _PLACE_ODD = (
+    _STATES * row for row in range(12)
+)
+_FROM_EVEN, _FROM_ODD, _ROOM = 12 * _STATES, 16 * _STATES, 20 * _STATES
 
 
 @jit
 def stretch(begin: Whole, size: Whole) -> Whole:
     """Where the values of a layer end that are decided at once, from `begin` on."""
     return size if begin + _STRETCH + _AHEAD >= size else begin + _STRETCH
-
-
-@jit
-def _price(intervals: NDArray[np.uint64], weight: Any, stop: Floats, price: Floats) -> None:
-    """Weighted bits of magnitudes without signs: `stop` by quantizer, symbol and context, and `price` by
-    quantizer, magnitude and context."""
-    for odd in range(2):
-        for context in range(CONTEXTS):
-            first, raw = (odd * CONTEXTS + context) * SYMBOLS, low_bits(context, True)
-            for symbol in range(SYMBOLS):
-                share = np.int64(intervals[first + symbol] >> UPPER)
-                bits = _BITS[share >> (ONE - 12)] + np.float32(raw if symbol else 0)
-                stop[odd, symbol, context] = weight * (bits + np.float32(5 if symbol == ESCAPE else 0))
-        for m in range(_ROWS):
-            _row(stop, weight, odd, m, 0, CONTEXTS - 1, price[odd, m])
-
-
-@jit
-def _row(stop: Floats, weight: Any, odd: Whole, m: Whole, lowest: Whole, highest: Whole, row: Floats) -> None:
-    """Prices of one magnitude in contexts from lowest to highest."""
-    for context in range(lowest, highest + 1):
-        symbol = ((m - 1) >> low_bits(context, True)) + 1 if m else 0
-        row[context] = stop[odd, min(symbol, ESCAPE), context]
-        if symbol >= ESCAPE:
-            row[context] += weight * np.float32(np.log2(symbol - ESCAPE + 1.5))
 
 
 @jit
@@ -118,107 +95,100 @@ def search(
     but not decided. False where a value is not finite or beyond 2^30.
     """
     width, end = len(column), min(len(x), decided + _AHEAD)
-    stop = np.empty((2, SYMBOLS, CONTEXTS), np.float32)
-    price = np.empty((2, _ROWS, CONTEXTS), np.float32)
-    far = np.empty((2, CONTEXTS), np.float32)  # two rows of the table, for magnitudes beyond it
-    _price(intervals, weight, stop, price)
-    back = np.empty((end - begin, _STATES), np.uint8)  # the branch into each state, and _ZERO
+    stop, signs = np.empty((2, SYMBOLS, CONTEXTS), np.float32), np.empty((2, 6), np.float32)
+    prices, priced = np.empty((2, ROWS + 2, CONTEXTS), np.float32), np.zeros((2, ROWS), np.bool_)
+    price_symbols(intervals, weight, stop)
+    price_signs(intervals, weight, signs)
+    back = np.empty((end - begin, _STATES), np.uint8)  # the state before each, _WAS_ODD, _ZERO
     places = np.empty((end - begin, 4), np.int32)  # by parity and quantizer
+    around = np.empty((2, 4), np.float32)  # by quantizer: levels' squared distances and places, by parity
     mean_of = column.copy()
-
-    # Survivors: their cost, sum of places in the row (decayed, in 1/4096), last place, balance of signs, and
-    # what its sign costs; context of the value.
-    cost = np.full(_STATES, _NEVER)
-    sums, lefts = np.zeros(_STATES, np.float32), np.zeros(_STATES, np.float32)
-    leans, dear = np.zeros(_STATES, np.float32), np.zeros(_STATES, np.float32)
-    context = np.zeros(_STATES, np.int32)
-    square = np.zeros(_STATES, np.float32)
-    exponent = square.view(np.int32)
+    room = np.zeros(_ROOM, np.float32)
+    contexts = room.view(np.int32)[_CONTEXT : _CONTEXT + _STATES]
+    cost, sums, lefts, leans = (
+        room[_COST : _COST + _STATES], room[_SUM : _SUM + _STATES], room[_LEFT : _LEFT + _STATES],
+        room[_LEAN : _LEAN + _STATES],
+    )  # fmt: skip
+    cost[:] = _NEVER
+    for odd in range(2):
+        price(0, stop[odd], weight, contexts, prices[odd, 0])
     cost[state], sums[state], lefts[state], leans[state] = 0, found, left, lean / 4096
-    # Branches: their cost and place.
-    branch, to = np.zeros(2 * _STATES, np.float32), np.zeros(2 * _STATES, np.float32)
-    sums_before, leans_before = np.zeros(_STATES, np.float32), np.zeros(_STATES, np.float32)
-    signs = np.zeros((2, SIGNS + 1), np.float32)
-    for b in range(SIGNS):
-        first = (_FIRST_SIGN + b) * SYMBOLS
-        for minus in range(2):
-            signs[minus, b] = weight * _BITS[np.int64(intervals[first + minus] >> UPPER) >> (ONE - 12)]
-    signs[:, SIGNS] = signs[:, SIGNS - 1]  # a balance of 1 is met by rounding only
     promise, keep = np.float32(expected), np.float32(1 - 2.0**-_DECAY)
     c: Whole = begin % width
     for j in range(begin, end):
         if c == 0 and j > begin:
-            _trace(cost, back, places, levels, begin, j)
+            _trace(cost, back, places, levels, begin, max(begin, j - width), j)
             end_row(mean_of, levels[j - width : j], j // width - 1)
             promise = np.float32(mean_of.sum() // width + 1)
             sums[:] = promise
             lefts[:] = 0
             leans[:] = 0
         v = np.float64(x[j]) * scale
-        a, minus = abs(v), v < 0
+        a, minus = abs(v), np.int64(v < 0)
         if not a < 2.0**30 - 4:
             return False
 
         mean = np.float32(mean_of[c]) * np.float32(1 / 4096)
         ratio, most = mean / promise, mean * np.float32(MOST_FACTOR)
         for s in range(_STATES):
-            e: Any = min(sums[s] * ratio, most)
-            e += (lefts[s] - e) * np.float32(2.0**-_NUDGE)
-            square[s] = e * e
-        lowest, highest = np.int32(CONTEXTS), np.int32(0)
-        for s in range(_STATES):
-            k = (exponent[s] >> np.int32(23)) - np.int32(127 - 18)
-            k = k if k > 0 else np.int32(0)
-            k = k if k < CONTEXTS else np.int32(CONTEXTS - 1)
-            context[s] = k
-            lowest = k if k < lowest else lowest
-            highest = k if k > highest else highest
-
-        way = np.float32(-1 if minus else 1)
-        for s in range(_STATES):
-            dear[s] = signs[np.int32(minus), np.int32((leans[s] + np.float32(1)) * np.float32(8))]
+            e: Any = min(room[_SUM + s] * ratio, most)
+            e += (room[_LEFT + s] - e) * np.float32(2.0**-_NUDGE)
+            context = (np.float32(e * e).view(np.int32) >> np.int32(23)) - np.int32(127 - 18)
+            contexts[s] = min(max(context, np.int32(0)), np.int32(CONTEXTS - 1))
+        zero_off = np.float32(a * a)
         for odd in range(2):
             m: Whole = np.int64((a + odd) * 0.5)
             m_even, m_odd = m + (m & 1), m + 1 - (m & 1)  # the two levels around the value, by parity
-            of_even, of_odd = price[odd, min(m_even, _ROWS - 1)], price[odd, min(m_odd, _ROWS - 1)]
-            of_zero = price[odd, 0]
-            if m + 1 >= _ROWS:
-                of_even, of_odd = far[0], far[1]
-                _row(stop, weight, odd, m_even, lowest, highest, of_even)
-                _row(stop, weight, odd, m_odd, lowest, highest, of_odd)
-            even, other = max(2 * m_even - odd, 0), 2 * m_odd - odd
-            places[j - begin, odd], places[j - begin, 2 + odd] = even, other
-            zero_off = np.float32(a * a)
-            even_off = np.float32((a - even) ** 2) if even else _NEVER
-            odd_off = np.float32((a - other) ** 2)
+            row_even, row_odd = min(m_even, ROWS), min(m_odd, ROWS + 1)
+            if not priced[odd, min(m, ROWS - 1)]:
+                price(m_even, stop[odd], weight, contexts, prices[odd, row_even])
+                price(m_odd, stop[odd], weight, contexts, prices[odd, row_odd])
+                priced[odd, min(m, ROWS - 1)] = m < ROWS - 1
+            place_even, place_odd = max(2 * m_even - odd, 0), 2 * m_odd - odd
+            places[j - begin, odd], places[j - begin, 2 + odd] = place_even, place_odd
+            around[odd, 0] = np.float32((a - place_even) ** 2) if place_even else _NEVER
+            around[odd, 1] = np.float32((a - place_odd) ** 2)
+            around[odd, 2], around[odd, 3] = place_even, place_odd
             for s in range(odd * HALF, odd * HALF + HALF):
-                u = np.uint64(s)
-                i, k = np.uint64(s + _STATES), np.uint64(context[u])
-                zero, some = zero_off + of_zero[k], even_off + of_even[k] + dear[u]
-                jumps = zero < some
-                branch[u] = cost[u] + (zero if jumps else some)
-                to[u] = np.float32(0) if jumps else np.float32(even)
-                branch[i], to[i] = cost[u] + odd_off + of_odd[k] + dear[u], np.float32(other)
-        sums_before[:] = sums
-        leans_before[:] = leans
-        into = back[j - begin]
+                u = np.uint64(contexts[s])
+                room[_NOTHING + s] = zero_off + prices[odd, 0, u]
+                room[_EVEN + s] = around[odd, 0] + prices[odd, row_even, u]
+                room[_ODD + s] = around[odd, 1] + prices[odd, row_odd, u]
+        lowest, highest = signs[minus, 0], signs[minus, 1]
+        one, two, three, four = signs[minus, 2], signs[minus, 3], signs[minus, 4], signs[minus, 5]
+        for odd in range(2):
+            even, other = around[odd, 2], around[odd, 3]
+            for s in range(odd * HALF, odd * HALF + HALF):
+                b = room[_LEAN + s]
+                sign = one + b * (two + b * (three + b * four))
+                sign = select(b < np.float32(-LEAN), lowest, select(b >= np.float32(LEAN), highest, sign))
+                zero, some = room[_NOTHING + s], room[_EVEN + s] + sign
+                room[_BRANCH + s] = room[_COST + s] + min(zero, some)
+                room[_PLACE + s] = select(zero < some, np.float32(0), even)
+                room[_BRANCH_ODD + s] = room[_COST + s] + room[_ODD + s] + sign
+                room[_PLACE_ODD + s] = other
+        way = np.float32(1 - 2 * minus)
+        for k in (0, _STATES):
+            _even(room, _FROM_EVEN + k, _BRANCH + k)
+            _even(room, _FROM_EVEN + 2 * _STATES + k, _SUM + k)
+            _odd(room, _FROM_ODD + k, _BRANCH_ODD + k)
+            _odd(room, _FROM_ODD + 2 * _STATES + k, _SUM + k)
         for s in range(_STATES):
-            u = np.uint64(s)
-            one, two = np.uint64(_INTO[u, 0]), np.uint64(_INTO[u, 1])
-            # Looked up, not jumped to: which is cheaper no processor foretells.
-            i = np.uint64(_INTO[u, np.uint64(branch[one] > branch[two])])
-            was = i & np.uint64(_STATES - 1)
-            cost[u], lefts[u], into[u] = branch[i], to[i], np.uint8(i)
-            sums[u], leans[u] = sums_before[was], leans_before[was]
-        for s in range(_STATES):
-            sent = lefts[s] > 0
-            sums[s] = (sums[s] + np.float32(4096) * lefts[s]) * keep
-            leans[s] += (way - leans[s]) * (np.float32(1 / 8) if sent else np.float32(0))
-            into[s] += np.uint8(0) if sent else np.uint8(_ZERO)
+            e, o = _FROM_EVEN + s, _FROM_ODD + s
+            by_odd = room[e] > room[o]
+            to: Any = select(by_odd, room[o + _STATES], room[e + _STATES])
+            total = select(by_odd, room[o + 2 * _STATES], room[e + 2 * _STATES])
+            balance = select(by_odd, room[o + 3 * _STATES], room[e + 3 * _STATES])
+            sent = to > np.float32(0)
+            room[_COST + s], room[_LEFT + s] = select(by_odd, room[o], room[e]), to
+            room[_SUM + s] = (total + np.float32(4096) * to) * keep
+            room[_LEAN + s] = balance + (way - balance) * select(sent, np.float32(1 / 8), np.float32(0))
+            mark = select(sent, np.uint8(0), np.uint8(_ZERO))
+            back[j - begin, s] = mark + select(by_odd, _BY_ODD[s] + np.uint8(_WAS_ODD), _BY_EVEN[s])
         promise = (promise + np.float32(mean_of[c])) * keep
         c = c + 1 if c + 1 < width else 0
 
-    _trace(cost, back, places, levels, begin, end)
+    _trace(cost, back, places, levels, begin, begin, end)
     for j in range(begin, decided):
         if x[j] < 0:
             levels[j] = -levels[j]
@@ -227,11 +197,12 @@ def search(
 
 @jit
 def _trace(
-    cost: Floats, back: NDArray[np.uint8], places: Levels, levels: Levels, begin: Whole, end: Whole
-) -> None:
-    """Write the magnitudes on the cheapest path to `end`."""
+    cost: Floats, back: NDArray[np.uint8], places: Levels, levels: Levels, begin: Whole, first: Whole,
+    end: Whole,
+) -> None:  # fmt: skip
+    """Write magnitudes, from `first` on, of the cheapest path to `end` of those that come from `begin`."""
     state = np.argmin(cost)
-    for j in range(end - 1, begin - 1, -1):
+    for j in range(end - 1, first - 1, -1):
         branch = np.int64(back[j - begin, state])
-        state, parity = branch % _STATES, branch // _STATES % 2
+        state, parity = branch % _STATES, branch // _WAS_ODD % 2
         levels[j] = 0 if branch >= _ZERO else places[j - begin, 2 * parity + state // HALF]

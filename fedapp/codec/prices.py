@@ -1,0 +1,71 @@
+"""What bits of levels cost a search for the best ones (`trellis`), by what was learned of symbols so far."""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedapp.codec.model import (
+    CONTEXTS,
+    ESCAPE,
+    ONE,
+    SIGNS,
+    SIGNS_FROM,
+    SYMBOLS,
+    UPPER,
+    Floats,
+    Levels,
+    Whole,
+    low_bits,
+)
+from fedapp.jit import jit
+
+ROWS = 32  # magnitudes whose prices are kept; two rows more are for any two next to each other
+LEAN = 1 - 2 / SIGNS  # balances of signs beyond which the last contexts' prices hold
+
+_FIRST_SIGN = SIGNS_FROM[True]
+# Bits by twelve bits of a probability.
+_BITS = -np.log2(np.maximum(np.arange(4096) + 0.5, 1) / 4096).astype(np.float32)
+# A cubic's coefficients, from prices at the middles of contexts of signs.
+_MIDDLES = (np.arange(1, SIGNS - 1) + 0.5) * 2 / SIGNS - 1
+_CUBIC = np.linalg.pinv(_MIDDLES[:, None] ** np.arange(4)).astype(np.float32)
+
+
+@jit
+def price_symbols(intervals: NDArray[np.uint64], weight: Any, stop: Floats) -> None:
+    """Weighted bits of symbols of magnitudes: `stop` by quantizer, symbol and context."""
+    for odd in range(2):
+        for context in range(CONTEXTS):
+            first, raw = (odd * CONTEXTS + context) * SYMBOLS, low_bits(context, True)
+            for symbol in range(SYMBOLS):
+                bits = _bits(intervals, first + symbol) + np.float32(raw if symbol else 0)
+                stop[odd, symbol, context] = weight * (bits + np.float32(5 if symbol == ESCAPE else 0))
+
+
+@jit
+def price_signs(intervals: NDArray[np.uint64], weight: Any, signs: Floats) -> None:
+    """Weighted bits of plus, and of minus: in the first and the last context, and a cubic of the balance for
+    those between, since it takes longer to look them up."""
+    bits = np.empty(SIGNS, np.float32)
+    for minus in range(2):
+        for context in range(SIGNS):
+            bits[context] = weight * _bits(intervals, (_FIRST_SIGN + context) * SYMBOLS + minus)
+        signs[minus, 0], signs[minus, 1] = bits[0], bits[-1]
+        for power in range(4):
+            signs[minus, 2 + power] = (_CUBIC[power] * bits[1:-1]).sum()
+
+
+@jit
+def price(m: Whole, stop: Floats, weight: Any, contexts: Levels, row: Floats) -> None:
+    """Weighted bits of magnitude m, but for its sign, in all contexts; of a large one in these at least."""
+    lowest, highest = (0, CONTEXTS - 1) if m < ROWS else (contexts.min(), contexts.max())
+    for context in range(lowest, highest + 1):
+        symbol = ((m - 1) >> low_bits(context, True)) + 1 if m else 0
+        row[context] = stop[min(symbol, ESCAPE), context]
+        if symbol >= ESCAPE:
+            row[context] += weight * np.float32(np.log2(symbol - ESCAPE + 1.5))
+
+
+@jit
+def _bits(intervals: NDArray[np.uint64], symbol: Whole) -> Any:
+    return _BITS[np.int64(intervals[symbol] >> UPPER) >> (ONE - 12)]
