@@ -70,7 +70,8 @@ def test_vectors_are_fitted_to_rounded_ones_as_by_least_squares(right: bool) -> 
     products, values = factors.at(1.0)
     (k, _), _ = products.shapes
     rounded = np.rint(values / 4) * 4
-    fitted = products.fitted(x.ravel(), values, rounded, right)
+    fitted = values.copy()
+    products.fit(int(right), x.ravel(), fitted, rounded)
     sides = [slice(0, 40 * k), slice(40 * k, 110 * k)]
     mine, other = sides[right], sides[not right]
     assert (fitted[other] == values[other]).all()
@@ -99,7 +100,8 @@ def test_vectors_whose_other_side_is_lost_are_not_fitted() -> None:
     vectors = values.copy()
     vectors[:4], vectors[4:8] = 0, 1e-9
     x = np.full(24, 1e6, np.float32)
-    fitted = products.fitted(x, values, vectors, right=True)
+    fitted = values.copy()
+    products.fit(1, x, fitted, vectors)
     assert not fitted[8:14].any()
     assert (fitted[14:] == values[14:]).all()
 

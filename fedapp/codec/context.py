@@ -19,7 +19,7 @@ arithmetic coding in H.264/AVC" (contexts, flags of blocks); Mahoney 2005, "Adap
 models" (counts, hence learning fast at first).
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from math import prod
 
 import numpy as np
@@ -32,6 +32,7 @@ from fedapp.codec.rounding import Beyond
 from fedapp.errors import DecodeError
 
 Shapes = Sequence[tuple[int, ...]]
+Before = Callable[[int, Levels], None]  # is told which layer comes next, and the levels of those before
 
 _ENCODERS = [layer_encoder(dependent) for dependent in (False, True)]
 _DECODERS = [layer_decoder(dependent) for dependent in (False, True)]
@@ -55,8 +56,9 @@ def _layers(shapes: Shapes, dependent: bool) -> Iterator[tuple[slice, int, Level
 
 
 def encode(
-    x: Floats, scale: float, edge: Floats, shapes: Shapes, dependent: bool = False, keep: bool = True
-) -> tuple[bytes, Levels, Beyond]:
+    x: Floats, scale: float, edge: Floats, shapes: Shapes, dependent: bool = False, keep: bool = True,
+    before: Before | None = None,
+) -> tuple[bytes, Levels, Beyond]:  # fmt: skip
     """Code of float32 (n,) x * scale, its levels (int32 (n,)), and how far the values lie beyond them.
 
     The levels of a packet that nobody asks for are not kept (`keep`): they are as long as x.
@@ -64,10 +66,11 @@ def encode(
     `edge`: how far above m - 1 level m begins, by ten bits of the probability that a magnitude goes on: 1024
     entries for m = 1, then for m > 1; and what a bit of a block's flag weighs, in squares of a level. With
     `dependent` quantizers levels are places in units of scale, `edge` holds one number, what a bit costs in
-    squares of that unit, and nothing is said of what lies beyond.
+    squares of that unit, and nothing is said of what lies beyond. `before` each layer values may be changed
+    that are yet to be coded.
     Raises ValueError where x is not finite or beyond 2^30 steps.
     """
-    coder, words, level, beyond, _ = _written(x, scale, edge, shapes, dependent, keep)
+    coder, words, level, beyond, _ = _written(x, scale, edge, shapes, dependent, keep, before)
     return range_coder.finish(coder, words), level, beyond
 
 
@@ -78,8 +81,9 @@ def lengths(x: Floats, scale: float, edge: Floats, shapes: Shapes) -> list[float
 
 
 def _written(
-    x: Floats, scale: float, edge: Floats, shapes: Shapes, dependent: bool, keep: bool
-) -> tuple[Integers, Words, Levels, Beyond, list[float]]:
+    x: Floats, scale: float, edge: Floats, shapes: Shapes, dependent: bool, keep: bool,
+    before: Before | None = None,
+) -> tuple[Integers, Words, Levels, Beyond, list[float]]:  # fmt: skip
     """The coder, what it has written, levels, what lies beyond; and bits up to the end of each layer."""
     level = np.empty(len(x) if keep or dependent else 0, np.int32)
     room = 2 * len(x) + 4096
@@ -87,6 +91,8 @@ def _written(
         coder, words = np.array([0, range_coder.FULL, 0]), np.empty(room, np.uint32)
         beyond, ends = np.zeros(4, np.int64), list[float]()
         for part, rows, column, units, model in _layers(shapes, dependent):
+            if before is not None:
+                before(len(ends), level)
             values = x[part].reshape(rows, -1)
             into = level[part].reshape(rows if len(level) else 0, len(column))
             if not _ENCODERS[dependent](

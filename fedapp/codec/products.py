@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from math import prod
 from typing import NamedTuple
 
 import numpy as np
@@ -83,35 +84,36 @@ class Products:
 
         One after the other in float32, so that the sum is the same on any machine.
         """
-        for place, left, right, factor in self._apart(vectors):
+        sides = self.apart(vectors)
+        for (place, factor), left, right in zip(self._layers, sides[::2], sides[1::2], strict=True):
             add(place.grid(x), left, right, sign * factor)
 
-    def fitted(self, x: Floats, values: Floats, vectors: Floats, right: bool) -> Floats:
-        """Values whose right vectors, or left ones, are such that products come nearest to x.
+    def fit(self, side: int, x: Floats, values: Floats, points: Floats) -> None:
+        """Change the values of a side, of `shapes`, such that the layer's products come nearest to x.
 
-        That is with those of the other side as they are in `vectors`: what these lost by rounding is made up
-        for, as far as it can be. It does not always pay: the bits change too. One sweep of Gauss-Seidel
-        through the least squares, since vectors of one side are nearly orthogonal.
+        That is with the other side as it is in `points`: what that lost by rounding is made up for, as far as
+        it can be. It does not always pay: the bits change too. One sweep of Gauss-Seidel through the least
+        squares, since vectors of one side are nearly orthogonal.
         """
-        fitted = values.copy()
-        both = zip(self._apart(fitted), self._apart(vectors), strict=True)
-        for (place, left, right_ones, factor), (_, lefts, rights, _) in both:
-            grid, factors = place.grid(x), factor[:, None]
-            if right:
-                _fit(grid, lefts * factors, right_ones)
-            else:
-                _fit(np.ascontiguousarray(grid.T), rights * factors, left)
-        return fitted
+        place, factor = self._layers[side // 2]
+        grid = place.grid(x) if side % 2 else np.ascontiguousarray(place.grid(x).T)
+        _fit(grid, self.apart(points)[side ^ 1] * factor[:, None], self.apart(values)[side])
 
-    def _apart(self, vectors: Floats) -> Iterator[tuple[Place, Floats, Floats, Floats]]:
-        """Each layer's place, left (k, rows) and right vectors (k, columns), and the factors of products."""
-        used = 0
-        for place, exponent in zip(self.places, self.exponents, strict=True):
-            k, sides = len(exponent), place.rows + place.columns
-            left, right = np.split(vectors[used : used + k * sides], [k * place.rows])
-            factor = (1 / magnitude(exponent)).astype(np.float32)
-            yield place, left.reshape(k, place.rows), right.reshape(k, place.columns), factor
-            used += k * sides
+    def apart(self, vectors: Floats) -> list[Floats]:
+        """Each side's vectors: views, of `shapes`."""
+        ends = np.cumsum([prod(shape) for shape in self.shapes])[:-1]
+        return [
+            side.reshape(shape) for side, shape in zip(np.split(vectors, ends), self.shapes, strict=False)
+        ]
+
+    @property
+    def _layers(self) -> list[tuple[Place, Floats]]:
+        """Where those are that have products, and the factors of these."""
+        return [
+            (place, (1 / magnitude(exponent)).astype(np.float32))
+            for place, exponent in zip(self.places, self.exponents, strict=True)
+            if len(exponent)
+        ]
 
 
 def _fit(x: Floats, other: Floats, mine: Floats) -> None:

@@ -30,19 +30,20 @@ class Quantizer:
         return 3 if self.trellis else 2
 
     def encode(
-        self, x: Floats, scale: float, shapes: context.Shapes, least: float = 0.0, keep: bool = True
-    ) -> tuple[bytes, Levels, list[int]]:
+        self, x: Floats, scale: float, shapes: context.Shapes, least: float = 0.0, keep: bool = True,
+        before: context.Before | None = None,
+    ) -> tuple[bytes, Levels, list[int]]:  # fmt: skip
         """Code of x * scale, its levels if they are kept, and how far their points move.
 
-        With `least`, magnitudes are sent from so many steps on, wherever they are. Raises ValueError where x
-        is not finite or beyond 2^30 steps.
+        With `least`, magnitudes are sent from so many steps on, wherever they are. `before`: as in `context`.
+        Raises ValueError where x is not finite or beyond 2^30 steps.
         """
         if self.trellis:
-            code, levels, _ = context.encode(x, 2 * scale, _WEIGHT, shapes, dependent=True)
+            code, levels, _ = context.encode(x, 2 * scale, _WEIGHT, shapes, dependent=True, before=before)
             moves = [128 * move for move in _beyond(x, 2 * scale, levels)]
         else:
             edge = edges(LAMBDA, least, anywhere=least > 0)
-            code, levels, beyond = context.encode(x, scale, edge, shapes, keep=keep)
+            code, levels, beyond = context.encode(x, scale, edge, shapes, keep=keep, before=before)
             moves = [beyond[k] / max(beyond[k + 2], 1) for k in (0, 1)]
         return code, levels, [max(-127, min(127, round(move))) for move in moves]
 

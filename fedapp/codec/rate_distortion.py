@@ -16,7 +16,7 @@ from fedapp.codec.estimate import Like
 from fedapp.codec.factors import Factors
 from fedapp.codec.feedback import AutoFeedback
 from fedapp.codec.layers import extent, require_finite, require_whole, shapes
-from fedapp.codec.model import Floats
+from fedapp.codec.model import Floats, Levels
 from fedapp.codec.pilot import pilot
 from fedapp.codec.products import Products
 from fedapp.codec.quantizer import LAMBDA, Quantizer
@@ -29,7 +29,7 @@ _ENCODES = {False: 3, True: 6}  # by trellis: under it noise falls from 0.8 to 0
 _LIKE = {False: Like(finer=1.0, weight=LAMBDA, rounds=3), True: Like(finer=1.6, weight=0.17, rounds=8)}
 # Searches for products at most, again where the step came to less than so much of the one before, or to more.
 _TURNS, _MUCH = 3, 0.8
-_FITS = {False: 0, True: 5}  # by trellis: which takes its time anyway
+_PASSES = {False: 1, True: 2}  # over vectors of products, by trellis: which takes its time anyway
 # What the state says and may say: log of what the estimate missed; the step, in root mean squares; log of
 # what a part of the update missed.
 _MEMORY = ("miss", -0.8, 0.8), ("step", 1e-9, 1e9), ("part", -0.8, 0.8)
@@ -246,13 +246,8 @@ class RateDistortion:
             header, body = self._header(1).pack(step32, *moves), code
         else:
             products, values = factors.at(1 / scale)
-            first, levels, turns = coder.encode(values, 1.0, products.shapes, least)
-            vectors = coder.points(levels, turns)
             left = unit * np.float32(scale)
-            for turn in range(_FITS[self.trellis]):
-                values = products.fitted(left, values, vectors, right=turn % 2 == 0)
-                first, levels, turns = coder.encode(values, 1.0, products.shapes, least)
-                vectors = coder.points(levels, turns)
+            first, vectors, turns = self._vectors(products, values, left, least)
             products.add(left, vectors, -1)
             code, levels, moves = coder.encode(left, 1.0, shapes(layout), least, knowing)
             known = coder.points(levels, moves) if knowing else None
@@ -263,6 +258,28 @@ class RateDistortion:
         if known is not None and not _scale(known, step32):
             known = None
         return Packet(np.frombuffer(body, np.uint8), header, known)
+
+    def _vectors(
+        self, products: Products, values: Floats, left: Floats, least: float
+    ) -> tuple[bytes, Floats, list[int]]:
+        """Code of vectors, their points, how far these move.
+
+        With a trellis each side but the first is fitted, just before it is coded, to what the other side came
+        to, so that products come nearest to `left`.
+        """
+        coder, moves = self._quantizer, [0] * self._quantizer.moves
+        points = np.zeros(0, np.float32)
+
+        def fit(side: int, levels: Levels) -> None:
+            others = coder.points(levels.copy(), moves) if side % 2 else points
+            if len(others):
+                products.fit(side, left, values, others)
+
+        for _ in range(_PASSES[self.trellis]):
+            before = fit if self.trellis else None
+            code, levels, moves = coder.encode(values, 1.0, products.shapes, least, before=before)
+            points = coder.points(levels, moves)
+        return code, points, moves
 
     def _nmse(self, x: NDArray[np.float32], packet: Packet, layout: Layout) -> float:
         error = x - (self.decode(packet, layout) if packet.known is None else packet.known)
