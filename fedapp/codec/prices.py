@@ -20,7 +20,7 @@ from fedapp.codec.model import (
 )
 from fedapp.jit import jit
 
-ROWS = 32  # magnitudes whose prices are kept; two rows more are for any two next to each other
+ROWS = 32  # magnitudes whose prices are kept, with those of the next ones; another row is for any other
 LEAN = 1 - 2 / SIGNS  # balances of signs beyond which the last contexts' prices hold
 
 _FIRST_SIGN = SIGNS_FROM[True]
@@ -56,14 +56,19 @@ def price_signs(intervals: NDArray[np.uint64], weight: Any, signs: Floats) -> No
 
 
 @jit
-def price(m: Whole, stop: Floats, weight: Any, contexts: Levels, row: Floats) -> None:
-    """Weighted bits of magnitude m, but for its sign, in all contexts; of a large one in these at least."""
+def price_around(m: Whole, stop: Floats, weight: Any, contexts: Levels, table: Floats) -> None:
+    """Weighted bits of magnitudes 0, m and m + 1, of these the even one first, but for signs.
+
+    Four places a context, the last of them free: of all contexts, or where m is large of these at least.
+    """
     lowest, highest = (0, CONTEXTS - 1) if m < ROWS else (contexts.min(), contexts.max())
     for context in range(lowest, highest + 1):
-        symbol = ((m - 1) >> low_bits(context, True)) + 1 if m else 0
-        row[context] = stop[min(symbol, ESCAPE), context]
-        if symbol >= ESCAPE:
-            row[context] += weight * np.float32(np.log2(symbol - ESCAPE + 1.5))
+        for k, level in enumerate((0, m + (m & 1), m + 1 - (m & 1))):
+            symbol = ((level - 1) >> low_bits(context, True)) + 1 if level else 0
+            bits = stop[min(symbol, ESCAPE), context]
+            if symbol >= ESCAPE:
+                bits += weight * np.float32(np.log2(symbol - ESCAPE + 1.5))
+            table[4 * context + k] = bits
 
 
 @jit

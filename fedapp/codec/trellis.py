@@ -33,8 +33,8 @@ from fedapp.codec.model import (
     end_row,
     paces,
 )
-from fedapp.codec.prices import LEAN, ROWS, price, price_signs, price_symbols
-from fedapp.jit import jit
+from fedapp.codec.prices import LEAN, ROWS, price_around, price_signs, price_symbols
+from fedapp.jit import jit, spliced
 
 HALF = 16  # states of each quantizer: those from HALF on are the odd one's
 
@@ -42,7 +42,7 @@ _, _DECAY, _NUDGE = paces(dependent=True)  # the row factor changes at each colu
 _STATES = 2 * HALF
 _CHECKS = 0o45, 0o10  # the code's parity checks, of the low and of the high bit of a place modulo 4
 _STRETCH, _AHEAD = 512, 48  # values decided at once, and values seen beyond them
-_WAS_ODD, _ZERO = 32, 64  # marks of branches: to an odd level; to zero, wherever the even level lies
+_WAS_ODD, _TO_ZERO = 32, 64  # marks of branches: to an odd level; to zero, wherever the even level lies
 _NEVER = np.float32(1e30)
 
 
@@ -68,13 +68,16 @@ _BY_EVEN, _BY_ODD = (np.argsort(NEXT[:, parity]).astype(np.uint8) for parity in 
 _even, _odd = permutation(_BY_EVEN), permutation(_BY_ODD)
 
 # Where the search has a number for each state. Of survivors: their cost, last place, sum of places in the
-# row (decayed, in 1/4096), balance of signs. Of the value: its context, and what zero and the levels around
-# it cost, by parity. Of branches that leave, by parity: cost and place. Of those that arrive, by parity:
-# cost, place, and the sum and balance of where they come from.
-_COST, _LEFT, _SUM, _LEAN, _CONTEXT, _NOTHING, _EVEN, _ODD, _BRANCH, _PLACE, _BRANCH_ODD, _PLACE_ODD = (
-    _STATES * row for row in range(12)
+# row (decayed, in 1/4096), balance of signs. Of the value: its context, and what bits of zero and of the
+# levels around it cost, by parity. Of branches that leave, by parity: cost and place. Of those that arrive,
+# by parity: cost, place, and the sum and balance of where they come from. Then prices, four by four.
+_COST, _LEFT, _SUM, _LEAN, _CONTEXT, _ZERO, _EVEN, _ODD, _, _BRANCH, _PLACE, _BRANCH_ODD, _PLACE_ODD = (
+    _STATES * row for row in range(13)
 )
-_FROM_EVEN, _FROM_ODD, _ROOM = 12 * _STATES, 16 * _STATES, 20 * _STATES
+_FROM_EVEN, _FROM_ODD, _FOURS, _TABLE = (_STATES * row for row in (13, 17, 21, 25))
+_ROOM = _TABLE + 2 * (ROWS + 1) * CONTEXTS * 4
+_four = permutation(range(4))
+_by_fours = permutation(4 * state + k for k in range(4) for state in range(_STATES))
 
 
 @jit
@@ -83,7 +86,58 @@ def stretch(begin: Whole, size: Whole) -> Whole:
     return size if begin + _STRETCH + _AHEAD >= size else begin + _STRETCH
 
 
-@jit
+@spliced
+def _expect(room: Floats, contexts: Levels, ratio: Any, most: Any) -> None:
+    """The context of the value for each survivor."""
+    for s in range(_STATES):
+        e: Any = min(room[_SUM + s] * ratio, most)
+        e += (room[_LEFT + s] - e) * np.float32(2.0**-_NUDGE)
+        context = (np.float32(e * e).view(np.int32) >> np.int32(23)) - np.int32(127 - 18)
+        contexts[s] = min(max(context, np.int32(0)), np.int32(CONTEXTS - 1))
+
+
+@spliced
+def _branch(room: Floats, odd: Whole, a: Any, even: Whole, other: Whole, signs: Floats, minus: Whole) -> None:
+    """The branches from each state of a quantizer: to zero or the even level's place, and to the other."""
+    zero_off, other_off = np.float32(a * a), np.float32((a - other) ** 2)
+    even_off = np.float32((a - even) ** 2) if even else _NEVER
+    even_place, other_place = np.float32(even), np.float32(other)
+    lowest, highest = signs[minus, 0], signs[minus, 1]
+    one, two, three, four = signs[minus, 2], signs[minus, 3], signs[minus, 4], signs[minus, 5]
+    for s in range(odd * HALF, odd * HALF + HALF):
+        lean = room[_LEAN + s]
+        sign = one + lean * (two + lean * (three + lean * four))
+        sign = select(lean < np.float32(-LEAN), lowest, select(lean >= np.float32(LEAN), highest, sign))
+        zero, some = zero_off + room[_ZERO + s], even_off + room[_EVEN + s] + sign
+        room[_BRANCH + s] = room[_COST + s] + min(zero, some)
+        room[_PLACE + s] = select(zero < some, np.float32(0), even_place)
+        room[_BRANCH_ODD + s] = room[_COST + s] + other_off + room[_ODD + s] + sign
+        room[_PLACE_ODD + s] = other_place
+
+
+@spliced
+def _survive(room: Floats, way: Any, keep: Any, back: NDArray[np.uint8], at: Whole) -> None:
+    """The cheaper of the two branches into each state."""
+    for k in (0, _STATES):
+        _even(room, _FROM_EVEN + k, _BRANCH + k)
+        _even(room, _FROM_EVEN + 2 * _STATES + k, _SUM + k)
+        _odd(room, _FROM_ODD + k, _BRANCH_ODD + k)
+        _odd(room, _FROM_ODD + 2 * _STATES + k, _SUM + k)
+    for s in range(_STATES):
+        e, o = _FROM_EVEN + s, _FROM_ODD + s
+        by_odd = room[e] > room[o]
+        to: Any = select(by_odd, room[o + _STATES], room[e + _STATES])
+        total = select(by_odd, room[o + 2 * _STATES], room[e + 2 * _STATES])
+        lean = select(by_odd, room[o + 3 * _STATES], room[e + 3 * _STATES])
+        sent = to > np.float32(0)
+        room[_COST + s], room[_LEFT + s] = select(by_odd, room[o], room[e]), to
+        room[_SUM + s] = (total + np.float32(4096) * to) * keep
+        room[_LEAN + s] = lean + (way - lean) * select(sent, np.float32(1 / 8), np.float32(0))
+        mark = select(sent, np.uint8(0), np.uint8(_TO_ZERO))
+        back[at, s] = mark + select(by_odd, _BY_ODD[s] + np.uint8(_WAS_ODD), _BY_EVEN[s])
+
+
+@spliced
 def search(
     x: Floats, scale: Any, weight: Any, levels: Levels, begin: Whole, decided: Whole, state: Whole,
     found: Whole, expected: Whole, left: Whole, lean: Whole, column: Levels, intervals: NDArray[np.uint64],
@@ -96,22 +150,19 @@ def search(
     """
     width, end = len(column), min(len(x), decided + _AHEAD)
     stop, signs = np.empty((2, SYMBOLS, CONTEXTS), np.float32), np.empty((2, 6), np.float32)
-    prices, priced = np.empty((2, ROWS + 2, CONTEXTS), np.float32), np.zeros((2, ROWS), np.bool_)
+    priced = np.zeros((2, ROWS + 1), np.bool_)
     price_symbols(intervals, weight, stop)
     price_signs(intervals, weight, signs)
-    back = np.empty((end - begin, _STATES), np.uint8)  # the state before each, _WAS_ODD, _ZERO
+    back = np.empty((end - begin, _STATES), np.uint8)  # the state before each, _WAS_ODD, _TO_ZERO
     places = np.empty((end - begin, 4), np.int32)  # by parity and quantizer
-    around = np.empty((2, 4), np.float32)  # by quantizer: levels' squared distances and places, by parity
     mean_of = column.copy()
-    room = np.zeros(_ROOM, np.float32)
+    room = np.empty(_ROOM, np.float32)
     contexts = room.view(np.int32)[_CONTEXT : _CONTEXT + _STATES]
     cost, sums, lefts, leans = (
         room[_COST : _COST + _STATES], room[_SUM : _SUM + _STATES], room[_LEFT : _LEFT + _STATES],
         room[_LEAN : _LEAN + _STATES],
     )  # fmt: skip
     cost[:] = _NEVER
-    for odd in range(2):
-        price(0, stop[odd], weight, contexts, prices[odd, 0])
     cost[state], sums[state], lefts[state], leans[state] = 0, found, left, lean / 4096
     promise, keep = np.float32(expected), np.float32(1 - 2.0**-_DECAY)
     c: Whole = begin % width
@@ -130,61 +181,22 @@ def search(
 
         mean = np.float32(mean_of[c]) * np.float32(1 / 4096)
         ratio, most = mean / promise, mean * np.float32(MOST_FACTOR)
-        for s in range(_STATES):
-            e: Any = min(room[_SUM + s] * ratio, most)
-            e += (room[_LEFT + s] - e) * np.float32(2.0**-_NUDGE)
-            context = (np.float32(e * e).view(np.int32) >> np.int32(23)) - np.int32(127 - 18)
-            contexts[s] = min(max(context, np.int32(0)), np.int32(CONTEXTS - 1))
-        zero_off = np.float32(a * a)
+        _expect(room, contexts, ratio, most)
         for odd in range(2):
             m: Whole = np.int64((a + odd) * 0.5)
-            m_even, m_odd = m + (m & 1), m + 1 - (m & 1)  # the two levels around the value, by parity
-            row_even, row_odd = min(m_even, ROWS), min(m_odd, ROWS + 1)
-            if not priced[odd, min(m, ROWS - 1)]:
-                price(m_even, stop[odd], weight, contexts, prices[odd, row_even])
-                price(m_odd, stop[odd], weight, contexts, prices[odd, row_odd])
-                priced[odd, min(m, ROWS - 1)] = m < ROWS - 1
-            place_even, place_odd = max(2 * m_even - odd, 0), 2 * m_odd - odd
-            places[j - begin, odd], places[j - begin, 2 + odd] = place_even, place_odd
-            around[odd, 0] = np.float32((a - place_even) ** 2) if place_even else _NEVER
-            around[odd, 1] = np.float32((a - place_odd) ** 2)
-            around[odd, 2], around[odd, 3] = place_even, place_odd
+            row = min(m, ROWS)
+            first = _TABLE + (odd * (ROWS + 1) + row) * CONTEXTS * 4
+            if not priced[odd, row]:
+                price_around(m, stop[odd], weight, contexts, room[first : first + CONTEXTS * 4])
+                priced[odd, row] = row < ROWS
+            even, other = max(2 * (m + (m & 1)) - odd, 0), 2 * (m + 1 - (m & 1)) - odd
+            places[j - begin, odd], places[j - begin, 2 + odd] = even, other
             for s in range(odd * HALF, odd * HALF + HALF):
-                u = np.uint64(contexts[s])
-                room[_NOTHING + s] = zero_off + prices[odd, 0, u]
-                room[_EVEN + s] = around[odd, 0] + prices[odd, row_even, u]
-                room[_ODD + s] = around[odd, 1] + prices[odd, row_odd, u]
-        lowest, highest = signs[minus, 0], signs[minus, 1]
-        one, two, three, four = signs[minus, 2], signs[minus, 3], signs[minus, 4], signs[minus, 5]
+                _four(room, _FOURS + 4 * s, first + 4 * np.int64(contexts[s]))
+        _by_fours(room, _ZERO, _FOURS)
         for odd in range(2):
-            even, other = around[odd, 2], around[odd, 3]
-            for s in range(odd * HALF, odd * HALF + HALF):
-                b = room[_LEAN + s]
-                sign = one + b * (two + b * (three + b * four))
-                sign = select(b < np.float32(-LEAN), lowest, select(b >= np.float32(LEAN), highest, sign))
-                zero, some = room[_NOTHING + s], room[_EVEN + s] + sign
-                room[_BRANCH + s] = room[_COST + s] + min(zero, some)
-                room[_PLACE + s] = select(zero < some, np.float32(0), even)
-                room[_BRANCH_ODD + s] = room[_COST + s] + room[_ODD + s] + sign
-                room[_PLACE_ODD + s] = other
-        way = np.float32(1 - 2 * minus)
-        for k in (0, _STATES):
-            _even(room, _FROM_EVEN + k, _BRANCH + k)
-            _even(room, _FROM_EVEN + 2 * _STATES + k, _SUM + k)
-            _odd(room, _FROM_ODD + k, _BRANCH_ODD + k)
-            _odd(room, _FROM_ODD + 2 * _STATES + k, _SUM + k)
-        for s in range(_STATES):
-            e, o = _FROM_EVEN + s, _FROM_ODD + s
-            by_odd = room[e] > room[o]
-            to: Any = select(by_odd, room[o + _STATES], room[e + _STATES])
-            total = select(by_odd, room[o + 2 * _STATES], room[e + 2 * _STATES])
-            balance = select(by_odd, room[o + 3 * _STATES], room[e + 3 * _STATES])
-            sent = to > np.float32(0)
-            room[_COST + s], room[_LEFT + s] = select(by_odd, room[o], room[e]), to
-            room[_SUM + s] = (total + np.float32(4096) * to) * keep
-            room[_LEAN + s] = balance + (way - balance) * select(sent, np.float32(1 / 8), np.float32(0))
-            mark = select(sent, np.uint8(0), np.uint8(_ZERO))
-            back[j - begin, s] = mark + select(by_odd, _BY_ODD[s] + np.uint8(_WAS_ODD), _BY_EVEN[s])
+            _branch(room, odd, a, places[j - begin, odd], places[j - begin, 2 + odd], signs, minus)
+        _survive(room, np.float32(1 - 2 * minus), keep, back, j - begin)
         promise = (promise + np.float32(mean_of[c])) * keep
         c = c + 1 if c + 1 < width else 0
 
@@ -205,4 +217,9 @@ def _trace(
     for j in range(end - 1, first - 1, -1):
         branch = np.int64(back[j - begin, state])
         state, parity = branch % _STATES, branch // _WAS_ODD % 2
-        levels[j] = 0 if branch >= _ZERO else places[j - begin, 2 * parity + state // HALF]
+        levels[j] = 0 if branch >= _TO_ZERO else places[j - begin, 2 * parity + state // HALF]
+
+
+# x
+# y
+# z
