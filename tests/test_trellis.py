@@ -37,6 +37,18 @@ def test_it_beats_the_default_at_equal_bytes(rate: float, gain: float) -> None:
     assert 10 * np.log10(nmse(x, plain) / nmse(x, y)) - 6 * bits > gain
 
 
+def test_signs_that_alternate_cost_next_to_nothing() -> None:
+    """The search knows what they cost: after a plus the next context's price of a minus is far lower."""
+    rng = np.random.default_rng(0)
+    shape = 60, 500
+    x = (np.abs(rng.laplace(size=shape)) * np.where(np.arange(500) % 2, 1, -1)).astype(np.float32).ravel()
+    errors = [
+        nmse(x, coded(RateDistortion(rate=3, trellis=trellis, products=False), x, layout_of([shape]))[1])
+        for trellis in (False, True)
+    ]
+    assert 10 * np.log10(errors[0] / errors[1]) > 4  # with no difference it would be about 1
+
+
 @every_vector
 @pytest.mark.parametrize("rate", [0.05, 0.2, 1, 4, 12])
 def test_a_rate_is_met_in_bytes_on_the_wire(x: NDArray[np.float32], layout: Layout, rate: float) -> None:

@@ -21,14 +21,10 @@ from fedapp.codec.model import (
 from fedapp.jit import jit
 
 ROWS = 32  # magnitudes whose prices are kept, with those of the next ones; another row is for any other
-LEAN = 1 - 2 / SIGNS  # balances of signs beyond which the last contexts' prices hold
 
 _FIRST_SIGN = SIGNS_FROM[True]
 # Bits by twelve bits of a probability.
 _BITS = -np.log2(np.maximum(np.arange(4096) + 0.5, 1) / 4096).astype(np.float32)
-# A cubic's coefficients, from prices at the middles of contexts of signs.
-_MIDDLES = (np.arange(1, SIGNS - 1) + 0.5) * 2 / SIGNS - 1
-_CUBIC = np.linalg.pinv(_MIDDLES[:, None] ** np.arange(4)).astype(np.float32)
 
 
 @jit
@@ -44,15 +40,10 @@ def price_symbols(intervals: NDArray[np.uint64], weight: Any, stop: Floats) -> N
 
 @jit
 def price_signs(intervals: NDArray[np.uint64], weight: Any, signs: Floats) -> None:
-    """Weighted bits of plus, and of minus: in the first and the last context, and a cubic of the balance for
-    those between, since it takes longer to look them up."""
-    bits = np.empty(SIGNS, np.float32)
+    """Weighted bits of plus, and of minus, by context."""
     for minus in range(2):
         for context in range(SIGNS):
-            bits[context] = weight * _bits(intervals, (_FIRST_SIGN + context) * SYMBOLS + minus)
-        signs[minus, 0], signs[minus, 1] = bits[0], bits[-1]
-        for power in range(4):
-            signs[minus, 2 + power] = (_CUBIC[power] * bits[1:-1]).sum()
+            signs[minus, context] = weight * _bits(intervals, (_FIRST_SIGN + context) * SYMBOLS + minus)
 
 
 @jit

@@ -26,6 +26,7 @@ from fedapp.codec.lanes import permutation, select
 from fedapp.codec.model import (
     CONTEXTS,
     MOST_FACTOR,
+    SIGNS,
     SYMBOLS,
     Floats,
     Levels,
@@ -33,7 +34,7 @@ from fedapp.codec.model import (
     end_row,
     paces,
 )
-from fedapp.codec.prices import LEAN, ROWS, price_around, price_signs, price_symbols
+from fedapp.codec.prices import ROWS, price_around, price_signs, price_symbols
 from fedapp.jit import jit, spliced
 
 HALF = 16  # states of each quantizer: those from HALF on are the odd one's
@@ -102,12 +103,11 @@ def _branch(room: Floats, odd: Whole, a: Any, even: Whole, other: Whole, signs: 
     zero_off, other_off = np.float32(a * a), np.float32((a - other) ** 2)
     even_off = np.float32((a - even) ** 2) if even else _NEVER
     even_place, other_place = np.float32(even), np.float32(other)
-    lowest, highest = signs[minus, 0], signs[minus, 1]
-    one, two, three, four = signs[minus, 2], signs[minus, 3], signs[minus, 4], signs[minus, 5]
     for s in range(odd * HALF, odd * HALF + HALF):
         lean = room[_LEAN + s]
-        sign = one + lean * (two + lean * (three + lean * four))
-        sign = select(lean < np.float32(-LEAN), lowest, select(lean >= np.float32(LEAN), highest, sign))
+        sign = signs[minus, 0]
+        for k in range(1, SIGNS):
+            sign = select(lean >= np.float32(2 * k / SIGNS - 1), signs[minus, k], sign)
         zero, some = zero_off + room[_ZERO + s], even_off + room[_EVEN + s] + sign
         room[_BRANCH + s] = room[_COST + s] + min(zero, some)
         room[_PLACE + s] = select(zero < some, np.float32(0), even_place)
@@ -149,7 +149,7 @@ def search(
     but not decided. False where a value is not finite or beyond 2^30.
     """
     width, end = len(column), min(len(x), decided + _AHEAD)
-    stop, signs = np.empty((2, SYMBOLS, CONTEXTS), np.float32), np.empty((2, 6), np.float32)
+    stop, signs = np.empty((2, SYMBOLS, CONTEXTS), np.float32), np.empty((2, SIGNS), np.float32)
     priced = np.zeros((2, ROWS + 1), np.bool_)
     price_symbols(intervals, weight, stop)
     price_signs(intervals, weight, signs)
@@ -157,6 +157,7 @@ def search(
     places = np.empty((end - begin, 4), np.int32)  # by parity and quantizer
     mean_of = column.copy()
     room = np.empty(_ROOM, np.float32)
+    room[:_CONTEXT] = 0  # of all states: what is not finite is never dear enough
     contexts = room.view(np.int32)[_CONTEXT : _CONTEXT + _STATES]
     cost, sums, lefts, leans = (
         room[_COST : _COST + _STATES], room[_SUM : _SUM + _STATES], room[_LEFT : _LEFT + _STATES],
@@ -218,8 +219,3 @@ def _trace(
         branch = np.int64(back[j - begin, state])
         state, parity = branch % _STATES, branch // _WAS_ODD % 2
         levels[j] = 0 if branch >= _TO_ZERO else places[j - begin, 2 * parity + state // HALF]
-
-
-# x
-# y
-# z
