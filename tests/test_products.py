@@ -71,7 +71,7 @@ def test_vectors_are_fitted_to_rounded_ones_as_by_least_squares(right: bool) -> 
     (k, _), _ = products.shapes
     rounded = np.rint(values / 4) * 4
     fitted = values.copy()
-    products.fit(int(right), x.ravel(), fitted, rounded)
+    products.fit(int(right), x.ravel(), fitted, products.apart(rounded)[1 - right])
     sides = [slice(0, 40 * k), slice(40 * k, 110 * k)]
     mine, other = sides[right], sides[not right]
     assert (fitted[other] == values[other]).all()
@@ -101,7 +101,7 @@ def test_vectors_whose_other_side_is_lost_are_not_fitted() -> None:
     vectors[:4], vectors[4:8] = 0, 1e-9
     x = np.full(24, 1e6, np.float32)
     fitted = values.copy()
-    products.fit(1, x, fitted, vectors)
+    products.fit(1, x, fitted, products.apart(vectors)[0])
     assert not fitted[8:14].any()
     assert (fitted[14:] == values[14:]).all()
 

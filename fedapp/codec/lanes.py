@@ -5,6 +5,7 @@ from typing import Any, cast
 
 from llvmlite import ir
 from numba.core import types
+from numba.core.errors import TypingError
 from numba.extending import intrinsic
 
 
@@ -20,7 +21,7 @@ select = cast(Callable[[Any, Any, Any], Any], intrinsic(_select))
 
 
 def permutation(order: Iterable[int]) -> Callable[[Any, int, int], None]:
-    """What copies numbers of a float32 array from a place on to another, in this order.
+    """What copies numbers of a float32 array (n,), contiguous, from a place on to another, in this order.
 
     Compiled, permute(x, to, of) does x[to + i] = x[of + order[i]]. It does not look whether x is that long.
     """
@@ -28,6 +29,8 @@ def permutation(order: Iterable[int]) -> Callable[[Any, int, int], None]:
     places = [int(place) for place in order]
 
     def permute(typing: Any, x: Any, to: Any, of: Any) -> Any:
+        if x != types.Array(types.float32, 1, "C"):
+            raise TypingError(f"not a contiguous array of float32: {x}")
         vector = ir.VectorType(ir.FloatType(), len(places))
         mask = ir.Constant(ir.VectorType(ir.IntType(32), len(places)), places)
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -88,23 +88,22 @@ class Products:
         for (place, factor), left, right in zip(self._layers, sides[::2], sides[1::2], strict=True):
             add(place.grid(x), left, right, sign * factor)
 
-    def fit(self, side: int, x: Floats, values: Floats, points: Floats) -> None:
+    def fit(self, side: int, x: Floats, values: Floats, other: Floats) -> None:
         """Change the values of a side, of `shapes`, such that the layer's products come nearest to x.
 
-        That is with the other side as it is in `points`: what that lost by rounding is made up for, as far as
+        That is with the points of the other side (k, n): what that lost by rounding is made up for, as far as
         it can be. It does not always pay: the bits change too. One sweep of Gauss-Seidel through the least
         squares, since vectors of one side are nearly orthogonal.
         """
         place, factor = self._layers[side // 2]
         grid = place.grid(x) if side % 2 else np.ascontiguousarray(place.grid(x).T)
-        _fit(grid, self.apart(points)[side ^ 1] * factor[:, None], self.apart(values)[side])
+        _fit(grid, other * factor[:, None], self.apart(values)[side])
 
-    def apart(self, vectors: Floats) -> list[Floats]:
-        """Each side's vectors: views, of `shapes`."""
-        ends = np.cumsum([prod(shape) for shape in self.shapes])[:-1]
-        return [
-            side.reshape(shape) for side, shape in zip(np.split(vectors, ends), self.shapes, strict=False)
-        ]
+    def apart(self, vectors: NDArray[Any]) -> list[NDArray[Any]]:
+        """Each side's vectors, or their levels: views, of `shapes`."""
+        sizes = [prod(shape) for shape in self.shapes]
+        of = zip(self.shapes, sizes, np.cumsum(sizes), strict=True)
+        return [vectors[end - size : end].reshape(shape) for shape, size, end in of]
 
     @property
     def _layers(self) -> list[tuple[Place, Floats]]:

@@ -35,6 +35,7 @@ _PASSES = {False: 1, True: 2}  # over vectors of products, by trellis: which tak
 _MEMORY = ("miss", -0.8, 0.8), ("step", 1e-9, 1e9), ("part", -0.8, 0.8)
 _REST = 7  # what a packet holds beside header and code: the header's length, version, dtype, CRC
 _DENSE = 2.0  # bits per parameter from which on most values are sent, and sizes do not jump
+_EXPONENTS = np.finfo(np.float32).maxexp  # 2^128 is no float32: points of values from 2^127 on may be none
 _LONG = 2**19  # updates from this length on are coded in part first
 
 
@@ -238,6 +239,7 @@ class RateDistortion:
     ) -> Packet:  # fmt: skip
         """One full encode of unit * 2^exponent; with `least`, magnitudes are sent from so many steps on."""
         coder, step32 = self._quantizer, np.float32(np.ldexp(step, exponent))
+        knowing = knowing or exponent >= _EXPONENTS
         step32 = max(step32, np.finfo(np.float32).smallest_subnormal)
         scale = float(np.ldexp(1 / np.float64(step32), exponent))
         if not factors.count:
@@ -256,7 +258,7 @@ class RateDistortion:
             header = self._header(2).pack(step32, *moves, *turns)
             body = b"".join((products.to_bytes(), varint(len(first)), first, code))
         if known is not None and not _scale(known, step32):
-            known = None
+            raise ValueError("update holds values too near the largest float32; training diverged")
         return Packet(np.frombuffer(body, np.uint8), header, known)
 
     def _vectors(
@@ -271,9 +273,14 @@ class RateDistortion:
         points = np.zeros(0, np.float32)
 
         def fit(side: int, levels: Levels) -> None:
-            others = coder.points(levels.copy(), moves) if side % 2 else points
-            if len(others):
-                products.fit(side, left, values, others)
+            if side % 2:
+                before = products.apart(levels)[side - 1]
+                other = coder.points(before.flatten(), moves).reshape(before.shape)
+            elif len(points):
+                other = products.apart(points)[side + 1]
+            else:
+                return
+            products.fit(side, left, values, other)
 
         for _ in range(_PASSES[self.trellis]):
             before = fit if self.trellis else None
