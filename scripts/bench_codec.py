@@ -259,6 +259,20 @@ def speeds() -> None:
             print(f"| {bits:.3f} | {trellis} | {encode:.1f} | {decode:.1f} |", flush=True)
 
 
+def trellis_speeds(layout: Layout, updates_of: dict[int, list[Vector]]) -> None:
+    """The trellis where there are products, at the step of a rate: the slowest to the fastest client."""
+    print("\n| round | bits | trellis with products: encode, M/s | decode, M/s |\n|---|---|---|---|")
+    for r, cohort in updates_of.items():
+        for rate in (0.1, 0.5):
+            quick = []
+            for x in cohort:
+                aimed = RateDistortion(rate=rate, trellis=True)
+                step = float(aimed.encode(x, layout, {}, np.random.default_rng(0))[1]["step"][0])
+                quick.append(speed(RateDistortion(step=step, trellis=True), x, layout, runs=5))
+            encode, decode = (spread(list(one), 1) for one in zip(*quick, strict=True))
+            print(f"| {r} | {rate} | {encode} | {decode} |", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("bench"))
@@ -268,15 +282,15 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     options.folder.mkdir(parents=True, exist_ok=True)
-    if options.only in (None, "rates", "family"):
-        layout, found = updates(options.folder, options.rounds)
-        if options.only != "family":
-            rates(layout, found, options.plots / "rates.png")
-            few()
-        if options.only != "rates":
-            family(layout, found)
+    layout, found = updates(options.folder, options.rounds)
+    if options.only in (None, "rates"):
+        rates(layout, found, options.plots / "rates.png")
+        few()
+    if options.only in (None, "family"):
+        family(layout, found)
     if options.only in (None, "speed"):
         speeds()
+        trellis_speeds(layout, found)
 
 
 if __name__ == "__main__":

@@ -77,7 +77,7 @@ class RateDistortion:
     products: False spends no time on them. trellis: dependent quantization (`trellis`); its quantizers have
     this step each, and their points together lie half a step apart. Vectors of products are fitted to what
     those of the other side came to, in turns. On updates of a small CNN 0.4 to 1.2 dB better from 0.5 to 4
-    bits; hardly better at 0.1. It takes 20 to 80 times as long, up to six times for a target (or seven), and
+    bits; hardly better at 0.1. It takes 10 to 40 times as long, up to six times for a target (or seven), and
     under noise misses some between 0.3 and 0.8 bits: zeros beget zeros there.
 
     float32 (n,) <-> uint8 (bytes,), where n is the layout's. Header: the step, and how far points of levels
