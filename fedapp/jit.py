@@ -84,14 +84,14 @@ class AtHome(_Stamped, caching.UserWideCacheLocator):
 _PLACES = ",".join(f"{__name__}.{place.__name__}" for place in (Chosen, Beside, AtHome))
 
 
-def _compiling(**options: Any) -> Callable[[F], F]:
+def _compiling(**options: bool | str) -> Callable[[F], F]:
     """A decorator like `numba.njit`. Numba asks for a function's place when it is decorated."""
 
     def decorate(function: F) -> F:
         others = config.CACHE_LOCATOR_CLASSES  # type: ignore[attr-defined]
         config.CACHE_LOCATOR_CLASSES = _PLACES  # type: ignore[attr-defined]
         try:
-            compiled = njit(cache=True, error_model="numpy", nogil=True, **options)(function)
+            compiled = njit(cache=True, error_model="numpy", nogil=True, **options)(function)  # type: ignore[call-overload]
         finally:
             config.CACHE_LOCATOR_CLASSES = others  # type: ignore[attr-defined]
         return cast(F, compiled)

@@ -27,7 +27,7 @@ def test_a_permutation_copies_in_order(n: int) -> None:
 
 def test_a_selection_is_of_one_of_two() -> None:
     @jit
-    def run(x: Floats, y: np.ndarray) -> None:
+    def run(x: Floats, y: Floats) -> None:
         for i in range(len(x)):
             x[i] = select(x[i] > y[i], x[i], y[i])
 

@@ -275,6 +275,10 @@ def test_what_no_float32_can_say_is_refused_by_the_encoder(trellis: bool) -> Non
             assert packet.known is not None
             assert (packet.known == codec.decode(packet, layout)).all()
     assert 0 < refused < 40
+    packet, _ = RateDistortion(step=0.3, trellis=trellis).encode(x / 4, layout, {}, rng)
+    coarser = Packet(packet.body, np.float32(3e38).tobytes() + packet.header[4:])
+    with pytest.raises(DecodeError, match="beyond float32"):
+        codec.decode(coarser, layout)
 
 
 def test_the_frame_takes_thirteen_bytes() -> None:

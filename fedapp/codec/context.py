@@ -66,8 +66,8 @@ def encode(
     `edge`: how far above m - 1 level m begins, by ten bits of the probability that a magnitude goes on: 1024
     entries for m = 1, then for m > 1; and what a bit of a block's flag weighs, in squares of a level. With
     `dependent` quantizers levels are places in units of scale, `edge` holds one number, what a bit costs in
-    squares of that unit, and nothing is said of what lies beyond. `before` each layer values may be changed
-    that are yet to be coded.
+    squares of that unit, and nothing is said of what lies beyond. `before`, called before each layer, may
+    change values that are yet to be coded.
     Raises ValueError where x is not finite or beyond 2^30 steps.
     """
     coder, words, level, beyond, _ = _written(x, scale, edge, shapes, dependent, keep, before)

@@ -25,7 +25,6 @@ def permutation(order: Iterable[int]) -> Callable[[Any, int, int], None]:
 
     Compiled, permute(x, to, of) does x[to + i] = x[of + order[i]]. It does not look whether x is that long.
     """
-
     places = [int(place) for place in order]
 
     def permute(typing: Any, x: Any, to: Any, of: Any) -> Any:

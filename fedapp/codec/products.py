@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 from typing import Any, NamedTuple
 
@@ -105,7 +106,7 @@ class Products:
         of = zip(self.shapes, sizes, np.cumsum(sizes), strict=True)
         return [vectors[end - size : end].reshape(shape) for shape, size, end in of]
 
-    @property
+    @cached_property
     def _layers(self) -> list[tuple[Place, Floats]]:
         """Where those are that have products, and the factors of these."""
         return [

@@ -274,16 +274,16 @@ class RateDistortion:
 
         def fit(side: int, levels: Levels) -> None:
             if side % 2:
-                before = products.apart(levels)[side - 1]
-                other = coder.points(before.flatten(), moves).reshape(before.shape)
+                left_ones = products.apart(levels)[side - 1]
+                other = coder.points(left_ones.flatten(), moves).reshape(left_ones.shape)
             elif len(points):
                 other = products.apart(points)[side + 1]
             else:
                 return
             products.fit(side, left, values, other)
 
+        before = fit if self.trellis else None
         for _ in range(_PASSES[self.trellis]):
-            before = fit if self.trellis else None
             code, levels, moves = coder.encode(values, 1.0, products.shapes, least, before=before)
             points = coder.points(levels, moves)
         return code, points, moves

@@ -43,7 +43,7 @@ _, _DECAY, _NUDGE = paces(dependent=True)  # the row factor changes at each colu
 _STATES = 2 * HALF
 _CHECKS = 0o45, 0o10  # the code's parity checks, of the low and of the high bit of a place modulo 4
 _STRETCH, _AHEAD = 512, 48  # values decided at once, and values seen beyond them
-_WAS_ODD, _TO_ZERO = 32, 64  # marks of branches: to an odd level; to zero, wherever the even level lies
+_WAS_ODD, _TO_ZERO = _STATES, 2 * _STATES  # marks of branches: to an odd level; to zero, not the even level
 _NEVER = np.float32(1e30)
 
 
@@ -157,7 +157,7 @@ def search(
     places = np.empty((end - begin, 4), np.int32)  # by parity and quantizer
     mean_of = column.copy()
     room = np.empty(_ROOM, np.float32)
-    room[:_CONTEXT] = 0  # of all states: what is not finite is never dear enough
+    room[:_CONTEXT] = 0  # finite for all states: next to what is not, nothing is dearer
     contexts = room.view(np.int32)[_CONTEXT : _CONTEXT + _STATES]
     cost, sums, lefts, leans = (
         room[_COST : _COST + _STATES], room[_SUM : _SUM + _STATES], room[_LEFT : _LEFT + _STATES],
