@@ -23,7 +23,7 @@ from fedapp.errors import ConfigError, DecodeError
 from fedapp.report.folder import make_folder, replacing
 
 CLIENTS, BEGUN = "clients.sqlite", "begun.jsonl"  # what simulated clients keep; private rounds that began
-_FORMAT = 3
+_FORMAT = 4
 State = dict[str, Any]
 
 

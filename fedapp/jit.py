@@ -99,10 +99,13 @@ def _compiling(**options: bool | str) -> Callable[[F], F]:
     return decorate
 
 
-jit = _compiling()
+jit = _compiling(_nrt=True)  # said, since what calls a function else decides it
 
-inlined = _compiling(forceinline=True)
-"""For parts of loops: where none is called, arrays are not counted at calls, a tenth of a coder's time."""
+borrowing = _compiling(_nrt=False)
+"""For loops that make no arrays: nobody counts who holds those that they are given, and slice."""
+
+inlined = _compiling(forceinline=True, _nrt=False)
+"""For parts of loops. They make no arrays either."""
 
 spliced = _compiling(inline="always")
 """For parts whose loops become vector instructions only together with what is around them.

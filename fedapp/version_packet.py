@@ -22,7 +22,7 @@ from fedapp.errors import DecodeError
 from fedapp.lattice import COARSEST, FINEST, Version
 
 STYPE = "fedapp.version"
-_FORMAT, _NEWEST = 4, 2**31
+_FORMAT, _NEWEST = 5, 2**31
 _HEADER = struct.Struct("<BIh")  # format, CRC-32, exponent
 _NEAREST = edges(0.0)
 

@@ -26,7 +26,7 @@ import numpy as np
 
 from fedapp.codec import range_coder
 from fedapp.codec.decoder import layer_decoder
-from fedapp.codec.encoder import layer_encoder
+from fedapp.codec.encoder import ROOM, layer_encoder
 from fedapp.codec.model import Floats, Integers, Levels, Model, Words, begin_columns
 from fedapp.codec.rounding import Beyond
 from fedapp.errors import DecodeError
@@ -86,9 +86,9 @@ def _written(
 ) -> tuple[Integers, Words, Levels, Beyond, list[float]]:  # fmt: skip
     """The coder, what it has written, levels, what lies beyond; and bits up to the end of each layer."""
     level = np.empty(len(x) if keep or dependent else 0, np.int32)
-    room = 2 * len(x) + 4096
+    many, room = len(x) + 2048, np.empty(ROOM, np.int32)
     while True:  # once, unless the levels are huge
-        coder, words = np.array([0, range_coder.FULL, 0]), np.empty(room, np.uint32)
+        coder, words = np.array([0, range_coder.FULL, 0]), np.empty(many, np.uint64)
         beyond, ends = np.zeros(4, np.int64), list[float]()
         for part, rows, column, units, model in _layers(shapes, dependent):
             if before is not None:
@@ -96,15 +96,16 @@ def _written(
             values = x[part].reshape(rows, -1)
             into = level[part].reshape(rows if len(level) else 0, len(column))
             if not _ENCODERS[dependent](
-                values, np.float32(scale), edge, into, column, units, *model.arrays, coder, words, beyond
-            ):
+                values, np.float32(scale), edge, into, column, units, *model.arrays, coder, words, beyond,
+                room, np.empty(len(column), np.int32),
+            ):  # fmt: skip
                 break
             ends.append(range_coder.bits(coder))
         else:
             return coder, words, level, beyond, ends
         if coder[2] < 0:
             raise ValueError("update holds values that are not finite or beyond 2^30 steps")
-        room *= 4
+        many *= 4
 
 
 def decode(code: bytes, shapes: Shapes, dependent: bool = False) -> Levels:

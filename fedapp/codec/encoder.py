@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fedapp.codec.expected import expect, factors_by_four, factors_of
+from fedapp.codec.lanes import trailing_zeros
 from fedapp.codec.model import (
     BLOCK,
     CONTEXTS,
@@ -42,12 +44,12 @@ from fedapp.codec.model import (
 from fedapp.codec.range_coder import WORD, narrow, raw_bits, shift
 from fedapp.codec.rounding import Beyond, add_beyond, begin_levels, magnitudes_of, round_block, worth_it
 from fedapp.codec.trellis import HALF, NEXT, search, stretch
-from fedapp.jit import inlined, jit
+from fedapp.jit import borrowing, inlined, jit
 
 Places = NDArray[np.uint16]
 
-_MUCH = 1 << 27  # in 1/256: in the last context still, and within an int32
-_WIDEST = 8 * BLOCK  # words that a block takes at most
+ROOM = (15, 2 * BLOCK)  # int32 that the encoder of a layer works in (`layer_encoder`)
+_WIDEST = 4 * BLOCK  # words that a block takes at most
 _MANY = 64  # rows from which on every fourth tells where points lie
 
 
@@ -94,35 +96,10 @@ def _sign(x: Floats, some: Levels, level: Levels) -> None:
 
 
 @inlined
-def _expect(
-    near: Levels, column: Levels, begin: Whole, pace: Whole, decay: Whole, nudge: Whole, sums: Integers,
-    factors: Levels, e: Levels,
-) -> None:  # fmt: skip
-    """Expected magnitudes of a block, in 1/256; `near` has the magnitude left of each, and one more."""
-    found, expected, n, i = sums[0], sums[1], len(column), 0
-    while i < n:
-        stop = min(n, i + min(pace, max(1, begin + i)))
-        factor, more = np.int32(row_factor(found, expected)), np.int64(0)
-        if stop == i + 4:  # unrolled by hand: compilers do not see that most are
-            one = np.uint64(i)
-            two, three, four = one + np.uint64(1), one + np.uint64(2), one + np.uint64(3)
-            factors[one] = factors[two] = factors[three] = factors[four] = factor
-            more += near[two] + near[three] + near[four] + near[one + np.uint64(4)]
-            expected += column[one] + column[two] + column[three] + column[four]
-        else:
-            for j in range(i, stop):
-                factors[j] = factor
-                more += near[j + 1]
-                expected += column[j]
-        found += more << 12
-        found -= found >> decay
-        expected -= expected >> decay
-        i = stop
-    sums[0], sums[1] = found, expected
-    for j in range(n):
-        product: Whole = np.int64(column[j]) * np.int64(factors[j])
-        mean = np.int32(min(product >> 16, _MUCH))
-        e[j] = mean + (((near[j] << np.int32(8)) - mean) >> np.int32(nudge))
+def _place_small(numbers: Levels, e: Levels, places: Places) -> None:
+    """Where symbols lie in the table of their contexts: in most blocks none escapes or has raw bits."""
+    for i in range(len(numbers)):
+        places[i] = small_context_of(e[i]) * np.int32(SYMBOLS) + numbers[i]
 
 
 @inlined
@@ -131,14 +108,6 @@ def _place(numbers: Levels, odd: Levels, e: Levels, dependent: bool, places: Pla
 
     Those that are not zero leave low bits, so many; 32 is added for those that escape, which may leave none.
     """
-    if not dependent:
-        many = np.int32(0)  # at least the largest, and 16 where any may have raw bits
-        for i in range(len(numbers)):
-            many |= numbers[i] | (e[i] >> np.int32(FIRST_RAW)) << np.int32(4)
-        if many < np.int32(ESCAPE):  # as in most blocks
-            for i in range(len(numbers)):
-                places[i] = small_context_of(e[i]) * np.int32(SYMBOLS) + numbers[i]
-            return False
     large = np.int32(0)
     for i in range(len(numbers)):
         context = context_of(e[i])
@@ -155,21 +124,29 @@ def _place(numbers: Levels, odd: Levels, e: Levels, dependent: bool, places: Pla
 
 @inlined
 def _place_signs(
-    x: Floats, level: Levels, first: Whole, lean: Whole, some: Levels, places: Places
+    x: Floats, level: Levels, first: Whole, lean: Whole, signs: Levels, leans: Levels, places: Places
 ) -> tuple[Whole, Whole]:
     """Where signs of levels that are not zero lie in the table, and how many; the balance after them.
 
-    `first` is the first of their contexts, `some` is room.
+    `first` is the first of their contexts; `signs`, of -1 or 0, and `leans` are room. One by one goes only
+    what must.
     """
-    count = 0
-    for i in range(len(level)):
-        some[np.uint64(count)] = x[i] < 0
-        count += level[i] > 0
-    for i in range(count):
-        minus = np.int64(some[i])
-        places[i] = (first + sign_context(lean)) * SYMBOLS + minus
-        lean = lean_after(lean, minus)
-    return count, lean
+    bits, count = x.view(np.int32), np.uint64(0)
+    for begin in range(0, len(level), 64):
+        part, left = level[begin : begin + 64], np.uint64(0)
+        for i in range(len(part)):
+            left |= np.uint64(part[i] > 0) << np.uint64(i)
+        while left:
+            signs[count] = bits[np.uint64(begin) + np.uint64(trailing_zeros(left))] >> np.int32(31)
+            left &= left - np.uint64(1)
+            count += np.uint64(1)
+    sent = np.int64(count)
+    for i in range(sent):
+        leans[i] = lean
+        lean = lean_after(lean, -np.int64(signs[i]))
+    for i in range(sent):
+        places[i] = (np.int32(first) + sign_context(leans[i])) * np.int32(SYMBOLS) - signs[i]
+    return sent, lean
 
 
 @inlined
@@ -185,33 +162,37 @@ def _take_turns(level: Levels, state: Whole, odd: Levels, numbers: Levels) -> Wh
 def layer_encoder(dependent: bool) -> Callable[..., bool]:
     """The encoder of one layer; with `dependent` quantizers levels are places (`trellis`).
 
-    False: no room in `words`, or, with -1 as the coder's place, values that are not finite or too large.
+    It works in `room`, of `ROOM`, and in `level`, as long as a row. False: no room in `words`, or, with -1 as
+    the coder's place, values that are not finite or too large.
     """
     (pace, decay, nudge), first_sign = paces(dependent), SIGNS_FROM[dependent]
 
-    @jit
+    @(jit if dependent else borrowing)  # a search makes arrays
     def layer(
         updates: Floats, scale: Any, edge: Floats, levels: Levels, column: Levels, units: Integers,
         reached: Integers, weight: Integers, counts: NDArray[np.uint16], intervals: NDArray[np.uint64],
-        coder: Integers, words: Words, beyond: Beyond,
+        coder: Integers, words: Words, beyond: Beyond, room: Levels, level: Levels,
     ) -> bool:  # fmt: skip
         width, size = len(column), updates.size
-        begins, mores = np.empty(CONTEXTS, np.float32), np.empty(CONTEXTS, np.float32)
-        magnitude, work = np.empty(BLOCK, np.float32), np.empty((3, BLOCK), np.float32)
-        odd = np.empty(BLOCK, np.int32)  # whose turn it is, and the numbers of places there (`_take_turns`)
-        numbers = np.empty(BLOCK, np.int32)
-        near, e = np.empty(BLOCK + 1, np.int32), np.empty(BLOCK, np.int32)  # for others; what they expect
-        room, places = np.empty(BLOCK + 1, np.int32), np.empty(2 * BLOCK, np.uint16)
-        extra = np.empty(2 * BLOCK, np.int32)
-        level, sums = np.empty(width, np.int32), np.empty(2, np.int64)  # a row's, without signs
-        flag = np.empty(1, np.uint16)  # where a flag's symbol lies
+        rules, rule = room[0].view(np.float32), room[1].view(np.float32)  # of contexts, and of values
+        magnitude = room[2].view(np.float32)
+        odd, numbers = room[3], room[4]  # whose turn it is, and the numbers of places there (`_take_turns`)
+        near, e = room[5][1:], room[6]  # magnitudes as they count for others, and what they expect
+        factors, wide = room[7], room[8:11].view(np.int64)
+        places, extra = (
+            room[11].view(np.uint16),
+            room[12],
+        )  # of symbols and signs; what more these have to say
+        sums = room[13][:4].view(np.int64)
+        flag = room[14].view(np.uint16)[:1]  # where a flag's symbol lies
         least = np.float32(0)  # where the first level begins at the earliest
         state: Whole = 0
         searched: Whole = 0
         seen: Whole = 0
         since: Whole = 0
+        bits = np.int32(0)
         if not dependent:
-            least = begin_levels(reached, edge, begins, mores)
+            least = begin_levels(reached, edge, rules)
         for row in range(len(units)):
             promised = column.sum() // width + 1
             sums[:] = promised  # what came in this row, and what its columns promise
@@ -225,7 +206,7 @@ def layer_encoder(dependent: bool) -> Callable[..., bool]:
                     learn(reached, weight, counts, intervals)
                     seen, since = seen + since, 0
                     if not dependent:
-                        least = begin_levels(reached, edge, begins, mores)
+                        least = begin_levels(reached, edge, rules)
                 end = min(width, begin + block(row, begin))
                 if dependent:
                     at = row * width + begin
@@ -242,7 +223,9 @@ def layer_encoder(dependent: bool) -> Callable[..., bool]:
                 factor = row_factor(sums[0], sums[1])
                 most = most_nearby(promised, factor)
                 if dependent:
-                    some[:] = np.abs(levels[row, begin:end])
+                    for i in range(n):
+                        some[i] = abs(levels[row, begin + i])
+                        near[i + 1] = min(some[i], most)
                     state = _take_turns(some, state, odd, numbers)
                 else:
                     good, filled = magnitudes_of(x, scale, least, magnitude)
@@ -252,11 +235,12 @@ def layer_encoder(dependent: bool) -> Callable[..., bool]:
                     total = promise(means)
                     at_flag = np.uint64((FLAGS_FROM + flag_context(total, factor)) * SYMBOLS)
                     flags = intervals[at_flag : at_flag + np.uint64(2)]
-                    filled = filled and round_block(
-                        magnitude[:n], means, total, sums[0], sums[1], np.float32(most), begins, mores, work,
-                        some,
-                    )  # fmt: skip
-                    filled = filled and worth_it(magnitude[:n], some, work[0], edge[-1], flags)
+                    if filled:
+                        bits = round_block(
+                            magnitude[:n], means, total, sums[0], sums[1], most, rules, e, rule, some,
+                            near[1 : n + 1],
+                        )  # fmt: skip
+                        filled = bits > 0 and worth_it(magnitude[:n], some, rule, edge[-1], flags)
                     flag[0] = at_flag + np.uint64(filled)
                     _write(some, extra, flag, counts, intervals, coder, words)  # the first two are not read
                     if not filled:
@@ -269,13 +253,19 @@ def layer_encoder(dependent: bool) -> Callable[..., bool]:
                         continue
                     if row % 4 == 0 or len(units) < _MANY:
                         add_beyond(magnitude[:n], some, beyond)
-                for i in range(n):
-                    near[i + 1] = min(some[i], most)
-                _expect(near[: n + 1], means, begin, pace, decay, nudge, sums, room, e)
+                if pace == 4 and begin >= pace and n % pace == 0:
+                    factors_by_four(near[: n + 1], means, decay, sums, factors, wide)
+                else:
+                    factors_of(near, means, begin, pace, decay, sums, factors)
+                of_e = expect(near, means, factors, nudge, e)
                 near[0] = near[n]
                 said = numbers[:n] if dependent else some
-                large = _place(said, odd, e, dependent, places, extra)
-                sent, lean = _place_signs(x, some, first_sign, lean, room, places[n:])
+                large = dependent or bits >= ESCAPE or of_e >= 1 << FIRST_RAW
+                if large:
+                    large = _place(said, odd, e, dependent, places, extra)
+                else:
+                    _place_small(said, e, places)
+                sent, lean = _place_signs(x, some, first_sign, lean, factors, e, places[n:])
                 if large:
                     extra[n : n + sent] = 0
                     _write_large(said, extra, places[: n + sent], counts, intervals, coder, words)

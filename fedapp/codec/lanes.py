@@ -6,6 +6,7 @@ from typing import Any, cast
 from llvmlite import ir
 from numba.core import types
 from numba.core.errors import TypingError
+from numba.cpython.unsafe import numbers
 from numba.extending import intrinsic
 
 
@@ -18,6 +19,10 @@ def _select(typing: Any, condition: Any, this: Any, that: Any) -> Any:
 
 select = cast(Callable[[Any, Any, Any], Any], intrinsic(_select))
 """select(condition, this, that): both are at hand, and nothing jumps."""
+
+
+trailing_zeros = cast(Callable[[Any], Any], numbers.trailing_zeros)
+"""How many bits of an integer, which is not 0, are 0 below its lowest 1."""
 
 
 def permutation(order: Iterable[int]) -> Callable[[Any, int, int], None]:

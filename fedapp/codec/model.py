@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fedapp.jit import inlined, jit
+from fedapp.jit import borrowing, inlined
 
 Whole = Any  # an int, or a NumPy integer: one and the same once compiled
 Levels = NDArray[np.int32]
-Words = NDArray[np.uint32]
+Words = NDArray[np.uint64]
 Floats = NDArray[np.float32]
 Wide = NDArray[np.float64]
 Integers = NDArray[np.int64]
@@ -139,7 +139,7 @@ def due(seen: Whole) -> Whole:
     return min(_OFTEN + seen // _SHARE, _SELDOM)
 
 
-@jit
+@borrowing
 def learn(
     reached: Integers, weight: Integers, counts: NDArray[np.uint16], intervals: NDArray[np.uint64]
 ) -> None:
@@ -161,7 +161,7 @@ def learn(
             _divide(reached, intervals, context)
 
 
-@jit
+@borrowing
 def _divide(reached: Integers, intervals: NDArray[np.uint64], context: Whole) -> None:
     """The intervals of a context: no symbol without one."""
     below: Whole = 0
@@ -173,7 +173,7 @@ def _divide(reached: Integers, intervals: NDArray[np.uint64], context: Whole) ->
         below = top
 
 
-@jit
+@borrowing
 def _divide_all(reached: Integers, intervals: NDArray[np.uint64]) -> None:
     for context in range(len(reached)):
         _divide(reached, intervals, context)
@@ -181,11 +181,11 @@ def _divide_all(reached: Integers, intervals: NDArray[np.uint64]) -> None:
 
 @inlined
 def promise(column: Levels) -> Whole:
-    """What the columns of a block promise in all, in 1/4096."""
-    total = np.int64(0)
+    """What the columns of a block promise in all, in 1/4096: below 2^30."""
+    total = np.int32(0)
     for i in range(len(column)):
-        total += column[i]
-    return total
+        total = np.int32(total + column[i])
+    return np.int64(total)
 
 
 @inlined
@@ -208,13 +208,13 @@ def after_empty(promised: Whole, n: Whole, found: Whole, expected: Whole) -> tup
 @inlined
 def sign_context(lean: Whole) -> Whole:
     """Which context of signs a balance is in: from -4096, of minuses, to 4096."""
-    return (lean + 4096) >> 9
+    return (lean + np.int32(4096)) >> np.int32(9)
 
 
 @inlined
 def lean_after(lean: Whole, minus: Whole) -> Whole:
     """The balance of signs after another one."""
-    return lean + (511 - 1023 * minus) - (lean >> 3)  # below 4096, where contexts end
+    return (lean + (511 - 1023 * minus)) - (lean >> 3)  # below 4096, where contexts end
 
 
 def paces(dependent: bool) -> tuple[int, int, int]:
@@ -280,7 +280,7 @@ def low_bits(context: Whole, dependent: bool) -> Whole:
     return max((context >> np.int32(1)) - np.int32(11 if dependent else 10), np.int32(0))
 
 
-@jit
+@borrowing
 def begin_columns(column: Levels, units: Integers, mean: Whole) -> None:
     """Column means of a new layer come from the units of the layer before."""
     n, width = len(units), len(column)
@@ -292,12 +292,12 @@ def begin_columns(column: Levels, units: Integers, mean: Whole) -> None:
         column[:] = mean + 1
 
 
-@jit
+@borrowing
 def end_row(column: Levels, level: Levels, row: Whole) -> Whole:
     """Column means, in 1/4096, take in a row of levels (up to 2047); returns the row's own mean."""
-    rate, total = np.int64(max(256 // (2 * row + 5), 2)), np.int64(0)  # of 128
+    rate, total = np.int32(max(256 // (2 * row + 5), 2)), np.int64(0)  # of 128: products are below 2^29
     for c in range(len(column)):
         m = min(abs(level[c]), np.int32(2047))
-        column[c] += np.int32((np.int64((m << np.int32(12)) - column[c]) * rate) >> 7)
+        column[c] += np.int32(np.int32((m << np.int32(12)) - column[c]) * rate) >> np.int32(7)
         total += np.int64(m)
     return (total << 12) // len(column)

@@ -10,7 +10,7 @@ from fedapp.codec import Codec, Layout, Packet
 from fedapp.codec.varint import Reader, varint
 from fedapp.errors import ConfigError, DecodeError
 
-_VERSION = 4
+_VERSION = 5
 _PREFIX = struct.Struct("<BBI")  # version, dtype of the body, CRC-32 of all that follows
 _LENGTH = struct.Struct("<I")  # of a packet that is padded
 _DTYPES = (np.dtype("u1"), np.dtype("<i4"), np.dtype("<f4"))
