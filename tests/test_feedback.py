@@ -231,7 +231,7 @@ def test_both_ends_of_a_run_use_what_was_decided(rate: float, on: bool, tmp_path
         states = [load_state(context, "codec") for context in grid._contexts.values()]
     rounds = [json.loads(line) for line in (tmp_path / "rounds.jsonl").read_text().splitlines()]
     assert [(r["replies"], r["failures"]) for r in rounds] == [(3, 0), (3, 0)]  # all were decoded
-    kept = {"residual", "codec.miss", "codec.step"} if on else {"miss", "step"}
+    kept = {"residual", "codec.miss", "codec.step"} if on else {"miss"}
     assert [set(state) for state in states] == [kept] * 3
     text = shown.file.getvalue()  # type: ignore[attr-defined]
     assert text.startswith(f"Error feedback is {'on' if on else 'off'}: ")

@@ -6,9 +6,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedapp.codec.model import Floats, Wide
-from fedapp.jit import jit
+from fedapp.jit import inlined, jit
 
-_SAMPLE = 2**18  # values that are looked at, at least where there are so many
+_SAMPLE = 2**17  # values that are looked at, about, where there are twice as many
+_NO_WHOLE = (5**0.5 - 1) / 2  # beyond a whole stride: rows are of any length, and each column is to be seen
 
 
 @dataclass(frozen=True)
@@ -31,13 +32,14 @@ class Magnitudes:
     """
 
     def __init__(self, x: Floats, most: float) -> None:
-        stride = max(len(x) // _SAMPLE, 1) | 1  # odd: what repeats itself often does every so many even ones
+        stride = len(x) // _SAMPLE + _NO_WHOLE if len(x) >= 2 * _SAMPLE else 1.0
         count = _count(np.ascontiguousarray(x).view(np.int32), stride)
         kind = np.flatnonzero(count > 0)  # of booleans: six times as fast as of numbers
         middle = (kind.astype(np.int32) << 15 | 1 << 14).view(np.float32)
         self._magnitude = np.append(middle, most).astype(np.float64)
         self._count = np.append(count[kind], 1.0)
         self._from = np.append(count[kind][::-1].cumsum()[::-1], 0).astype(np.float64)
+        self._mean = float((self._count * self._magnitude).sum() / self._count.sum())
         self._length = len(x)
 
     def above(self, magnitude: float) -> float:
@@ -51,8 +53,8 @@ class Magnitudes:
         """Of all values together."""
         if not self._length:  # of products, mostly: a search asks dozens of times
             return 0.0
-        counts = self._count, self._from
-        return self._length * _bits(self._magnitude, *counts, step, like.finer, like.weight, like.rounds)
+        known = self._magnitude, self._count, self._from, self._mean
+        return self._length * _bits(*known, step, like.finer, like.weight, like.rounds)
 
     def error(self, step: float, like: Like) -> float:
         """Squared error over squared norm; none of no values."""
@@ -61,32 +63,43 @@ class Magnitudes:
 
     def unsent(self, step: float, like: Like) -> float:
         """What share of the values has level 0."""
-        scaled = self._magnitude * (like.finer / step)
-        below = scaled <= _least_sent(scaled, self._from, like.weight, like.rounds)
+        edge, _ = _least_sent(self._magnitude, self._from, step, like.finer, like.weight, like.rounds)
+        below = self._magnitude / step * like.finer <= edge
         return float(self._count[below].sum() / self._count.sum())
 
 
 @jit
-def _count(bits: NDArray[np.int32], stride: int) -> NDArray[np.int64]:
+def _count(bits: NDArray[np.int32], stride: float) -> NDArray[np.int64]:
     """How many of every stride-th float32 have these leading bits, but for their sign."""
-    count = np.zeros(1 << 16, np.int64)
-    for i in range(0, len(bits), stride):
+    count = np.zeros(1 << 16 if len(bits) else 0, np.int64)
+    for k in range(int((len(bits) - 1) / stride) + 1):
+        i = np.uint64(k * stride)
         count[np.uint64(bits[i] & np.int32(0x7FFFFFFF)) >> np.uint64(15)] += 1
     return count
 
 
-@jit
-def _least_sent(magnitude: Wide, count_from: Wide, weight: float, rounds: int) -> float:
-    """Where level 1 begins, in steps, as one context would round.
+@inlined
+def _least_sent(
+    magnitude: Wide, count_from: Wide, step: float, finer: float, weight: float, rounds: int
+) -> tuple[float, int]:
+    """Where level 1 begins, in steps, as one context would round; and which magnitude is the first beyond.
 
     Magnitudes rise, but for the last. count_from: how many values are of one and of those after it.
     """
-    edge, most, total = 0.62, magnitude[-1], count_from[0] + 1
-    for _ in range(rounds):
-        above = count_from[np.searchsorted(magnitude[:-1], edge, "right")] + (1 if most > edge else 0)
-        p = min(max(above / total, 1e-4), 0.5)
-        edge = 0.5 + weight / 2 * (np.log2((1 - p) / p) + 1.4)
-    return edge
+    edge, most, total, first = 0.62, magnitude[-1] / step * finer, count_from[0] + 1, 0
+    for turn in range(rounds + 1):
+        first, end = 0, len(magnitude) - 1
+        while first < end:
+            middle = (first + end) >> 1
+            if magnitude[middle] / step * finer > edge:
+                end = middle
+            else:
+                first = middle + 1
+        if turn < rounds:
+            above = count_from[first] + (1 if most > edge else 0)
+            p = min(max(above / total, 1e-4), 0.5)
+            edge = 0.5 + weight / 2 * (np.log2((1 - p) / p) + 1.4)
+    return edge, first
 
 
 @jit
@@ -97,24 +110,23 @@ def _level(magnitude: float, edge: float) -> float:
 
 @jit
 def _bits(
-    magnitude: Wide, count: Wide, count_from: Wide, step: float, finer: float, weight: float, rounds: int
-) -> float:
+    magnitude: Wide, count: Wide, count_from: Wide, mean: float, step: float, finer: float, weight: float,
+    rounds: int,
+) -> float:  # fmt: skip
     """Bits per parameter: the entropy of single levels, less what contexts usually save.
 
     Compiled: a search for a step asks dozens of times.
     """
-    total, scaled, mean = count_from[0] + 1, magnitude / step, 0.0
-    for i in range(len(scaled)):
-        mean += count[i] * scaled[i]
-    mean = finer * mean / total
     # Magnitudes and how many are known too coarsely to tell large levels apart.
-    halvings = max(0.0, np.floor(np.log2(mean / 16)))
-    scaled *= finer / 2**halvings
-    edge = _least_sent(scaled, count_from, weight, rounds)
-    logs = zero = same = 0.0  # sum of n log n over levels, and how many values have level 0, and this one
+    halvings = max(0.0, np.floor(np.log2(finer * mean / step / 16)))
+    finer /= 2**halvings
+    edge, first = _least_sent(magnitude, count_from, step, finer, weight, rounds)
+    total = count_from[0] + 1
+    zero = total - count_from[first] - 1  # but for the last
+    logs = same = 0.0  # sum of n log n over levels, and how many values have this one
     level = 0.0
-    for i in range(len(scaled)):
-        now = min(_level(scaled[i], edge), 2.0**14)
+    for i in range(first, len(magnitude)):
+        now = min(_level(magnitude[i] / step * finer, edge), 2.0**14)
         if now == 0.0:
             zero += count[i]
             continue
@@ -133,7 +145,7 @@ def _error(
 ) -> float:
     """Squared error over squared norm; that of large levels is any from 0 to 1/4."""
     scaled = magnitude / step * finer
-    edge = _least_sent(scaled, count_from, weight, rounds)
+    edge, _ = _least_sent(magnitude, count_from, step, finer, weight, rounds)
     error = norm = 0.0
     for i in range(len(scaled)):
         error += count[i] * (1 / 12 if scaled[i] > 64 else (scaled[i] - _level(scaled[i], edge)) ** 2)

@@ -20,7 +20,7 @@ import numpy as np
 
 from fedapp.codec import Layout
 from fedapp.codec.estimate import Magnitudes
-from fedapp.codec.layers import extent
+from fedapp.codec.layers import energy, largest
 from fedapp.codec.model import Floats, Wide
 from fedapp.codec.products import Place, Products, add, magnitude, places
 from fedapp.codec.subspace import basis, sample, triplets
@@ -66,16 +66,16 @@ class Factors:
     @property
     def shares(self) -> tuple[float, float]:
         """Squared norms of what is left and of all vectors, over that of x."""
-        whole = extent(self._whole)[1]
-        return extent(self.residual)[1] / whole, extent(self.vectors)[1] / whole
+        whole = energy(self._whole)
+        return energy(self.residual) / whole, energy(self.vectors) / whole
 
     @property
     def magnitudes(self) -> tuple[Magnitudes, Magnitudes, float]:
         """Of what is left and of all vectors; and the largest, of x or of these."""
         if self._magnitudes is None:
             vectors = self.vectors
-            largest = max(self._most, extent(vectors)[0])
-            self._magnitudes = Magnitudes(self.residual, self._most), Magnitudes(vectors, 0.0), largest
+            most = max(self._most, largest(vectors))
+            self._magnitudes = Magnitudes(self.residual, self._most), Magnitudes(vectors, 0.0), most
         return self._magnitudes
 
     @property

@@ -16,7 +16,7 @@ PER = ("layer", "channel")
 
 def require_finite(x: NDArray[Any], layout: Layout) -> None:
     """Raise ValueError on NaN or infinity, naming the layer that holds it if `x` is the whole vector."""
-    if np.isfinite(x).all():
+    if np.isfinite(largest(x) if x.dtype == np.float32 else x).all():
         return
     place, slots = int(np.flatnonzero(~np.isfinite(x))[0]), layout.slots if len(x) == layout.size else ()
     at = [slot.name for slot in slots if 0 <= place - slot.offset < size(slot)]
@@ -30,28 +30,36 @@ def require_whole(x: NDArray[Any], layout: Layout) -> None:
         raise TypeError(f"this stage needs the layers, got {len(x)} of {layout.size} values: put it first")
 
 
-def extent(x: NDArray[np.float32], scale: float = 1.0) -> tuple[float, float]:
-    """The largest magnitude, NaN if there is one, and the sum of (x * scale)^2; x is read once."""
-    bits, energy = _extent(np.ascontiguousarray(x), scale)
-    return float(np.int32(bits).view(np.float32)), energy
+def largest(x: NDArray[np.float32]) -> float:
+    """The largest magnitude; NaN if there is one."""
+    return float(np.int32(_largest(np.ascontiguousarray(x).view(np.int32))).view(np.float32))
+
+
+def energy(x: NDArray[np.float32], scale: float = 1.0) -> float:
+    """The sum of (x * scale)^2."""
+    return float(_energy(np.ascontiguousarray(x), scale))
 
 
 @jit
-def _extent(x: NDArray[np.float32], scale: float) -> tuple[Any, Any]:
-    """Magnitudes are in the order of their bits."""
-    bits, most, sums = x.view(np.int32), np.zeros(_AT_ONCE, np.int32), np.zeros(_AT_ONCE)
+def _largest(bits: NDArray[np.int32]) -> Any:
+    """Bits of magnitudes are in their order, those of NaN above all."""
+    most = np.int32(0)
+    for k in range(len(bits)):
+        most = max(most, bits[k] & np.int32(0x7FFFFFFF))
+    return most
+
+
+@jit
+def _energy(x: NDArray[np.float32], scale: float) -> Any:
+    sums = np.zeros(_AT_ONCE)
     whole = len(x) // _AT_ONCE * _AT_ONCE
     for begin in range(0, whole, _AT_ONCE):
         for k in range(_AT_ONCE):
             wide = np.float64(x[begin + k]) * scale
             sums[k] += wide * wide
-        for k in range(_AT_ONCE):
-            size = bits[begin + k] & np.int32(0x7FFFFFFF)
-            most[k] = size if size > most[k] else most[k]
     for k in range(whole, len(x)):
         sums[0] += (np.float64(x[k]) * scale) ** 2
-        most[0] = max(most[0], bits[k] & np.int32(0x7FFFFFFF))
-    return most.max(), sums.sum()
+    return sums.sum()
 
 
 def size(slot: Slot) -> int:

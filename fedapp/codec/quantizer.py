@@ -6,8 +6,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from fedapp.codec import context
+from fedapp.codec.lanes import select
 from fedapp.codec.model import Floats, Levels, Wide
-from fedapp.jit import jit
+from fedapp.jit import borrowing, jit
 
 LAMBDA = 0.09  # squared steps that a bit is worth; best, and flat, from 0.1 to 4 bits per parameter
 TRELLIS_LAMBDA = 0.075  # the same with a trellis; flat from 0.065 to 0.085
@@ -56,10 +57,10 @@ class Quantizer:
         """Undo `encode`, to levels; raises DecodeError."""
         return context.decode(code, shapes, self.trellis)
 
-    def points(self, levels: Levels, moves: Sequence[int]) -> Floats:
-        """What levels stand for, float32, in steps and in their place."""
+    def points(self, levels: Levels, moves: Sequence[int], step: float = 1.0) -> Floats:
+        """What levels stand for, float32, in their place; in steps, or times the step."""
         one, two, more = moves if self.trellis else (moves[0], moves[1], moves[1])
-        _to_points(levels, 128 if self.trellis else 256, one, two, more)
+        _to_points(levels, 128 if self.trellis else 256, one, two, more, np.float32(step))
         return levels.view(np.float32)
 
 
@@ -81,17 +82,19 @@ def edges(weight: float, least: float = 0.0, anywhere: bool = False) -> Floats:
     return np.append(begin, np.float32(0 if anywhere else weight))
 
 
-@jit
-def _to_points(levels: Levels, unit: int, one: int, two: int, more: int) -> None:
-    """Turn levels, in place, into what they stand for, as the bits of float32.
+@borrowing
+def _to_points(levels: Levels, unit: int, one: int, two: int, more: int, step: np.float32) -> None:
+    """Turn levels, in place, into what they stand for, times the step, as the bits of float32.
 
-    `unit`/256 steps apart: an integer, times a power of two; the same everywhere. The last three say how far
-    those of magnitude 1, 2 and above move.
+    `unit`/256 steps apart, a power of two: the same everywhere, and up to 2^24 rounded once at most. The last
+    three say how far those of magnitude 1, 2 and above move.
     """
+    apart, nowhere = np.float32(unit / 256), np.float32(0)
+    first, second, others = np.float32(one / 256), np.float32(two / 256), np.float32(more / 256)
     for j in range(len(levels)):
-        q = np.int64(levels[j])
-        move = one if abs(q) == 1 else two if abs(q) == 2 else more
-        x = np.float32(q * unit + (move if q > 0 else -move if q < 0 else 0)) * np.float32(1 / 256)
+        q, m = levels[j], abs(levels[j])
+        move = select(m == 1, first, select(m == 2, second, select(m == 0, nowhere, others)))
+        x = (np.float32(q) * apart + select(q < 0, -move, move)) * step
         levels[j] = np.float32(x).view(np.int32)
 
 

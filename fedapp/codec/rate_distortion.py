@@ -1,7 +1,7 @@
 """The default codec: the lowest error that a number of bytes buys, by scalar quantization."""
 
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
@@ -15,7 +15,7 @@ from fedapp.codec.chain import with_feedback
 from fedapp.codec.estimate import Like
 from fedapp.codec.factors import Factors
 from fedapp.codec.feedback import AutoFeedback
-from fedapp.codec.layers import extent, require_finite, require_whole, shapes
+from fedapp.codec.layers import energy, largest, require_finite, require_whole, shapes
 from fedapp.codec.model import Floats, Levels
 from fedapp.codec.pilot import pilot
 from fedapp.codec.products import Products
@@ -23,7 +23,6 @@ from fedapp.codec.quantizer import LAMBDA, Quantizer
 from fedapp.codec.target import Target, Thin, meet, nearest, within
 from fedapp.codec.varint import Reader, varint
 from fedapp.errors import DecodeError
-from fedapp.jit import jit
 
 _ENCODES = {False: 3, True: 6}  # by trellis: under it noise falls from 0.8 to 0 bits within 20 % of a step
 _LIKE = {False: Like(finer=1.0, weight=LAMBDA, rounds=3), True: Like(finer=1.6, weight=0.17, rounds=8)}
@@ -120,7 +119,7 @@ class RateDistortion:
 
     def _encode(self, x: NDArray[Any], layout: Layout, state: State, knowing: bool) -> tuple[Packet, State]:
         require_whole(x, layout)
-        most, energy = extent(x)
+        most = largest(x)
         if not np.isfinite(most):
             require_finite(x, layout)
         if not most:
@@ -130,7 +129,8 @@ class RateDistortion:
         exponent = int(np.frexp(most)[1])
         exponent = exponent if abs(exponent) > 16 else 0
         unit, most = (np.ldexp(x, -exponent) if exponent else x), float(np.ldexp(most, -exponent))
-        rms = float(np.ldexp(np.sqrt(energy / len(x)), -exponent))
+        told = self.products or self.step is not None  # else nobody asks, and it takes a pass over all values
+        rms = float(np.ldexp(np.sqrt(energy(x) / len(x)), -exponent)) if told else 0.0
         fresh = partial(Factors, unit, most, layout if self.products else Layout((), 0))
         code = partial(self._code, unit, exponent, layout, knowing or self.nmse is not None)
         if self.step is not None:
@@ -153,7 +153,9 @@ class RateDistortion:
         jumps = to_rate and self.rate < _DENSE
         thin = Thin(partial(code, factors), factors.magnitudes[0].above) if jumps else None
         met = meet(target(factors), partial(code, factors), usual, thin, of_part)
-        after = {"miss": met.miss, "step": met.step / rms}
+        after = {"miss": met.miss}
+        if self.products:
+            after["step"] = met.step / rms
         if of_part:
             after["part"] = beyond + met.miss - met.foreseen
         return met.packet, {name: np.array([value]) for name, value in after.items()}
@@ -214,10 +216,9 @@ class RateDistortion:
             products = Products.read(reader, layout)
             levels = coder.decode(reader.take(reader.varint(len(body))), products.shapes)
             vectors = coder.points(levels, moves[coder.moves :])
-        points = coder.points(coder.decode(reader.rest(), shapes(layout)), moves[: coder.moves])
-        if products is not None and vectors is not None:
-            products.add(points, vectors, 1)
-        if not _scale(points, np.float32(step)):
+        levels = coder.decode(reader.rest(), shapes(layout))
+        points = _known(coder, levels, moves[: coder.moves], step, products, vectors)
+        if not np.isfinite(largest(points)):
             raise DecodeError("packet decodes to values beyond float32")
         return points
 
@@ -242,9 +243,9 @@ class RateDistortion:
         knowing = knowing or exponent >= _EXPONENTS
         step32 = max(step32, np.finfo(np.float32).smallest_subnormal)
         scale = float(np.ldexp(1 / np.float64(step32), exponent))
+        products = vectors = None
         if not factors.count:
             code, levels, moves = coder.encode(unit, scale, shapes(layout), least, knowing)
-            known = coder.points(levels, moves) if knowing else None
             header, body = self._header(1).pack(step32, *moves), code
         else:
             products, values = factors.at(1 / scale)
@@ -252,12 +253,10 @@ class RateDistortion:
             first, vectors, turns = self._vectors(products, values, left, least)
             products.add(left, vectors, -1)
             code, levels, moves = coder.encode(left, 1.0, shapes(layout), least, knowing)
-            known = coder.points(levels, moves) if knowing else None
-            if known is not None:
-                products.add(known, vectors, 1)
             header = self._header(2).pack(step32, *moves, *turns)
             body = b"".join((products.to_bytes(), varint(len(first)), first, code))
-        if known is not None and not _scale(known, step32):
+        known = _known(coder, levels, moves, float(step32), products, vectors) if knowing else None
+        if known is not None and exponent >= _EXPONENTS and not np.isfinite(largest(known)):
             raise ValueError("update holds values too near the largest float32; training diverged")
         return Packet(np.frombuffer(body, np.uint8), header, known)
 
@@ -290,8 +289,8 @@ class RateDistortion:
 
     def _nmse(self, x: NDArray[np.float32], packet: Packet, layout: Layout) -> float:
         error = x - (self.decode(packet, layout) if packet.known is None else packet.known)
-        scale = 1 / extent(x)[0]  # the smallest float32 have no squares in float64
-        return extent(error, scale)[1] / extent(x, scale)[1]
+        scale = 1 / largest(x)  # the smallest float32 have no squares in float64
+        return energy(error, scale) / energy(x, scale)
 
 
 def _remembered(state: State, name: str, low: float, high: float) -> float | None:
@@ -301,11 +300,14 @@ def _remembered(state: State, name: str, low: float, high: float) -> float | Non
     return float(value[0]) if known else None
 
 
-@jit
-def _scale(x: Floats, step: np.float32) -> bool:
-    """Multiply in place; False unless all are finite."""
-    finite = True
-    for j in range(len(x)):
-        x[j] *= step
-        finite &= abs(x[j]) < np.inf
-    return finite
+def _known(
+    coder: Quantizer, levels: Levels, moves: Sequence[int], step: float, products: Products | None,
+    vectors: Floats | None,
+) -> Floats:  # fmt: skip
+    """What a packet of these levels decodes to, in their place; beyond float32 there are infinities."""
+    if products is None or vectors is None:
+        return coder.points(levels, moves, step)
+    points = coder.points(levels, moves)
+    products.add(points, vectors, 1)
+    with np.errstate(over="ignore"):
+        return np.multiply(points, np.float32(step), out=points)
