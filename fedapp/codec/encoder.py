@@ -175,10 +175,10 @@ def layer_encoder(dependent: bool) -> Callable[..., bool]:
     ) -> bool:  # fmt: skip
         width, size = len(column), updates.size
         rules, rule = room[0].view(np.float32), room[1].view(np.float32)  # of contexts, and of values
-        magnitude = room[2].view(np.float32)
+        magnitude, begins = room[2].view(np.float32), room[10].view(np.float32)
         odd, numbers = room[3], room[4]  # whose turn it is, and the numbers of places there (`_take_turns`)
         near, e = room[5][1:], room[6]  # magnitudes as they count for others, and what they expect
-        factors, wide = room[7], room[8:11].view(np.int64)
+        factors, wide = room[7], room[8:10].view(np.int64)
         places, extra = (
             room[11].view(np.uint16),
             room[12],
@@ -237,10 +237,10 @@ def layer_encoder(dependent: bool) -> Callable[..., bool]:
                     flags = intervals[at_flag : at_flag + np.uint64(2)]
                     if filled:
                         bits = round_block(
-                            magnitude[:n], means, total, sums[0], sums[1], most, rules, e, rule, some,
-                            near[1 : n + 1],
+                            magnitude[:n], means, total, sums[0], sums[1], most, rules, e, rule,
+                            begins, some, near[1 : n + 1],
                         )  # fmt: skip
-                        filled = bits > 0 and worth_it(magnitude[:n], some, rule, edge[-1], flags)
+                        filled = bits > 0 and worth_it(magnitude[:n], some, begins, edge[-1], flags)
                     flag[0] = at_flag + np.uint64(filled)
                     _write(some, extra, flag, counts, intervals, coder, words)  # the first two are not read
                     if not filled:

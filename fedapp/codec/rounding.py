@@ -58,15 +58,15 @@ def _half_octave(e: Any) -> Whole:
 @inlined
 def round_block(
     magnitude: Floats, column: Levels, promised: Whole, found: Whole, expected: Whole, most: Any,
-    rules: Floats, contexts: Levels, rule: Floats, level: Levels, near: Levels,
+    rules: Floats, contexts: Levels, rule: Floats, begins: Floats, level: Levels, near: Levels,
 ) -> Any:  # fmt: skip
     """Levels, without signs, of a block of a row, of which so much was found and expected before it; and
     `near`, what they count for others, `most` at most. Returns all bits of the levels.
 
     What the encoder alone decides need not wait for what the decoder will know: each value is rounded as in
     the context to expect of it without its left neighbour, but with what the block itself has in the row
-    factor. `rules` are of `begin_levels`; that of each value goes to
-    `rule`, which is room like `contexts`.
+    factor. `rules` are of `begin_levels`; where level 1 begins for each value goes to `begins`. `rule` and
+    `contexts` are room.
     """
     n, came, bits = len(magnitude), np.int32(0), np.int32(0)
     unit = np.float32(1 / 4096)
@@ -81,15 +81,17 @@ def round_block(
     for i in range(n):
         both[i] = table[np.uint64(contexts[i])]
     for i in range(n):
-        m = max(np.int32(magnitude[i] + rule[2 * i + 1]), np.int32(1))
-        level[i] = m * np.int32(magnitude[i] >= rule[2 * i])
+        begin, more = rule[2 * i], rule[2 * i + 1]
+        begins[i] = begin
+        m = max(np.int32(magnitude[i] + more), np.int32(1))
+        level[i] = m * np.int32(magnitude[i] >= begin)
         near[i] = min(level[i], most)
         bits = np.int32(bits | level[i])
     return bits
 
 
 @inlined
-def worth_it(magnitude: Floats, level: Levels, rule: Floats, weight: Any, flags: Any) -> bool:
+def worth_it(magnitude: Floats, level: Levels, begins: Floats, weight: Any, flags: Any) -> bool:
     """Whether the levels of a block save more distance than they, and its flag, cost in bits.
 
     `flags`: intervals of the flag of an empty block, and of any other. Most of what a level costs is in where
@@ -103,7 +105,7 @@ def worth_it(magnitude: Floats, level: Levels, rule: Floats, weight: Any, flags:
     saved = np.int32(0)  # in 1/256
     for i in range(len(magnitude)):
         a, q = min(magnitude[i], np.float32(64)), np.float32(min(level[i], np.int32(64)))
-        gain = q * (a + a - q) - (rule[2 * i] + rule[2 * i] - np.float32(1))
+        gain = q * (a + a - q) - (begins[i] + begins[i] - np.float32(1))
         saved = np.int32(saved + np.int32(gain * np.float32(256)) * np.int32(q > 0))
     return bool(saved >= 256 * weight * (min(np.log2(none / some), 4.0) + 1.44))
 
