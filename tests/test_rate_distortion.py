@@ -281,6 +281,18 @@ def test_what_no_float32_can_say_is_refused_by_the_encoder(trellis: bool) -> Non
         codec.decode(coarser, layout)
 
 
+def test_products_too_near_the_largest_float32_are_refused() -> None:
+    """Their vectors are longer than the largest value of what they are of, and so may the step be."""
+    layout, rng = layout_of([(8, 400)]), np.random.default_rng(0)
+    x = np.outer(rng.choice([-1, 1], 8), rng.choice([-1, 1], 400)) + 1e-3 * rng.standard_normal((8, 400))
+    unit = (x / np.abs(x).max()).astype(np.float32).ravel()
+    packet, _ = encode_known(RateDistortion(rate=0.05), np.ldexp(unit, 120), layout, {}, rng)
+    assert packet.known is not None
+    assert np.isfinite(packet.known).all()
+    with pytest.raises(ValueError, match="too near the largest float32"):
+        encode_known(RateDistortion(rate=0.05), np.ldexp(unit, 127), layout, {}, rng)
+
+
 def test_the_frame_takes_thirteen_bytes() -> None:
     packet, _ = default().encode(update(), LAYOUT, {}, np.random.default_rng(0))
     assert len(pack(packet, default(), LAYOUT)) == len(packet.body) + 13
@@ -375,7 +387,7 @@ def test_wide_layers_come_back_block_by_block(
 
 @pytest.mark.parametrize("dependent", [False, True])
 def test_a_row_that_wakes_up_is_expected_within_bounds(dependent: bool) -> None:
-    """Factors at their bound, magnitudes at theirs; and words run out, so that encoding begins anew."""
+    """Factors at their bound, magnitudes at theirs."""
     rng = np.random.default_rng(0)
     x = np.zeros((60, 300), np.float32)
     x[50:52] = 2.0**25
@@ -383,6 +395,30 @@ def test_a_row_that_wakes_up_is_expected_within_bounds(dependent: bool) -> None:
     code, levels, _ = context.encode(x.ravel(), 1.0, edge_of(dependent), [x.shape], dependent)
     assert np.array_equal(context.decode(code, [x.shape], dependent), levels)
     assert np.abs(levels.reshape(x.shape) - x.astype(np.float64)).max() <= 2
+
+
+@pytest.mark.parametrize("dependent", [False, True])
+def test_where_there_is_no_room_encoding_begins_anew(dependent: bool) -> None:
+    rng = np.random.default_rng(0)
+    x = (rng.choice([-1, 1], 32_000) * rng.integers(2**28, 2**29, 32_000)).astype(np.float32)
+    code, levels, _ = context.encode(x, 1.0, edge_of(dependent), [(8, 4000)], dependent)
+    assert len(code) > 4 * (len(x) + 2048)
+    assert np.array_equal(context.decode(code, [(8, 4000)], dependent), levels)
+    assert np.abs(levels - x.astype(np.float64)).max() <= 2
+
+
+@pytest.mark.parametrize("dependent", [False, True])
+def test_zeros_with_a_sign_come_back_as_what_they_were_sent_as(dependent: bool) -> None:
+    """A trellis may send something for a zero, to get where it wants to be."""
+    rng, other = np.random.default_rng(0), 0
+    for _ in range(20):
+        x = (4 * rng.standard_normal(192)).astype(np.float32)
+        x[rng.random(192) < 0.3] = -0.0
+        edge = edges(LAMBDA) if not dependent else np.array([0.3], np.float32)
+        code, levels, _ = context.encode(x, 1.0, edge, [(1, 192)], dependent)
+        assert np.array_equal(context.decode(code, [(1, 192)], dependent), levels)
+        other += int(np.count_nonzero(levels[x == 0]))
+    assert (other > 0) == dependent
 
 
 def test_signs_and_flags_always_have_a_context() -> None:
@@ -471,7 +507,7 @@ def test_levels_beyond_the_largest_are_refused(value: float) -> None:
 def test_a_symbol_that_has_become_as_rare_as_can_be_comes_back(
     dependent: bool, shape: tuple[int, int], value: float
 ) -> None:
-    """It narrows the interval by 2^20, so that 16 bits leave twice."""
+    """It narrows the interval by 2^20."""
     x = np.full(shape, value, np.float32).ravel()
     x[-140::7] = 0
     code, levels, _ = context.encode(x, 1.0, edge_of(dependent), [shape], dependent)

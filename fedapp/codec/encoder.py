@@ -131,13 +131,13 @@ def _place_signs(
     `first` is the first of their contexts; `signs`, of -1 or 0, and `leans` are room. One by one goes only
     what must.
     """
-    bits, count = x.view(np.int32), np.uint64(0)
+    count = np.uint64(0)
     for begin in range(0, len(level), 64):
         part, left = level[begin : begin + 64], np.uint64(0)
         for i in range(len(part)):
             left |= np.uint64(part[i] > 0) << np.uint64(i)
         while left:
-            signs[count] = bits[np.uint64(begin) + np.uint64(trailing_zeros(left))] >> np.int32(31)
+            signs[count] = -np.int32(x[np.uint64(begin) + np.uint64(trailing_zeros(left))] < 0)  # -0.0 is not
             left &= left - np.uint64(1)
             count += np.uint64(1)
     sent = np.int64(count)
@@ -179,10 +179,7 @@ def layer_encoder(dependent: bool) -> Callable[..., bool]:
         odd, numbers = room[3], room[4]  # whose turn it is, and the numbers of places there (`_take_turns`)
         near, e = room[5][1:], room[6]  # magnitudes as they count for others, and what they expect
         factors, wide = room[7], room[8:10].view(np.int64)
-        places, extra = (
-            room[11].view(np.uint16),
-            room[12],
-        )  # of symbols and signs; what more these have to say
+        places, extra = room[11].view(np.uint16), room[12]  # of symbols and signs; more that they have to say
         sums = room[13][:4].view(np.int64)
         flag = room[14].view(np.uint16)[:1]  # where a flag's symbol lies
         least = np.float32(0)  # where the first level begins at the earliest

@@ -91,5 +91,5 @@ def _settle(words: Words, low: Whole, out: NDArray[np.uint32]) -> None:
 
 
 def ended(coder: Integers, code: bytes) -> bool:
-    """Whether a decoder has read the code that `finish` wrote, no more and no less."""
+    """Whether a decoder has come to the end of a code that `finish` wrote, within its last word."""
     return 0 <= len(code) - 4 * int(coder[2]) <= 4

@@ -29,12 +29,13 @@ _LIKE = {False: Like(finer=1.0, weight=LAMBDA, rounds=3), True: Like(finer=1.6, 
 # Searches for products at most, again where the step came to less than so much of the one before, or to more.
 _TURNS, _MUCH = 3, 0.8
 _PASSES = {False: 1, True: 2}  # over vectors of products, by trellis: which takes its time anyway
-# What the state says and may say: log of what the estimate missed; the step, in root mean squares; log of
-# what a part of the update missed.
+# What the state says and may say: log of what the estimate missed; with products the step, in root mean
+# squares; log of what a part of the update missed.
 _MEMORY = ("miss", -0.8, 0.8), ("step", 1e-9, 1e9), ("part", -0.8, 0.8)
 _REST = 7  # what a packet holds beside header and code: the header's length, version, dtype, CRC
 _DENSE = 2.0  # bits per parameter from which on most values are sent, and sizes do not jump
 _EXPONENTS = np.finfo(np.float32).maxexp  # 2^128 is no float32: points of values from 2^127 on may be none
+_TOO_LARGE = "update holds values too near the largest float32; training diverged"
 _LONG = 2**19  # updates from this length on are coded in part first
 
 
@@ -65,13 +66,13 @@ class RateDistortion:
     Aims at one of: step, in root mean squares of the vector; else nmse, squared error over squared norm; else
     rate, bits per parameter of the whole packet. Targets are met within 3 % or 32 bytes by a search on an
     estimate with at most three full encodes. From the second round on one is usual, since the state says what
-    the estimate missed in the last one, and the step (`miss`, `step`, float64 (1,)); should that mislead,
-    four are the most, and what is no such state is passed over. To a rate up to about 2, of a long update
-    whose layers are wide, one is usual in any round, after one or two of an eighth of it; the state says what
-    such a part missed too (`part`). Under error feedback a rate below 2 may lie between two steps: up to nine
-    more find it. The coarsest step is 0.9 of the largest magnitude, since error feedback would owe a vector
-    that is never sent for ever; the finest is 2^-24 of it. A target beyond these gets the nearer one, and the
-    log names it.
+    the estimate missed in the last one (`miss`, float64 (1,)), and with products the step (`step`); should
+    that mislead, four are the most, and what is no such state is passed over. To a rate up to about 2, of a
+    long update whose layers are wide, one is usual in any round, after one or two of an eighth of it; the
+    state says what such a part missed too (`part`). Under error feedback a rate below 2 may lie between two
+    steps: up to nine more find it. The coarsest step is 0.9 of the largest magnitude, since error feedback
+    would owe a vector that is never sent for ever; the finest is 2^-24 of it. A target beyond these gets the
+    nearer one, and the log names it.
 
     products: False spends no time on them. trellis: dependent quantization (`trellis`); its quantizers have
     this step each, and their points together lie half a step apart. Vectors of products are fitted to what
@@ -239,9 +240,11 @@ class RateDistortion:
         step: float, least: float = 0.0,
     ) -> Packet:  # fmt: skip
         """One full encode of unit * 2^exponent; with `least`, magnitudes are sent from so many steps on."""
-        coder, step32 = self._quantizer, np.float32(np.ldexp(step, exponent))
+        coder, wide = self._quantizer, np.ldexp(step, exponent)
+        if wide > np.finfo(np.float32).max:  # vectors of products may be longer than what they are of
+            raise ValueError(_TOO_LARGE)
         knowing = knowing or exponent >= _EXPONENTS
-        step32 = max(step32, np.finfo(np.float32).smallest_subnormal)
+        step32 = max(np.float32(wide), np.finfo(np.float32).smallest_subnormal)
         scale = float(np.ldexp(1 / np.float64(step32), exponent))
         products = vectors = None
         if not factors.count:
@@ -257,7 +260,7 @@ class RateDistortion:
             body = b"".join((products.to_bytes(), varint(len(first)), first, code))
         known = _known(coder, levels, moves, float(step32), products, vectors) if knowing else None
         if known is not None and exponent >= _EXPONENTS and not np.isfinite(largest(known)):
-            raise ValueError("update holds values too near the largest float32; training diverged")
+            raise ValueError(_TOO_LARGE)
         return Packet(np.frombuffer(body, np.uint8), header, known)
 
     def _vectors(

@@ -37,10 +37,7 @@ def begin_levels(reached: Integers, edge: Floats, rules: Floats) -> Any:
 @inlined
 def magnitudes_of(x: Floats, scale: Any, begin: Any, magnitude: Floats) -> tuple[bool, bool]:
     """Those of x * scale. Whether all are finite and within the largest level; if any reaches `begin`."""
-    largest, bits = (
-        np.int32(0),
-        magnitude.view(np.int32),
-    )  # these are in the order of magnitudes, NaN above all
+    largest, bits = np.int32(0), magnitude.view(np.int32)  # as integers in the same order, NaN above all
     for i in range(len(x)):
         magnitude[i] = abs(x[i] * scale)
         largest = max(largest, bits[i])
