@@ -60,7 +60,7 @@ class Setting:
 
 SETTINGS = {
     "lr": Setting("logistic", 1000, 10, 0.03, 1, 40),
-    "cnn": Setting("cnn", 1000, 50, 0.1, 1, 3),
+    "cnn": Setting("cnn", 1000, 50, 0.1, 1, 5),
     "noop": Setting("cnn", 1000, 50, 0.1, 0, 8),
 }
 PARTS = [*SETTINGS, "long", "wide", "start", "memory"]
