@@ -85,39 +85,39 @@ def written(intervals: NDArray[np.uint64]) -> bytes:
     return code
 
 
-def interval(width: int, below: int) -> np.uint64:
+def read(code: bytes, intervals: NDArray[np.uint64]) -> NDArray[np.int64]:
+    """The coder after these intervals, each of which the code points into."""
+    coder, words = begin(code)
+    low, span, at = (int(v) for v in coder)
+    for interval in intervals:
+        low, span = narrow(False, interval, low, span)
+        assert 0 <= low < span
+        if span < WORD:
+            low, span, at = shift(False, low, span, at, words)
+    return np.array([low, span, at])
+
+
+def share_of(width: int, below: int) -> np.uint64:
     return np.uint64(width) << UPPER | np.uint64(below)
 
 
 @given(st.lists(st.tuples(st.integers(1, 2**ONE), st.floats(0, 1)), max_size=120))
 @settings(max_examples=60, deadline=None)
 def test_what_was_written_is_read_and_no_byte_is_too_many(symbols: list[tuple[int, float]]) -> None:
-    intervals = np.array([interval(w, round(share * (2**ONE - w))) for w, share in symbols], np.uint64)
+    intervals = np.array([share_of(w, round(share * (2**ONE - w))) for w, share in symbols], np.uint64)
     code = written(intervals)
-    coder, words = begin(code)
-    low, span, at = (int(v) for v in coder)
-    for one in intervals:
-        low, span = narrow(False, one, low, span)
-        assert 0 <= low < span
-        if span < WORD:
-            low, span, at = shift(False, low, span, at, words)
-    assert ended(np.array([low, span, at]), code)
-    assert not ended(np.array([low, span, at]), code + bytes(5))
+    coder = read(code, intervals)
+    assert ended(coder, code)
+    assert not ended(coder, code + bytes(5))
 
 
 @pytest.mark.parametrize("width", [1, 3, 2**10 - 1, 2**19, 2**ONE - 1])
 def test_a_carry_goes_through_all_words(width: int) -> None:
     """The highest symbols leave ones, until one of them lies just above."""
-    highest = [interval(width, 2**ONE - width)] * 400
-    for end in ([], [interval(1, 2**ONE - 1)], [interval(2**ONE - 1, 1)]):
+    highest = [share_of(width, 2**ONE - width)] * 400
+    for end in ([], [share_of(1, 2**ONE - 1)], [share_of(2**ONE - 1, 1)]):
         intervals = np.array([*highest, *end], np.uint64)
-        coder, words = begin(written(intervals))
-        low, span, at = (int(v) for v in coder)
-        for one in intervals:
-            low, span = narrow(False, one, low, span)
-            assert 0 <= low < span
-            if span < WORD:
-                low, span, at = shift(False, low, span, at, words)
+        read(written(intervals), intervals)
 
 
 # Estimates, points and what is told of a vector
