@@ -63,7 +63,7 @@ class Magnitudes:
 
     def unsent(self, step: float, like: Like) -> float:
         """What share of the values has level 0."""
-        edge, _ = _least_sent(self._magnitude, self._from, step, like.finer, like.weight, like.rounds)
+        edge = _least_sent(self._magnitude, self._from, step, like.finer, like.weight, like.rounds)
         below = self._magnitude / step * like.finer <= edge
         return float(self._count[below].sum() / self._count.sum())
 
@@ -79,27 +79,32 @@ def _count(bits: NDArray[np.int32], stride: float) -> NDArray[np.int64]:
 
 
 @inlined
+def _beyond(magnitude: Wide, step: float, finer: float, edge: float) -> int:
+    """Which magnitude is the first above an edge in steps. They rise, but for the last, which is left out."""
+    first, end = 0, len(magnitude) - 1
+    while first < end:
+        middle = (first + end) >> 1
+        if magnitude[middle] / step * finer > edge:
+            end = middle
+        else:
+            first = middle + 1
+    return first
+
+
+@inlined
 def _least_sent(
     magnitude: Wide, count_from: Wide, step: float, finer: float, weight: float, rounds: int
-) -> tuple[float, int]:
-    """Where level 1 begins, in steps, as one context would round; and which magnitude is the first beyond.
+) -> float:
+    """Where level 1 begins, in steps, as one context would round.
 
-    Magnitudes rise, but for the last. count_from: how many values are of one and of those after it.
+    count_from: how many values are of one magnitude and of those after it.
     """
-    edge, most, total, first = 0.62, magnitude[-1] / step * finer, count_from[0] + 1, 0
-    for turn in range(rounds + 1):
-        first, end = 0, len(magnitude) - 1
-        while first < end:
-            middle = (first + end) >> 1
-            if magnitude[middle] / step * finer > edge:
-                end = middle
-            else:
-                first = middle + 1
-        if turn < rounds:
-            above = count_from[first] + (1 if most > edge else 0)
-            p = min(max(above / total, 1e-4), 0.5)
-            edge = 0.5 + weight / 2 * (np.log2((1 - p) / p) + 1.4)
-    return edge, first
+    edge, most, total = 0.62, magnitude[-1] / step * finer, count_from[0] + 1
+    for _ in range(rounds):
+        above = count_from[_beyond(magnitude, step, finer, edge)] + (1 if most > edge else 0)
+        p = min(max(above / total, 1e-4), 0.5)
+        edge = 0.5 + weight / 2 * (np.log2((1 - p) / p) + 1.4)
+    return edge
 
 
 @jit
@@ -120,7 +125,8 @@ def _bits(
     # Magnitudes and how many are known too coarsely to tell large levels apart.
     halvings = max(0.0, np.floor(np.log2(finer * mean / step / 16)))
     finer /= 2**halvings
-    edge, first = _least_sent(magnitude, count_from, step, finer, weight, rounds)
+    edge = _least_sent(magnitude, count_from, step, finer, weight, rounds)
+    first = _beyond(magnitude, step, finer, edge)
     total = count_from[0] + 1
     zero = total - count_from[first] - 1  # but for the last
     logs = same = 0.0  # sum of n log n over levels, and how many values have this one
@@ -145,7 +151,7 @@ def _error(
 ) -> float:
     """Squared error over squared norm; that of large levels is any from 0 to 1/4."""
     scaled = magnitude / step * finer
-    edge, _ = _least_sent(magnitude, count_from, step, finer, weight, rounds)
+    edge = _least_sent(magnitude, count_from, step, finer, weight, rounds)
     error = norm = 0.0
     for i in range(len(scaled)):
         error += count[i] * (1 / 12 if scaled[i] > 64 else (scaled[i] - _level(scaled[i], edge)) ** 2)
